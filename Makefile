@@ -1,0 +1,37 @@
+# Everything runs in the clone's own .venv; a plain `make demo` or `make test` sets it up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-full lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+
+install: $(READY)  ## create .venv and install Cleave with its development tools
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Cleave needs Python 3.11 to 3.13, found {v[0]}.{v[1]}; try: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## train a teacher and a split model on real digits, export and run them (about 5 minutes)
+	$(BIN)/python -m scripts.demo
+
+test: $(READY)  ## run the tests with coverage (under 15 minutes on two cores)
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+
+test-full: $(READY)  ## run every test, the slow ones included
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## check style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy losses deployment architectures datamodules lightning_modules scripts
+
+format: $(READY)  ## format the code and mend what can be mended
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+clean:  ## remove what was built and every log
+	rm -rf $(VENV) build dist *.egg-info logs bundles .pytest_cache .mypy_cache .ruff_cache .coverage
