@@ -1,0 +1,224 @@
+"""The general form of a cut: a backbone as a graph for planners, and as parts that pass several named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from architectures.cut_points import Measurement, checked_trace, measure
+from architectures.naming import did_you_mean
+from architectures.slicing import Reference, Slice, Stage, follow_modes, slice_graph
+from architectures.tracing import CutError, Trace, preserved
+
+INPUT = "input"
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """One step of a backbone: a layer kept whole, or an operation between layers.
+
+    Attributes:
+        name: ``layer1.0.conv1`` for a layer, ``layer1.0/add`` for an operation in the forward of ``layer1.0``, with
+            ``:2`` behind it for the second of that name.
+        inputs: Names of the nodes whose values it takes; ``input`` is the batch of images.
+        shape: Shape of its value for a batch of one, ``None`` where that is no tensor (a size, a list of tensors).
+        bytes: Bytes of its value for one sample in float32; 0 where it is no tensor.
+        macs: Its own multiply-accumulates for one sample.
+        params: Its own parameters; shared ones count where they are used first.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...] | None
+    bytes: int
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class NodeGraph:
+    """A backbone's nodes in the order of execution; what does not depend on the images belongs to no node.
+
+    Attributes:
+        nodes: All nodes; every part of a partition is a set of their names.
+        outputs: Names of the nodes that the backbone returns.
+    """
+
+    nodes: tuple[GraphNode, ...]
+    outputs: tuple[str, ...]
+
+    def edges(self) -> list[tuple[str, str, int]]:
+        """List (producer, consumer, bytes of one sample's value); the images come from ``input`` with 0 bytes."""
+        size = {node.name: node.bytes for node in self.nodes}
+        return [(source, node.name, size.get(source, 0)) for node in self.nodes for source in node.inputs]
+
+
+class Partition(nn.Module):
+    """A backbone in parts that pass named tensors, made by :func:`partition`: children ``part0`` to ``partN``.
+
+    Part ``i`` takes the values ``inputs[i]`` in that order and returns the values ``outputs[i]``: one alone, several as
+    a tuple. The last part returns what the backbone returns.
+
+    Attributes:
+        inputs: For every part the names of the values it takes; ``input`` is the batch of images.
+        outputs: For every part but the last the names of the values that later parts take.
+    """
+
+    def __init__(
+        self, parts: Sequence[nn.Module], inputs: Sequence[tuple[str, ...]], outputs: Sequence[tuple[str, ...]]
+    ):
+        super().__init__()
+        for i, part in enumerate(parts):
+            self.add_module(f"part{i}", part)
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+
+    def forward(self, x: Tensor) -> Any:
+        """Run all parts in order: what the backbone returns for images (B, C, H, W)."""
+        return self.run(x)
+
+    def run(self, x: Tensor, *, isolated: bool = False) -> Any:
+        """Run all parts; ``isolated`` gives each its own copy of what it takes, as if they ran on several machines."""
+        values: dict[str, Any] = {INPUT: x}
+        result: Any = x
+        for part, inputs, outputs in zip(self.children(), self.inputs, (*self.outputs, ()), strict=True):
+            taken = [values[name].clone() if isolated else values[name] for name in inputs]
+            result = part(*taken)
+            values.update(zip(outputs, result if len(outputs) > 1 else (result,), strict=False))
+        return result
+
+
+def trace_graph(backbone: nn.Module, sample: Tensor, depth: int | None = None) -> NodeGraph:
+    """Read a backbone's graph with what every node costs and sends, for a planner to divide.
+
+    Args:
+        backbone: Network whose ``forward`` takes one batch of images.
+        sample: Images (B, C, H, W) on the backbone's device; the first one is measured.
+        depth: 0 keeps the backbone's children whole, 1 opens them, 2 opens what they hold, and so on; ``None`` opens
+            all that can be.
+
+    Returns:
+        The graph in eval mode. Steps that happen in training only (masks of drop-path) go with the nodes they serve.
+
+    Raises:
+        CutError: The backbone cannot be traced at this depth, or does not run on the sample.
+    """
+    with preserved(backbone) as rewind:
+        traced = checked_trace(backbone, Reference(backbone, sample, rewind), depth)[False]
+        rewind()
+        found = measure(backbone, traced, sample)
+    nodes, macs, params = [], 0, 0
+    for node in _movable(traced):
+        now = found[node]
+        inputs = tuple(traced.names[source] for source in node.all_input_nodes if source not in traced.constant)
+        own = (now.macs - macs, now.params - params)
+        nodes.append(GraphNode(traced.names[node], inputs, now.shape, 4 * now.numel, *own))
+        macs, params = now.macs, now.params
+    end = next(reversed(traced.graph.nodes))
+    return NodeGraph(tuple(nodes), tuple(traced.names[node] for node in end.all_input_nodes))
+
+
+def partition(
+    backbone: nn.Module, node_sets: Sequence[Collection[str]], sample: Tensor, depth: int | None = None
+) -> Partition:
+    """Divide a backbone into parts by sets of nodes; :func:`~architectures.stages.cut` is its one-tensor front.
+
+    Parts share parameters and buffers with the backbone and name them as it does. They are checked against it on the
+    sample in both modes, sharing tensors and isolated from each other: results and buffers must be equal in every bit.
+
+    Args:
+        backbone: Network whose ``forward`` takes one batch of images.
+        node_sets: For every part the names of its nodes as :func:`trace_graph` lists them. Together they hold each node
+            once, and a part takes values from earlier parts only.
+        sample: Images (B, C, H, W) on the backbone's device; one is enough.
+        depth: As given to :func:`trace_graph`.
+
+    Returns:
+        The parts, in the backbone's modes.
+
+    Raises:
+        CutError: A node is unknown, missing or in two sets; a set is empty or needs what a later one computes; what
+            passes between parts is no tensor; the backbone cannot be traced, or does not run on the sample.
+    """
+    with preserved(backbone) as rewind:
+        reference = Reference(backbone, sample, rewind)
+        traces = checked_trace(backbone, reference, depth)
+        part_of = _assign(node_sets, traces[False])
+        rewind()
+        found = measure(backbone, traces[False], sample)
+        slices = {training: _slice(traced, part_of, len(node_sets)) for training, traced in traces.items()}
+        _check_tensors(slices[False], traces[False], found)
+        inputs, outputs = _interface(slices, traces)
+        parts = [
+            Stage(backbone, {training: some[i].graph for training, some in slices.items()})
+            for i in range(len(node_sets))
+        ]
+        network = Partition(parts, inputs, outputs)
+        for training in (False, True):
+            reference.check(network, network.run, training)
+            reference.check(network, lambda x: network.run(x, isolated=True), training)
+    follow_modes(network, backbone)
+    return network
+
+
+def _movable(traced: Trace) -> list[fx.Node]:
+    return [n for n in traced.graph.nodes if n not in traced.constant and n.op not in ("placeholder", "output")]
+
+
+def _assign(node_sets: Sequence[Collection[str]], traced: Trace) -> dict[str, int]:
+    known = [traced.names[node] for node in _movable(traced)]
+    part_of: dict[str, int] = {}
+    for part, names in enumerate(node_sets):
+        if isinstance(names, str) or not names:
+            raise CutError(f"part {part} is a set of node names and not empty; got {names!r}.")
+        for name in names:
+            if name not in known:
+                raise CutError(f"part {part} names the unknown node {name!r}.{did_you_mean(name, known)}")
+            if part_of.setdefault(name, part) != part:
+                raise CutError(f"node {name!r} is in part {part_of[name]} and in part {part}.")
+    missing = [name for name in known if name not in part_of]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CutError(f"no part holds {', '.join(map(repr, missing[:5]))}{more}; the sets must cover every node.")
+    return part_of
+
+
+def _slice(traced: Trace, part_of: dict[str, int], count: int) -> list[Slice]:
+    where = {node: part_of[name] for node in _movable(traced) if (name := traced.names[node]) in part_of}
+    extra = [node for node in _movable(traced) if node not in where]
+    # A step of training alone goes to the first part that uses it: there its own input arrives in both modes. One that
+    # nothing uses works in place (drop-path scales its mask) and goes where its operands are.
+    for node in reversed(extra):
+        if served := [where[user] for user in node.users if user in where]:
+            where[node] = min(served)
+    for node in extra:
+        where.setdefault(node, max((where[source] for source in node.all_input_nodes if source in where), default=0))
+    return slice_graph(traced, where, count)
+
+
+def _check_tensors(slices: Sequence[Slice], traced: Trace, found: dict[fx.Node, Measurement]) -> None:
+    for part, cut_out in enumerate(slices):
+        for node in cut_out.outputs:
+            if found[node].shape is None:
+                raise CutError(
+                    f"part {part} would pass on {traced.names[node]!r}, which is no tensor: keep it in one part with "
+                    f"{', '.join(repr(traced.names[user]) for user in node.users)}."
+                )
+
+
+def _interface(
+    slices: dict[bool, list[Slice]], traces: dict[bool, Trace]
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    def names(training: bool) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        known = traces[training].names
+        inputs = [tuple(known[node] for node in part.inputs) for part in slices[training]]
+        return inputs, [tuple(known[node] for node in part.outputs) for part in slices[training][:-1]]
+
+    if names(True) != names(False):
+        differing = {n for side in names(True) for part in side for n in part}
+        differing ^= {n for side in names(False) for part in side for n in part}
+        raise CutError(f"parts would pass other values in training than in eval mode: {', '.join(sorted(differing))}.")
+    return names(False)

@@ -1,0 +1,99 @@
+"""The partitions of a network: what runs on the device, what runs on the server, and what passes between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from architectures.costs import profile
+from architectures.quantizer import UniformQuantizer
+from architectures.split import Codec, SplitNetwork
+from deployment import ImageInput, Part
+
+
+class Normalize(nn.Module):
+    """uint8 images (B, C, H, W) to normalised float32, by ``ImageInput.normalize``."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, image_input: ImageInput) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(image_input.mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(image_input.std).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return normalised images."""
+        return (images.to(torch.float32) / 255.0 - self.mean) / self.std
+
+
+class WholePart(nn.Module):
+    """An unsplit network: uint8 images to logits."""
+
+    def __init__(self, network: nn.Module, image_input: ImageInput) -> None:
+        super().__init__()
+        self.normalize = Normalize(image_input)
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, classes)."""
+        return self.network(self.normalize(images))
+
+
+class DevicePart(nn.Module):
+    """The device side: uint8 images to integer codes with their range, or to a float representation."""
+
+    def __init__(self, network: SplitNetwork, image_input: ImageInput) -> None:
+        super().__init__()
+        self.normalize = Normalize(image_input)
+        self.head = network.head if network.head is not None else nn.Identity()
+        self.encoder = network.encoder
+        self.quantizer = network.quantizer
+
+    def forward(self, images: Tensor, levels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Return codes (B, ...), low (B,) and high (B,) for ``levels`` levels; z alone where nothing quantises."""
+        z = self.encoder(self.head(self.normalize(images)))
+        if self.quantizer is None or levels is None:
+            return z
+        return self.quantizer.encode(z, levels)
+
+
+class ServerPart(nn.Module):
+    """The server side: what the device sent to logits."""
+
+    def __init__(self, network: SplitNetwork) -> None:
+        super().__init__()
+        self.decoder = network.decoder
+        self.tail = network.tail
+        self.quantized = network.quantizer is not None
+
+    def forward(self, *received: Tensor) -> Tensor:
+        """Return logits (B, classes) from (codes, low, high, levels), or from z."""
+        z = UniformQuantizer.decode(*received) if self.quantized else received[0]
+        return self.tail(self.decoder(z))
+
+
+def export_parts(network: nn.Module, image_input: ImageInput) -> tuple[list[Part], list[Codec]]:
+    """Describe a network as partitions in the order of its route, with the codec of each edge between them.
+
+    Args:
+        network: A :class:`~architectures.split.SplitNetwork`, cut into device and server, or any other network, which
+            makes one partition for the device.
+        image_input: The network's input; the first partition normalises by it.
+
+    Returns:
+        The parts, and one codec fewer than there are parts.
+    """
+    if not isinstance(network, SplitNetwork):
+        cost = profile(network, image_input.shape)["whole"]["macs"]
+        return [Part("whole", "device", WholePart(network, image_input), ("images",), ("logits",), cost)], []
+    sent: tuple[str, ...] = ("z",)
+    if network.quantizer is not None:
+        sent = ("codes", "low", "high")
+    levels = () if network.quantizer is None else ("levels",)
+    macs = {part: cost["macs"] for part, cost in network.profile().items()}
+    on_device, on_server = macs.get("head", 0) + macs["encoder"], macs["decoder"] + macs["tail"]
+    return [
+        Part("device", "device", DevicePart(network, image_input), ("images", *levels), sent, on_device),
+        Part("server", "server", ServerPart(network), (*sent, *levels), ("logits",), on_server),
+    ], [network.codec]

@@ -1,0 +1,219 @@
+"""Turning parts of a traced backbone into modules, and proving that these reproduce it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import linecache
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from architectures.tracing import CutError, Trace, first_line
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One part of a graph: what it takes from earlier parts, and what it gives to later ones, as nodes of the whole."""
+
+    graph: fx.Graph
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+def slice_graph(trace: Trace, part_of: Mapping[fx.Node, int], count: int) -> list[Slice]:
+    """Take a graph apart.
+
+    Args:
+        trace: The backbone in one mode.
+        part_of: The part, from 0 to ``count - 1``, of every node that depends on the input; the others are computed
+            anew in each part that uses them.
+        count: Number of parts. The last one returns what the backbone returns.
+
+    Returns:
+        One slice a part. A part returns one value alone, several as a tuple.
+
+    Raises:
+        CutError: A part needs what a later one computes.
+    """
+    order = [node for node in trace.graph.nodes if node not in trace.constant and node.op != "output"]
+    end = next(reversed(trace.graph.nodes))
+    where = {**part_of, end: count - 1}
+    used_in: dict[fx.Node, set[int]] = {}
+    for node in order:
+        used_in[node] = {where[user] for user in node.users}
+        first = min(used_in[node], default=count)
+        if first < where.get(node, 0):
+            user = next(user for user in node.users if where[user] == first)
+            raise CutError(
+                f"{trace.names[user]!r} in part {first} needs {trace.names[node]!r} of the later part {where[node]}."
+            )
+    slices = []
+    for part in range(count):
+        inputs = tuple(node for node in order if part in used_in[node] and where.get(node, -1) < part)
+        members = [node for node in order if where.get(node) == part]
+        outputs = tuple(node for node in members if max(used_in[node], default=part) > part)
+        slices.append(Slice(_copy_nodes(trace, members, inputs, outputs, last=part == count - 1), inputs, outputs))
+    return slices
+
+
+def _copy_nodes(
+    trace: Trace, members: list[fx.Node], inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...], *, last: bool
+) -> fx.Graph:
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copy)
+        return copies[node]
+
+    for node in members:
+        copy(node)
+    result = trace.result if last else outputs[0] if len(outputs) == 1 else outputs
+    graph.output(fx.map_arg(result, copy))
+    graph.lint()
+    return graph
+
+
+class Program:
+    """The Python source of a graph's forward with the names it uses; unlike a graph it survives copy and pickle."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        code = graph.python_code("self")
+        self.source = code.src
+        self.globals = dict(code.globals)
+        self.build()
+
+    def build(self) -> None:
+        """Compile the source; tracebacks show its lines."""
+        name = f"<stage {hashlib.sha256(self.source.encode()).hexdigest()[:16]}>"
+        linecache.cache[name] = (len(self.source), None, self.source.splitlines(keepends=True), name)
+        namespace = dict(self.globals)
+        exec(compile(self.source, name, "exec", dont_inherit=True), namespace)
+        self.forward = namespace["forward"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        modules = {name: value.__name__ for name, value in self.globals.items() if isinstance(value, types.ModuleType)}
+        others = {name: value for name, value in self.globals.items() if name not in modules}
+        return {"source": self.source, "modules": modules, "others": others}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = {name: importlib.import_module(value) for name, value in state["modules"].items()}
+        self.source = state["source"]
+        self.globals = {**modules, **state["others"]}
+        self.build()
+
+
+class Stage(nn.Module):
+    """A part of a backbone, with a forward for training and one for eval mode.
+
+    Its parameters and buffers are those of the backbone, not copies, under the names they have there. The mode of the
+    stage decides which forward runs, as the backbone's own would; layers that were kept whole follow their own.
+    """
+
+    def __init__(self, backbone: nn.Module, graphs: Mapping[bool, fx.Graph]) -> None:
+        super().__init__()
+        targets = {
+            str(node.target)
+            for graph in graphs.values()
+            for node in graph.nodes
+            if node.op in ("get_attr", "call_module")
+        }
+        for target in sorted(targets, key=lambda target: (target.count("."), target)):
+            _share(backbone, self, target)
+        self._programs = {training: Program(graph) for training, graph in graphs.items()}
+        self.training = backbone.training
+
+    def forward(self, *values: Any) -> Any:
+        """Run the part on what it takes from earlier ones."""
+        return self._programs[self.training].forward(self, *values)
+
+
+def _share(source: nn.Module, target: nn.Module, name: str) -> None:
+    """Install what ``name`` stands for in one module at the same place of another."""
+    *path, last = name.split(".")
+    for step in path:
+        child = getattr(source, step)
+        own = getattr(target, step, None)
+        if own is child:
+            return  # a layer above was installed whole
+        if own is None:
+            own = nn.Module()
+            target.add_module(step, own)
+        source, target = child, own
+    value = getattr(source, last)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        # A tensor that is no buffer in the backbone must move with the stage, and has no place in its state dict.
+        target.register_buffer(last, value, persistent=last in source.state_dict())
+    else:
+        setattr(target, last, value)
+
+
+def follow_modes(stages: nn.Module, backbone: nn.Module) -> None:
+    """Set every stage, and every module in it, to the mode of its namesake in the backbone."""
+    stages.training = backbone.training
+    for stage in stages.children():
+        for name, module in stage.named_modules():
+            module.training = backbone.get_submodule(name).training
+
+
+class Reference:
+    """What a backbone returns on a sample in eval and in training mode, and what it leaves in its buffers.
+
+    Args:
+        backbone: The uncut network.
+        sample: Batch that its forward takes.
+        rewind: Resets buffers and generators, see :func:`architectures.tracing.preserved`.
+
+    Raises:
+        CutError: The backbone does not run on the sample.
+    """
+
+    def __init__(self, backbone: nn.Module, sample: Tensor, rewind: Callable[[], None]) -> None:
+        if not isinstance(sample, Tensor) or sample.ndim < 2 or not len(sample):
+            got = f"shape {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample).__name__
+            raise CutError(f"sample is a batch of images, a tensor (B, C, H, W) with B at least 1; got {got}.")
+        self.backbone = backbone
+        self.rewind = rewind
+        # BatchNorm refuses to train on a single value per channel.
+        pair = sample if len(sample) > 1 else torch.cat([sample, sample.flip(-1)])
+        self.samples = {False: sample, True: pair}
+        self.expected = {}
+        for training in (False, True):
+            try:
+                self.expected[training] = self.run(backbone, backbone, training)
+            except Exception as error:
+                mode = "training" if training else "eval"
+                raise CutError(
+                    f"{type(backbone).__name__} itself does not run in {mode} mode on a sample of shape "
+                    f"{tuple(self.samples[training].shape)}: {first_line(error)}"
+                ) from error
+
+    def run(self, network: nn.Module, forward: Callable[[Tensor], Any], training: bool) -> tuple[Any, list[Tensor]]:
+        """Run a forward in one mode from the same state; return its result and the backbone's buffers after it."""
+        for module in (*self.backbone.modules(), *network.modules()):
+            module.training = training
+        self.rewind()
+        result = forward(self.samples[training].clone())
+        return result, [buffer.clone() for buffer in self.backbone.buffers()]
+
+    def check(self, network: nn.Module, forward: Callable[[Tensor], Any], training: bool) -> None:
+        """Compare a forward with the backbone's in one mode.
+
+        Raises:
+            CutError: Results or buffers differ in any bit.
+        """
+        actual = self.run(network, forward, training)
+        try:
+            torch.testing.assert_close(actual, self.expected[training], rtol=0, atol=0, equal_nan=True)
+        except AssertionError as error:
+            mode = "training" if training else "eval"
+            raise CutError(
+                f"the traced parts do not reproduce {type(self.backbone).__name__} in {mode} mode: "
+                f"{str(error).splitlines()[0]}"
+            ) from error

@@ -1,0 +1,237 @@
+"""Cutting a backbone into stages: the one place where a network is taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from architectures.cut_points import CutPoint, cut_points, spread
+from architectures.layouts import ChannelDims, layout_of
+from architectures.naming import did_you_mean
+from architectures.node_graph import GraphNode, NodeGraph, Partition, partition, trace_graph
+from architectures.slicing import Reference, Slice, Stage, follow_modes, slice_graph
+from architectures.tracing import DEPTHS, CutError, Trace, crossing, first_line, preserved, trace
+
+__all__ = [
+    "CutError",
+    "CutPoint",
+    "GraphNode",
+    "NodeGraph",
+    "Partition",
+    "Stages",
+    "cut",
+    "cut_points",
+    "partition",
+    "spread",
+    "trace_graph",
+]
+
+
+class Stages(nn.Module):
+    """A backbone in runs of consecutive layers, made by :func:`cut`: children ``stage0`` to ``stageN``.
+
+    ``stages[i]`` ends with the layer ``names[i]``; the last stage ends with the backbone's output. It is a module like
+    any other: it can be copied, pickled, moved, trained and compiled.
+
+    Attributes:
+        names: The cut names in the order of execution.
+        layouts: Layout of each cut's feature: ``NCHW``, ``NHWC``, ``NLC``, ``NC`` or ``other``.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], names: Sequence[str]) -> None:
+        super().__init__()
+        for i, stage in enumerate(stages):
+            self.add_module(f"stage{i}", stage)
+        self.names = tuple(names)
+        self.layouts: tuple[str, ...] = ("other",) * len(self.names)
+        self._altered = [False] * len(self.names)
+
+    def forward(self, x: Tensor) -> Any:
+        """Run all stages: what the backbone returns for images (B, C, H, W)."""
+        for stage in self:
+            x = stage(x)
+        return x
+
+    def features(self, x: Tensor, at: Iterable[str]) -> dict[str, Tensor]:
+        """Return the features at some cuts, running no further than the last of them.
+
+        Args:
+            x: Images (B, C, H, W).
+            at: Names of cuts, in any order.
+
+        Returns:
+            The feature at each name asked for, in the order of execution. No later in-place layer alters them.
+
+        Raises:
+            CutError: A name is not among the cuts.
+        """
+        wanted = _names(at)
+        for name in wanted:
+            if name not in self.names:
+                have = f"it was cut at {', '.join(self.names)}" if self.names else "it was not cut anywhere"
+                raise CutError(f"no feature is kept at {name!r}: {have}.{did_you_mean(name, self.names)}")
+        last = max((self.names.index(name) for name in wanted), default=-1)
+        found = {}
+        for i, name in enumerate(self.names[: last + 1]):
+            x = self[i](x)
+            if name in wanted:
+                found[name] = x.clone() if self._altered[i] and i < last else x
+        return found
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile every stage by itself, with the arguments of ``torch.compile``, so that ``features`` gains too."""
+        for stage in self:
+            stage.compile(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self.children()
+
+    def __getitem__(self, index: int) -> nn.Module:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"stage {index} of {len(self)}")
+        return self.get_submodule(f"stage{index % len(self)}")
+
+
+def cut(backbone: nn.Module, at: Iterable[str], sample: Tensor) -> Stages:
+    """Cut a backbone into stages after the named layers.
+
+    The stages share parameters and buffers with the backbone and name them as it does
+    (``stage1.layer2.0.conv1.weight``), and layers that no cut lies in are the backbone's own modules: to train, freeze
+    or move one without the other, cut a deep copy. Each mode of the backbone is traced, so dropout, drop-path and
+    BatchNorm behave as they do in it. A layer that a cut lies in is opened: what its own forward does follows the mode
+    of the stage, while the layers it calls follow their own.
+
+    The stages are checked against the backbone on the sample, in eval and in training mode: results and buffers must be
+    equal in every bit. The check leaves buffers, modes and random generators as they were.
+
+    Args:
+        backbone: Network whose ``forward`` takes one batch of images; further arguments keep their defaults.
+        at: Names of layers (as in ``named_modules``) in the order of execution. One that is called several times stands
+            for its last call.
+        sample: Images (B, C, H, W) on the backbone's device; one is enough.
+
+    Returns:
+        One stage more than there are names, in the backbone's modes.
+
+    Raises:
+        CutError: A layer is unknown, unused, returns something else than one tensor, or is not all that passes from
+            the layers before to those behind; names are out of order or given twice; the backbone does not run on
+            the sample or cannot be traced.
+    """
+    names = _names(at)
+    _check_names(backbone, names)
+    failure: Exception | None = None
+    with preserved(backbone) as rewind:
+        reference = Reference(backbone, sample, rewind)
+        for depth in DEPTHS:
+            try:
+                stages = _build(backbone, names, trace(backbone, names, depth))
+                _check(stages, reference)
+                break
+            except Exception as error:
+                # A reason in words is worth more than whatever broke inside a forward.
+                if failure is None or (isinstance(error, CutError) and not isinstance(failure, CutError)):
+                    failure = error
+        else:
+            if isinstance(failure, CutError):
+                raise failure
+            raise CutError(
+                f"{type(backbone).__name__} cannot be traced to cut it at {', '.join(names)}: {first_line(failure)}"
+            ) from failure
+    follow_modes(stages, backbone)
+    return stages
+
+
+def _names(at: Iterable[str]) -> list[str]:
+    if isinstance(at, str):
+        raise CutError(f"at is a list of layer names, got the string {at!r}; write at=[{at!r}].")
+    return list(at)
+
+
+def _check_names(backbone: nn.Module, names: Sequence[str]) -> None:
+    """Refuse names that no layer has, that stand twice, or that are second names of shared layers."""
+    layers = dict(backbone.named_modules(remove_duplicate=False))
+    first = {id(layer): name for name, layer in reversed(layers.items())}
+    del layers[""]
+    for i, name in enumerate(names):
+        if name not in layers:
+            raise CutError(f"{type(backbone).__name__} has no layer {name!r}.{did_you_mean(name, layers)}")
+        if name in names[:i]:
+            raise CutError(f"layer {name!r} is given twice among the cuts {', '.join(names)}.")
+        if (known := first[id(layers[name])]) != name:
+            raise CutError(f"layer {name!r} is the same module as {known!r}; cut at {known!r}.")
+
+
+def _build(backbone: nn.Module, names: Sequence[str], traces: dict[bool, Trace]) -> Stages:
+    slices = {training: _slice(backbone, names, traced) for training, traced in traces.items()}
+    stages = [
+        Stage(backbone, {training: parts[i].graph for training, parts in slices.items()}) for i in range(len(names) + 1)
+    ]
+    return Stages(stages, names)
+
+
+def _slice(backbone: nn.Module, names: Sequence[str], traced: Trace) -> list[Slice]:
+    position = {node: i for i, node in enumerate(traced.graph.nodes)}
+    ends = []
+    for name in names:
+        if name in traced.returned:
+            raise CutError(f"layer {name!r} returns a {traced.returned[name]}, not one tensor.")
+        if name not in traced.outputs:
+            raise CutError(f"layer {name!r} is not called as a module in the forward of {type(backbone).__name__}.")
+        ends.append(position[traced.outputs[name]])
+    _check_order(names, ends)
+    for name in names:
+        node = traced.outputs[name]
+        if node is traced.input:
+            raise CutError(f"layer {name!r} returns the images as they came; there is nothing before it to cut off.")
+        passing = crossing(traced, node)
+        if passing != [node]:
+            listed = ", ".join(repr(traced.names[other]) for other in passing)
+            raise CutError(
+                f"the cut after {name!r} is crossed by {len(passing)} tensors: {listed}. A cut needs a layer whose "
+                "output alone passes on; cut_points lists them."
+            )
+    part_of = {
+        node: sum(end < i for end in ends)
+        for node, i in position.items()
+        if node not in traced.constant and node.op not in ("placeholder", "output")
+    }
+    return slice_graph(traced, part_of, len(names) + 1)
+
+
+def _check_order(names: Sequence[str], ends: Sequence[int]) -> None:
+    for first, second, a, b in zip(names, names[1:], ends, ends[1:], strict=False):
+        if a == b:
+            raise CutError(f"layers {first!r} and {second!r} end with the same tensor; cut at one of them.")
+    if list(ends) != sorted(ends):
+        right = [name for _, name in sorted(zip(ends, names, strict=True))]
+        raise CutError(f"cuts {', '.join(names)} are out of order: the backbone runs them as {', '.join(right)}.")
+
+
+def _check(stages: Stages, reference: Reference) -> None:
+    """Compare stages with the backbone; note layouts, and which features a later layer alters in place."""
+    channels = ChannelDims()
+
+    def run(x: Tensor) -> Any:
+        seen = []
+        channels.start(x)
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i < len(stages.names):
+                if not isinstance(x, Tensor):
+                    raise CutError(f"layer {stages.names[i]!r} returns a {type(x).__name__}, not one tensor.")
+                seen.append((x, x._version))
+        stages._altered = [a or f._version != v for a, (f, v) in zip(stages._altered, seen, strict=True)]
+        if not stages[0].training:
+            stages.layouts = tuple(layout_of(feature, channels, batch) for feature, _ in seen)
+        return x
+
+    batch = len(reference.samples[False])
+    with channels:
+        reference.check(stages, run, training=False)
+    reference.check(stages, run, training=True)

@@ -1,0 +1,53 @@
+"""JSON with one spelling per value, so that a digest covers every byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def dump(values: Any) -> bytes:
+    """Spell JSON values for people: indented, keys in their order, a newline at the end.
+
+    Raises:
+        ValueError: A number is not finite.
+        TypeError: A value is not JSON.
+    """
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode("ascii")
+
+
+def digest(values: Any) -> str:
+    """SHA-256 over the compact spelling with sorted keys, 64 hexadecimal digits."""
+    # Through JSON first: keys that are numbers become strings there, and sort as such.
+    plain = json.loads(json.dumps(values, allow_nan=False))
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def parse(content: bytes) -> Any:
+    """Read JSON strictly.
+
+    Raises:
+        ValueError: It is not JSON in UTF-8, repeats a key, has a number that is not finite, or is nested too deeply.
+    """
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        repeated = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {repeated!r} appears twice")
+    return values
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")

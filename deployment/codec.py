@@ -1,0 +1,325 @@
+"""How a partition's outputs become the bytes of one payload per sample, and how they are read back."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .packing import (
+    FLOAT_BITS,
+    CodecError,
+    check_bits,
+    check_code_bits,
+    checked_codes,
+    pack_rows,
+    packed_bytes,
+    unpack_rows,
+)
+
+# A representation beyond this is a damaged description, not a network's.
+_MAX_ELEMENTS = 2**28
+_RANGE_BYTES = 8
+_Bytes = npt.NDArray[np.uint8]
+
+
+class Codec(abc.ABC):
+    """One edge of the route: turns the tensors a partition emits into bytes, and bytes into the next one's inputs.
+
+    Attributes:
+        kind: The name under which a manifest finds the class in :data:`CODECS`.
+        sends: Names of the tensors that the sending partition emits, in order.
+        delivers: Names of the tensors that the receiving partition takes, in order.
+    """
+
+    kind: ClassVar[str]
+    sends: ClassVar[tuple[str, ...]]
+    delivers: ClassVar[tuple[str, ...]]
+    shape: tuple[int, ...]
+    bits: int
+
+    @property
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Tensor]:
+        """Extra inputs of the sending partition by name, such as the number of levels; they may change at run time."""
+
+    @abc.abstractmethod
+    def encode(self, tensors: Mapping[str, Tensor]) -> list[bytes]:
+        """Turn the tensors named in ``sends`` of B samples into B payloads; :class:`CodecError` if they do not fit."""
+
+    @abc.abstractmethod
+    def decode(self, payloads: Sequence[bytes]) -> dict[str, Tensor]:
+        """Turn B payloads into the tensors named in ``delivers``; :class:`CodecError` if one is damaged."""
+
+    @abc.abstractmethod
+    def with_bits(self, bits: int) -> Codec:
+        """Return this codec at another width; :class:`CodecError` where it cannot have that width."""
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values with ``kind`` among them; :func:`codec_from_dict` reads them back."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformCodec(Codec):
+    """Packed integer codes of the uniform affine quantiser, with the range where each sample has its own.
+
+    A payload is ``[low, high as little-endian float32, unless the range is fixed] + packed codes``, so every payload
+    of a codec has the same length.
+
+    Args:
+        shape: Shape of one sample's codes, without the batch.
+        bits: Width of a code, 2 to 16.
+        low: Lower end of the range all samples share; with ``high``. ``None`` sends each sample's own range.
+        high: Upper end of that range.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it and its value.
+
+    Example:
+        >>> codec = UniformCodec(shape=(3,), bits=4, low=0.0, high=1.5)
+        >>> codes = torch.tensor([[1, 2, 15]], dtype=torch.int32)
+        >>> codec.encode({"codes": codes, "low": torch.zeros(1), "high": torch.full((1,), 1.5)})[0].hex()
+        '12f0'
+    """
+
+    kind: ClassVar[str] = "uniform"
+    sends: ClassVar[tuple[str, ...]] = ("codes", "low", "high")
+    delivers: ClassVar[tuple[str, ...]] = ("codes", "low", "high", "levels")
+
+    shape: tuple[int, ...]
+    bits: int
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", _checked_shape(self.shape))
+        check_code_bits(self.bits)
+        if (self.low is None) != (self.high is None):
+            raise CodecError(f"low and high go together, got low={self.low} and high={self.high}")
+        for name in ("low", "high"):
+            # Kept as the float32 that the network computes with, so that both sides of an edge agree to the bit.
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _checked_float(value, name))
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise CodecError(f"low must be below high, got low={self.low} and high={self.high}")
+
+    @property
+    def levels(self) -> int:
+        """Number of levels, 2**bits."""
+        return 2**self.bits
+
+    @property
+    def settings(self) -> dict[str, Tensor]:
+        """The number of levels, as an int64 scalar."""
+        return {"levels": torch.tensor(self.levels, dtype=torch.int64)}
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of every payload in bytes, range parameters included."""
+        return packed_bytes(math.prod(self.shape), self.bits) + (_RANGE_BYTES if self.low is None else 0)
+
+    def encode(self, tensors: Mapping[str, Tensor]) -> list[bytes]:
+        """Turn codes int (B, *shape) with low and high float32 (B,) into one payload per sample.
+
+        Raises:
+            CodecError: A tensor is missing or of the wrong shape or dtype, a code is outside 0..2**bits-1, a range is
+                not finite or upside down, or differs from the codec's fixed one.
+        """
+        codes, low, high = _named(tensors, self.sends)
+        _check_batch_shape("codes", codes, self.shape)
+        packed = pack_rows(checked_codes(codes.flatten(1), self.bits), self.bits)
+        ranges = self._checked_ranges(low, high, len(codes))
+        if self.low is None:
+            packed = np.concatenate([ranges.view(np.uint8), packed], axis=1)
+        return [row.tobytes() for row in packed]
+
+    def decode(self, payloads: Sequence[bytes]) -> dict[str, Tensor]:
+        """Turn B payloads into codes int32 (B, *shape), low and high float32 (B,), and levels, an int64 scalar.
+
+        Raises:
+            CodecError: A payload has the wrong length, non-zero padding, or a range that is not finite or upside down.
+        """
+        rows = _rows(payloads, self.payload_bytes)
+        batch = len(payloads)
+        if self.low is None:
+            ranges = np.ascontiguousarray(rows[:, :_RANGE_BYTES]).view("<f4").astype(np.float32)
+            rows = rows[:, _RANGE_BYTES:]
+            _check_ranges(ranges)
+        else:
+            ranges = np.tile(np.array([self.low, self.high], np.float32), (batch, 1))
+        codes = torch.from_numpy(unpack_rows(rows, math.prod(self.shape), self.bits))
+        return {
+            "codes": codes.view(batch, *self.shape),
+            "low": torch.from_numpy(ranges[:, 0].copy()),
+            "high": torch.from_numpy(ranges[:, 1].copy()),
+            **self.settings,
+        }
+
+    def with_bits(self, bits: int) -> UniformCodec:
+        """Return this codec at another width, 2 to 16; ranges stay."""
+        return dataclasses.replace(self, bits=bits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; ``low`` and ``high`` are null where each sample sends its own range."""
+        return {"kind": self.kind, "shape": list(self.shape), "bits": self.bits, "low": self.low, "high": self.high}
+
+    def _checked_ranges(self, low: Tensor, high: Tensor, batch: int) -> npt.NDArray[np.float32]:
+        for name, tensor in (("low", low), ("high", high)):
+            if tensor.shape != (batch,) or tensor.dtype != torch.float32:
+                raise CodecError(f"{name} must be float32 ({batch},), got {_describe(tensor)}")
+        ranges = torch.stack([low, high], 1).detach().cpu().numpy().astype("<f4")
+        _check_ranges(ranges)
+        if self.low is not None and self.high is not None:
+            # The constants are not sent: a few ulps are another device's noise, more is another network's range.
+            tolerance = 1e-5 * (self.high - self.low) + 1e-6 * max(abs(self.low), abs(self.high))
+            fixed = np.array([self.low, self.high])
+            if len(ranges) and (difference := np.abs(ranges - fixed)).max() > tolerance:
+                row = int(difference.max(1).argmax())
+                raise CodecError(
+                    f"the range of sample {row} is {ranges[row].tolist()}, but the codec's fixed range is "
+                    f"{fixed.tolist()}; it is not sent, so the two must agree"
+                )
+        return ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatCodec(Codec):
+    """The representation as it is: raw little-endian float32, 4 bytes an element (``bits: 32``).
+
+    Args:
+        shape: Shape of one sample's representation, without the batch.
+    """
+
+    kind: ClassVar[str] = "float32"
+    sends: ClassVar[tuple[str, ...]] = ("z",)
+    delivers: ClassVar[tuple[str, ...]] = ("z",)
+
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", _checked_shape(self.shape))
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        """Always 32."""
+        return FLOAT_BITS
+
+    @property
+    def settings(self) -> dict[str, Tensor]:
+        """Nothing: a float representation has no run-time setting."""
+        return {}
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of every payload in bytes."""
+        return 4 * math.prod(self.shape)
+
+    def encode(self, tensors: Mapping[str, Tensor]) -> list[bytes]:
+        """Turn z float32 (B, *shape) into one payload per sample; values are sent as they are.
+
+        Raises:
+            CodecError: ``z`` is missing or of the wrong shape or dtype.
+        """
+        (z,) = _named(tensors, self.sends)
+        _check_batch_shape("z", z, self.shape)
+        if z.dtype != torch.float32:
+            raise CodecError(f"z must be float32, got {z.dtype}")
+        return [row.tobytes() for row in z.detach().flatten(1).cpu().numpy().astype("<f4")]
+
+    def decode(self, payloads: Sequence[bytes]) -> dict[str, Tensor]:
+        """Turn B payloads into z float32 (B, *shape).
+
+        Raises:
+            CodecError: A payload has the wrong length.
+        """
+        values = _rows(payloads, self.payload_bytes).view("<f4").astype(np.float32)
+        return {"z": torch.from_numpy(values).view(len(payloads), *self.shape)}
+
+    def with_bits(self, bits: int) -> FloatCodec:
+        """Return this codec if ``bits`` is 32; a float representation has no codes to narrow."""
+        if check_bits(bits) != FLOAT_BITS:
+            raise CodecError(f"this edge sends float32 without a quantiser: bits must stay {FLOAT_BITS}, got {bits}")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"kind": self.kind, "shape": list(self.shape)}
+
+
+CODECS: dict[str, type[Codec]] = {codec.kind: codec for codec in (UniformCodec, FloatCodec)}
+
+
+def codec_from_dict(values: Mapping[str, Any]) -> Codec:
+    """Build a codec from :meth:`Codec.to_dict`'s values.
+
+    Raises:
+        CodecError: The kind is unknown, a key is missing or unknown, or a value is out of range.
+    """
+    if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
+        raise CodecError(f"a codec needs a kind, one of {', '.join(CODECS)}, got {values!r}")
+    arguments = {key: value for key, value in values.items() if key != "kind"}
+    if values["kind"] not in CODECS:
+        raise CodecError(f"unknown codec kind {values['kind']!r}; known are {', '.join(CODECS)}")
+    codec = CODECS[values["kind"]]
+    known = {field.name for field in dataclasses.fields(codec)}  # type: ignore[arg-type]
+    if arguments.keys() != known:
+        raise CodecError(f"a {codec.kind} codec takes the keys {sorted(known)}, got {sorted(arguments)}")
+    return codec(**arguments)
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
+    if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise CodecError(f"shape must be positive integers, without the batch, got {shape!r}")
+    if math.prod(sizes) > _MAX_ELEMENTS:
+        raise CodecError(f"shape {sizes} has more than {_MAX_ELEMENTS} elements")
+    return sizes
+
+
+def _checked_float(value: float, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CodecError(f"{name} must be a number, got {value!r}")
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(value))
+    if not math.isfinite(rounded):
+        raise CodecError(f"{name} must be a finite float32, got {value!r}")
+    return rounded
+
+
+def _check_ranges(ranges: npt.NDArray[np.floating]) -> None:
+    wrong = ~np.isfinite(ranges).all(axis=1) | (ranges[:, 0] > ranges[:, 1])
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise CodecError(f"the range of sample {row} must be finite with low <= high, got {ranges[row].tolist()}")
+
+
+def _named(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+    if missing := [name for name in names if name not in tensors]:
+        raise CodecError(f"the codec sends {', '.join(names)}; missing {', '.join(missing)}")
+    return [tensors[name] for name in names]
+
+
+def _check_batch_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.ndim != len(shape) + 1 or tuple(tensor.shape[1:]) != shape:
+        raise CodecError(f"{name} must have shape (B, {', '.join(map(str, shape))}), got {tuple(tensor.shape)}")
+
+
+def _rows(payloads: Sequence[bytes], length: int) -> _Bytes:
+    for index, payload in enumerate(payloads):
+        if len(payload) != length:
+            raise CodecError(
+                f"payload {index} has {len(payload)} bytes instead of {length}: cut short or not this edge's"
+            )
+    return np.frombuffer(b"".join(payloads), np.uint8).reshape(len(payloads), length)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
