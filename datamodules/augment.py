@@ -1,0 +1,166 @@
+"""Standard training augmentations, drawn for each image from its own seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from deployment import ImageInput
+
+from .sampling import draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What a named augmentation does.
+
+    Args:
+        crop: ``"padded"`` crops at random from the image padded by an eighth of its sides with zeros, ``"resized"``
+            crops 8 to 100 % of the original picture at an aspect ratio of 3/4 to 4/3 and resizes it, ``None`` neither.
+        flip: Whether half of the images are mirrored left to right.
+        policy: Builds a further transform of a uint8 image (C, H, W).
+    """
+
+    crop: str | None = None
+    flip: bool = False
+    policy: Callable[[], Any] | None = None
+
+
+PRESETS = {
+    "none": Preset(),
+    "crop": Preset("padded"),
+    "crop_flip": Preset("padded", flip=True),
+    "randaugment": Preset("padded", flip=True, policy=v2.RandAugment),
+    "trivial": Preset("padded", flip=True, policy=v2.TrivialAugmentWide),
+    "imagenet": Preset("resized", flip=True),
+    "imagenet_randaugment": Preset("resized", flip=True, policy=v2.RandAugment),
+    "imagenet_trivial": Preset("resized", flip=True, policy=v2.TrivialAugmentWide),
+}
+
+
+class Augmentation:
+    """A preset at a given input; equal seeds give equal images, whatever else is drawn between them.
+
+    Crop and flip are drawn by hashing the seeds, for they must keep up with small images; they have exactly the
+    distribution of torchvision's ``RandomCrop(padding)`` and ``RandomHorizontalFlip``. All else is torchvision's own,
+    run under the sample's seed.
+
+    Args:
+        name: A key of ``PRESETS``.
+        spec: The input that the images are made for.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+
+    def __init__(self, name: str, spec: ImageInput) -> None:
+        check_preset(name)
+        preset = PRESETS[name]
+        self.spec = spec
+        self.flip = preset.flip
+        self.padding = (
+            (round_half_up(spec.height / 8), round_half_up(spec.width / 8)) if preset.crop == "padded" else None
+        )
+        self.policy = preset.policy() if preset.policy else None
+        self.resized_crop: Any = None
+        if preset.crop == "resized":
+            interpolation = InterpolationMode(spec.interpolation)
+            self.resized_crop = v2.RandomResizedCrop((spec.height, spec.width), interpolation=interpolation)
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether it starts from the original pictures instead of the preprocessed images."""
+        return self.resized_crop is not None
+
+    def __call__(self, images: np.ndarray | Sequence[Image.Image], seeds: np.ndarray) -> Tensor:
+        """Augment a batch.
+
+        Args:
+            images: uint8 array (B, C, H, W), or pictures if ``takes_pictures``.
+            seeds: One uint64 seed per image, shape (B,).
+
+        Returns:
+            uint8 tensor of shape (B, C, H, W).
+        """
+        if self.takes_pictures:
+            array = self._crop_pictures(images, seeds)  # type: ignore[arg-type]
+        else:
+            array = np.asarray(images)
+            if self.padding is not None:
+                array = padded_crop(array, seeds, *self.padding)
+        if self.flip:
+            array = mirror(array, seeds)
+        batch = torch.from_numpy(np.ascontiguousarray(array))
+        if self.policy is None:
+            return batch
+        return torch.stack(
+            [self._under(seed, self.policy, image) for seed, image in zip(draw(seeds, 4), batch, strict=True)]
+        )
+
+    def _crop_pictures(self, pictures: Sequence[Image.Image], seeds: np.ndarray) -> np.ndarray:
+        crops = [self._under(seed, self.resized_crop, p) for seed, p in zip(draw(seeds, 3), pictures, strict=True)]
+        return np.stack([self.spec.to_tensor(crop).numpy() for crop in crops])
+
+    @staticmethod
+    def _under(seed: np.uint64, transform: Callable[[Any], Any], image: Any) -> Any:
+        with cpu_seed(int(seed)):
+            return transform(image)
+
+
+def check_preset(name: str) -> None:
+    """Raise a ValueError that lists the presets if ``name`` is none of them."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown augment={name!r}; known are {sorted(PRESETS)}")
+
+
+def round_half_up(value: float) -> int:
+    """Round to the nearest integer, halves up, and to at least 1."""
+    return max(int(value + 0.5), 1)
+
+
+def padded_crop(images: np.ndarray, seeds: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Shift every image by up to ``rows`` and ``columns`` pixels either way, zeros moving in.
+
+    Args:
+        images: uint8 array (B, C, H, W).
+        seeds: uint64 array (B,).
+        rows: Largest shift up and down in pixels.
+        columns: Largest shift left and right in pixels.
+
+    Returns:
+        uint8 array (B, C, H, W).
+    """
+    height, width = images.shape[2:]
+    padded = np.pad(images, ((0, 0), (0, 0), (rows, rows), (columns, columns)))
+    tops = (draw(seeds, 0) % np.uint64(2 * rows + 1)).tolist()
+    lefts = (draw(seeds, 1) % np.uint64(2 * columns + 1)).tolist()
+    out = np.empty_like(images)
+    for i, (top, left) in enumerate(zip(tops, lefts, strict=True)):
+        out[i] = padded[i, :, top : top + height, left : left + width]
+    return out
+
+
+def mirror(images: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """Mirror half of the images left to right; (B, C, H, W) in and out, in place."""
+    chosen = (draw(seeds, 2) >> np.uint64(63)).astype(bool)
+    images[chosen] = images[chosen][..., ::-1]
+    return images
+
+
+@contextmanager
+def cpu_seed(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator inside the block and restore it afterwards; accelerators are left alone."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)

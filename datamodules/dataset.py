@@ -1,0 +1,132 @@
+"""A split as the loader sees it: pictures preprocessed or augmented into uint8 batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from deployment import ImageInput
+
+from .augment import Augmentation
+from .cache import AUTO_CACHE_BYTES, PixelCache, in_threads
+from .sampling import Key, sample_seeds
+from .sources import ImageSource
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageDataset(Dataset[Batch]):
+    """Yields uint8 images with their labels, by index or, augmented, by (epoch, index).
+
+    What is cached is what is the same in every epoch: the preprocessed image where the augmentation starts from it,
+    otherwise (random resized crops) the decoded original picture.
+
+    Args:
+        source: The pictures.
+        spec: How a picture becomes the network's input.
+        augmentation: Augmentation of the images, or ``None`` for evaluation.
+        seed: With (epoch, index) it fixes the augmentation.
+        cache: ``True``, ``False``, or ``"auto"``: if the decoded pictures take at most ``AUTO_CACHE_BYTES``.
+
+    Raises:
+        CorruptImageError: A picture cannot be decoded; without a cache it is raised when the picture is first read.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        spec: ImageInput,
+        *,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        cache: bool | str = "auto",
+    ) -> None:
+        self.source = source
+        self.spec = spec
+        self.augmentation = augmentation
+        self.seed = seed
+        self._takes_pictures = augmentation is not None and augmentation.takes_pictures
+        self.cache: PixelCache | None = None
+        if cache is True or (cache == "auto" and self._decoded_bytes() <= AUTO_CACHE_BYTES):
+            self.cache = self._decode_all()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | Key) -> Batch:
+        """Return one uint8 image (C, H, W) and its label, a scalar int64 tensor."""
+        images, labels = self.__getitems__([key])
+        return images[0], labels[0]
+
+    def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
+        """Return a whole batch: uint8 images (B, C, H, W) and int64 labels (B,). A bare index stands for epoch 0."""
+        pairs = [(0, key) if isinstance(key, int) else key for key in keys]
+        indices = np.array([index for _, index in pairs], dtype=np.int64)
+        labels = torch.from_numpy(self.source.labels[indices])
+        if self.augmentation is None:
+            return torch.from_numpy(self._inputs(indices)), labels
+        seeds = sample_seeds(self.seed, pairs)
+        images = self._pictures(indices) if self.augmentation.takes_pictures else self._inputs(indices)
+        return self.augmentation(images, seeds), labels
+
+    def without_augmentation(self) -> ImageDataset:
+        """Return the same images as evaluation sees them, sharing what is cached."""
+        plain = copy.copy(self)
+        plain.augmentation = None
+        return plain
+
+    def _inputs(self, indices: np.ndarray) -> np.ndarray:
+        if self.cache is not None and not self._takes_pictures:
+            return self.cache.batch(indices)
+        if self.cache is not None:
+            return np.stack([self.spec(picture).numpy() for picture in self._pictures(indices)])
+        return np.stack([self._load_input(int(index)) for index in indices])
+
+    def _pictures(self, indices: np.ndarray) -> list[Image.Image]:
+        arrays = [self.cache[int(i)] if self.cache is not None else self._load_picture(int(i)) for i in indices]
+        return [Image.fromarray(array) for array in arrays]
+
+    def _load_input(self, index: int) -> np.ndarray:
+        return self.spec(self.source.picture(index)).numpy()
+
+    def _load_picture(self, index: int) -> np.ndarray:
+        return np.asarray(self.source.picture(index).convert(self.spec.color_mode))
+
+    def _picture_shape(self, index: int) -> tuple[int, ...]:
+        rows, columns, _ = self.source.shape(index)
+        return (rows, columns) if self.spec.channels == 1 else (rows, columns, self.spec.channels)
+
+    def _decoded_bytes(self) -> float:
+        if not self._takes_pictures:
+            return len(self) * float(np.prod(self.spec.shape))
+        sampled = [np.prod(self._picture_shape(int(index))) for index in self.source.spaced(256)]
+        return len(self) * float(np.mean(sampled))
+
+    def _decode_all(self) -> PixelCache:
+        shapes = [self._picture_shape(i) if self._takes_pictures else self.spec.shape for i in range(len(self))]
+        cache = PixelCache(shapes)
+        cache.fill(self._load_picture if self._takes_pictures else self._load_input)
+        return cache
+
+
+def readable(source: ImageSource) -> tuple[ImageSource, list[str]]:
+    """Decode every picture once and leave out those that are corrupt.
+
+    Returns:
+        The pictures that can be decoded, and the names of the others.
+    """
+    outcome = list(in_threads(source.picture, len(source)))
+    bad = [source.name(index) for index, error in enumerate(outcome) if error is not None]
+    return (source.subset(np.flatnonzero([error is None for error in outcome])) if bad else source), bad
+
+
+def as_is(batch: Any) -> Any:
+    """Collate nothing: the dataset returns whole batches."""
+    return batch

@@ -1,0 +1,155 @@
+"""Any folder of images, sorted by split and class."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deployment import ImageInput
+
+from .base import SPLITS, ImageDataModule, say
+from .sources import FileSource, ImageSource
+from .splitting import check_fraction, check_val_from, split_off
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class ImageFolder(ImageDataModule):
+    """Images under ``root/train/<class>/…``, ``root/val/<class>/…`` and ``root/test/<class>/…``.
+
+    Classes are the sorted folder names of ``train/`` and must be the same in every split. Files and folders whose
+    name starts with a dot or that have none of ``EXTENSIONS`` are ignored; folders inside a class are searched too. A
+    log line says where a split comes from that has no folder:
+
+    - without ``val/``, a fixed stratified part of ``train/`` is split off;
+    - without ``test/``, the validation images are tested on, which flatters a model that was selected on them.
+
+    Args:
+        root: The folder.
+        val_from: ``"test"`` makes one fixed half of ``test/`` the validation split and the other half the test split,
+            and leaves ``val/`` alone: for weights that have seen all of ``train/``.
+        val_fraction: Share of every class of ``train/`` that is split off where there is no ``val/``.
+        augment: A preset as in :class:`ImageDataModule`.
+        **options: As in :class:`ImageDataModule`.
+
+    Raises:
+        ValueError: From the first use of the data on, and before any training: the folder, ``train/`` or the images
+            are missing, there are fewer than two classes, a class is empty, or the splits differ in their classes.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        val_from: str = "train",
+        val_fraction: float = 0.1,
+        augment: str = "imagenet",
+        **options: Any,
+    ) -> None:
+        root = str(root)
+        check_val_from(val_from)
+        check_fraction(val_fraction)
+        super().__init__(augment=augment, **options)
+        self.root = root
+        self.val_from = val_from
+        self.val_fraction = val_fraction
+
+    @functools.cached_property
+    def _tree(self) -> tuple[list[str], dict[str, FileSource]]:
+        return scan(self.root)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The sorted names of the class folders of ``train/``."""
+        return list(self._tree[0])
+
+    @functools.cached_property
+    def native_input(self) -> ImageInput:
+        """The images' own size if they share one, else 224 pixels cut from 256; grey if all of them are.
+
+        At most 256 training images at even distances are looked at. Mean and standard deviation are ImageNet's, or 0.5
+        for grey.
+        """
+        source = self.split("train")
+        shapes = [source.shape(int(index)) for index in source.spaced(256)]
+        size: dict[str, Any] = {"height": 224, "width": 224, "resize": 256}
+        if len({shape[:2] for shape in shapes}) == 1:
+            size = {"height": shapes[0][0], "width": shapes[0][1]}
+        if all(channels == 1 for *_, channels in shapes):
+            return ImageInput(**size, color_mode="L", mean=(0.5,), std=(0.5,))
+        return ImageInput(**size)
+
+    def load_splits(self) -> dict[str, ImageSource]:
+        """Find the images, and split off the validation images where needed."""
+        splits: dict[str, ImageSource] = dict(self._tree[1])
+        if self.val_from == "test":
+            if "test" not in splits:
+                raise ValueError(f"val_from='test' takes one half of {Path(self.root, 'test')}, which does not exist")
+            splits["test"], splits["val"] = split_off(splits["test"], 0.5, self.class_names)
+            say(f"{self.root}: one fixed half of test/ validates ({len(splits['val'])} images), the other half tests")
+        elif "val" not in splits:
+            splits["train"], splits["val"] = split_off(splits["train"], self.val_fraction, self.class_names)
+            say(f"{self.root} has no val/: {len(splits['val'])} images of train/ are split off for validation")
+        if "test" not in splits:
+            splits["test"] = splits["val"]
+            say(f"{self.root} has no test/: it tests on the validation images, which flatters a model selected on them")
+        return splits
+
+
+def scan(root: str | Path) -> tuple[list[str], dict[str, FileSource]]:
+    """Find the classes, and the images of every split folder, under ``root``.
+
+    Raises:
+        ValueError: As :class:`ImageFolder` says.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"root={str(root)!r} is no folder; give one that holds train/<class>/<images>")
+    if not (root / "train").is_dir():
+        there = sorted(entry.name for entry in root.iterdir())[:10]
+        raise ValueError(f"{root} has no train/ folder (it holds {there}); images belong into train/<class>/")
+    names = class_folders(root / "train")
+    found = {}
+    for split in SPLITS:
+        folder = root / split
+        if not folder.is_dir():
+            continue
+        if missing := sorted(set(names) ^ set(class_folders(folder))):
+            raise ValueError(
+                f"{folder} and {root / 'train'} must have the same classes; only one of them has {missing}"
+            )
+        found[split] = _images(folder, names)
+    return names, found
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the sorted names of the class folders in a split's folder.
+
+    Raises:
+        ValueError: There are fewer than two.
+    """
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise ValueError(f"{folder} is empty of class folders; images belong into {folder}/<class>/")
+    if len(names) == 1:
+        raise ValueError(f"{folder} has one class alone, {names[0]!r}; a classifier needs at least two")
+    return names
+
+
+def _images(folder: Path, names: Sequence[str]) -> FileSource:
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        before = len(paths)
+        for directory, subfolders, files in os.walk(folder / name, followlinks=True):
+            subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
+            relative = Path(directory).relative_to(folder)
+            images = sorted(f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith("."))
+            paths.extend(str(relative / image) for image in images)
+        if len(paths) == before:
+            raise ValueError(f"the class folder {folder / name} has no images (known are {', '.join(EXTENSIONS)})")
+        labels.extend([label] * (len(paths) - before))
+    return FileSource(folder, paths, labels)

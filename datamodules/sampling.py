@@ -1,0 +1,164 @@
+"""Order and randomness that depend on (seed, epoch, index) alone, and a loader that resumes inside an epoch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+Key = tuple[int, int]
+"""What a training sampler yields: (epoch, index)."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Scramble 64-bit integers one to one (the finaliser of SplitMix64, Steele et al. 2014).
+
+    Args:
+        values: uint64 array of any shape.
+
+    Returns:
+        uint64 array of the same shape; distinct values stay distinct.
+    """
+    values = values.astype(np.uint64) + _GOLDEN
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@functools.lru_cache(maxsize=64)
+def stream_seed(*parts: int | str) -> int:
+    """Hash a few names and numbers to one 63-bit seed, so that (1, 0) and (0, 1) share nothing."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def sample_seeds(seed: int, keys: list[Key]) -> np.ndarray:
+    """Return one uint64 seed per (epoch, index): equal for equal (seed, epoch, index), else unrelated."""
+    streams = np.array([stream_seed(seed, "augment", epoch) for epoch, _ in keys], dtype=np.uint64)
+    indices = np.array([index for _, index in keys], dtype=np.uint64)
+    return mix(streams ^ mix(indices))
+
+
+def draw(seeds: np.ndarray, stream: int) -> np.ndarray:
+    """Return the uint64 random number that a ``stream`` of every sample starts with."""
+    return mix(seeds ^ mix(np.array([stream], dtype=np.uint64)))
+
+
+class EpochSampler(DistributedSampler):
+    """Yields this rank's keys (epoch, index) of an epoch in an order that depends on (seed, epoch) alone.
+
+    It is a ``DistributedSampler``, so Lightning calls ``set_epoch`` and leaves it in place, with or without
+    ``use_distributed_sampler``. Across ranks the epoch is dealt out like cards. Where the ranks do not come out even,
+    ``drop_last`` leaves out the remainder; otherwise the first images of the order are dealt a second time.
+
+    Attributes:
+        start: How many of this rank's keys the next iteration leaves out, having been consumed before a restart.
+    """
+
+    def __init__(self, dataset: Dataset, *, seed: int, drop_last: bool, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed, drop_last=drop_last)
+        self.start = 0
+
+    def __iter__(self) -> Iterator[Key]:
+        length = len(self.dataset)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", self.epoch))
+        order = torch.randperm(length, generator=generator).tolist()
+        while len(order) < self.total_size:
+            order += order[: self.total_size - len(order)]
+        mine = order[self.rank : self.total_size : self.num_replicas]
+        return iter([(self.epoch, index) for index in mine[self.start :]])
+
+
+class ShardSampler(DistributedSampler):
+    """Yields this rank's share of the indices in order, none twice: shares may differ by one image.
+
+    A ``DistributedSampler`` would repeat images to even the ranks out, which skews the metrics.
+    """
+
+    def __init__(self, dataset: Dataset, *, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+def even_batch_size(length: int, ranks: int, batch_size: int) -> int:
+    """Return the least batch size from ``batch_size`` on that cuts all ranks' shares into equally many batches.
+
+    Ranks that ran different numbers of batches would wait for each other for ever.
+    """
+    shortest, uneven = divmod(length, ranks)
+    while uneven and shortest and shortest % batch_size == 0:
+        batch_size += 1
+    return batch_size
+
+
+class EpochLoader(DataLoader):
+    """A loader over an :class:`EpochSampler` that continues a restarted epoch where training had stopped.
+
+    Lightning's trainer calls :meth:`load_state_dict` on a restart. The position itself is Lightning's own count of the
+    batches that training consumed, read through ``progress`` when the first batch is asked for: only then are its
+    counters restored and put right for where the checkpoint was saved. What workers had prefetched was never counted.
+
+    Args:
+        progress: Returns the epoch that training is in and how many of its batches it has consumed.
+        **options: Arguments of ``DataLoader``; ``sampler`` must be an :class:`EpochSampler`.
+    """
+
+    def __init__(self, *args: Any, progress: Callable[[], tuple[int, int]], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.progress = progress
+        self._saved: dict[str, Any] | None = None
+        self._restored = False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator, so that nothing is prefetched before Lightning has set the epoch.
+        sampler, batch_size = self.sampler, self.batch_size
+        assert isinstance(sampler, EpochSampler)
+        assert batch_size is not None
+        batches = 0
+        if self._restored:
+            # Restarted by `max_steps` from an epoch's end, Lightning 2.6 calls `set_epoch` with one epoch too many.
+            epoch, consumed = self.progress()
+            sampler.set_epoch(epoch)
+            if self._saved is not None:
+                batches = consumed
+                self._check_order(batches)
+        sampler.start = batches * batch_size
+        yield from super().__iter__()
+
+    def _check_order(self, batches: int) -> None:
+        saved, self._saved = self._saved, None
+        if batches and saved != self.state_dict():
+            raise ValueError(
+                "a run can only resume inside an epoch with the data order it was saved with: the checkpoint has "
+                f"{saved}, this run has {self.state_dict()}; restore those settings or start from a checkpoint saved "
+                "at an epoch's end"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what fixes the order and the batches of an epoch; the position is in the trainer's own state."""
+        sampler = self.sampler
+        assert isinstance(sampler, EpochSampler)
+        return {
+            "images": len(sampler.dataset),  # type: ignore[arg-type]
+            "batch_size": self.batch_size,
+            "drop_last": self.drop_last,
+            "seed": sampler.seed,
+            "ranks": sampler.num_replicas,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make the next iteration continue the epoch that ``state`` was saved in."""
+        self._saved = dict(state)
+        self._restored = True

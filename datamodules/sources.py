@@ -1,0 +1,186 @@
+"""Where pictures come from: arrays in memory or files, with their labels and the sizes of the originals."""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+DEEP_MODES = ("I", "F")
+"""Pillow modes of more than 8 bits a channel, which a conversion to 8 bits would clip to white."""
+
+
+class CorruptImageError(ValueError):
+    """A picture cannot be decoded; the message names its file."""
+
+
+class ImageSource(ABC):
+    """The pictures and labels of one split.
+
+    Args:
+        labels: Class index of every picture.
+    """
+
+    def __init__(self, labels: Sequence[int] | np.ndarray) -> None:
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return what a person would call picture ``index``: its path or its number."""
+
+    @abstractmethod
+    def keys(self) -> list[str]:
+        """Return a name of every picture that does not hang on where the data lies."""
+
+    @abstractmethod
+    def picture(self, index: int) -> Image.Image:
+        """Decode picture ``index``.
+
+        Raises:
+            CorruptImageError: It cannot be decoded.
+        """
+
+    @abstractmethod
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """Return (rows, columns, channels) of the original, of which grey has 1 and any colour 3 channels.
+
+        Raises:
+            CorruptImageError: Its header cannot be read.
+        """
+
+    @abstractmethod
+    def file_bytes(self, index: int) -> int:
+        """Return the size of the picture's file in bytes."""
+
+    @abstractmethod
+    def subset(self, indices: np.ndarray) -> ImageSource:
+        """Return the pictures at ``indices`` alone, in that order."""
+
+    def spaced(self, count: int) -> np.ndarray:
+        """Return at most ``count`` indices at even distances, so that few classes are left out."""
+        return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64))
+
+
+class ArraySource(ImageSource):
+    """Pictures held in one array.
+
+    Args:
+        pixels: uint8 array (N, H, W) of grey or (N, H, W, 3) of RGB pictures.
+        labels: Class index of every picture.
+        title: What the split is called in messages.
+    """
+
+    def __init__(self, pixels: np.ndarray, labels: Sequence[int] | np.ndarray, title: str) -> None:
+        super().__init__(labels)
+        self.pixels = pixels
+        self.title = title
+
+    def name(self, index: int) -> str:
+        """Return the split's title and the picture's number."""
+        return f"{self.title} image {index}"
+
+    def keys(self) -> list[str]:
+        """Return the pictures' numbers."""
+        return [str(index) for index in range(len(self))]
+
+    def picture(self, index: int) -> Image.Image:
+        """Wrap the array's pixels."""
+        return Image.fromarray(self.pixels[index])
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """Return the array's own shape."""
+        rows, columns = self.pixels.shape[1:3]
+        return rows, columns, 1 if self.pixels.ndim == 3 else 3
+
+    def file_bytes(self, index: int) -> int:
+        """Return the bytes of the picture as a PNG file: an array has no file of its own."""
+        buffer = io.BytesIO()
+        self.picture(index).save(buffer, format="PNG")
+        return buffer.tell()
+
+    def subset(self, indices: np.ndarray) -> ArraySource:
+        """Return the pictures at ``indices`` alone, in that order."""
+        return ArraySource(self.pixels[indices], self.labels[indices], self.title)
+
+
+class FileSource(ImageSource):
+    """Pictures in files.
+
+    Args:
+        root: Folder that the paths start from.
+        paths: One file per picture, relative to ``root``.
+        labels: Class index of every picture.
+    """
+
+    def __init__(self, root: str | Path, paths: Sequence[str] | np.ndarray, labels: Sequence[int] | np.ndarray) -> None:
+        super().__init__(labels)
+        self.root = str(root)
+        # One array of characters instead of a million Python strings: workers forked from this process share it.
+        self.paths = np.array(paths, dtype=np.str_)
+
+    def name(self, index: int) -> str:
+        """Return the file's path."""
+        return str(Path(self.root, str(self.paths[index])))
+
+    def keys(self) -> list[str]:
+        """Return the files' paths below the root, with forward slashes."""
+        return [Path(path).as_posix() for path in self.paths.tolist()]
+
+    def picture(self, index: int) -> Image.Image:
+        """Decode the file; a palette's transparency becomes an alpha channel.
+
+        Raises:
+            CorruptImageError: It cannot be decoded, or has more than 8 bits a channel.
+        """
+        path = self.name(index)
+        try:
+            with Image.open(path) as file:
+                file.load()
+                image: Image.Image = file
+                if image.mode == "P" and "transparency" in image.info:
+                    image = image.convert("RGBA")  # Pillow warns of any other way to drop it
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # decoders of broken files raise OSError, SyntaxError, struct.error and others
+            raise CorruptImageError(f"cannot decode the image {path}: {error}") from error
+        self._check_depth(image, path)
+        return image
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """Read the file's header.
+
+        Raises:
+            CorruptImageError: It cannot be read, or the picture has more than 8 bits a channel.
+        """
+        path = self.name(index)
+        try:
+            with Image.open(path) as image:
+                columns, rows = image.size
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:
+            raise CorruptImageError(f"cannot decode the image {path}: {error}") from error
+        self._check_depth(image, path)
+        return rows, columns, 1 if image.mode in ("1", "L", "LA", "La") else 3
+
+    def _check_depth(self, image: Image.Image, path: str) -> None:
+        if image.mode.startswith(DEEP_MODES):
+            raise CorruptImageError(
+                f"the image {path} has more than 8 bits a channel (Pillow mode {image.mode!r}), which would be "
+                "clipped; convert it to 8 bits with the contrast you mean"
+            )
+
+    def file_bytes(self, index: int) -> int:
+        """Return the file's size on disk."""
+        return Path(self.name(index)).stat().st_size
+
+    def subset(self, indices: np.ndarray) -> FileSource:
+        """Return the pictures at ``indices`` alone, in that order."""
+        return FileSource(self.root, self.paths[indices], self.labels[indices])

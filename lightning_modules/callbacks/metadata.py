@@ -1,0 +1,84 @@
+"""What a checkpoint must carry so that a network can be rebuilt from it alone."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning import Callback
+
+from deployment import ImageInput
+
+KEY = "cleave"
+SCHEMA = 1
+
+
+class CheckpointMetadata(Callback):
+    """Writes the resolved config, the class names and the image input into every checkpoint.
+
+    Before training it saves all of it, and the module's hyper-parameters, to memory and reads them back as the scripts
+    will (``weights_only=True``): a path, a partial or a config node would be saved without a word and fail only
+    when the checkpoint is read.
+
+    Args:
+        config: The resolved config as plain containers.
+        class_names: Names of the classes in the order of the logits.
+        image_input: How an image becomes the network's input.
+    """
+
+    def __init__(self, config: Mapping[str, Any], class_names: Sequence[str], image_input: ImageInput) -> None:
+        self.metadata = {
+            "schema": SCHEMA,
+            "config": dict(config),
+            "class_names": list(class_names),
+            "image_input": image_input.to_dict(),
+        }
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check that what will be saved can be loaded.
+
+        Raises:
+            ValueError: A value would not load back; the message names its key.
+        """
+        check_loadable({"config": self.metadata["config"], "hyper_parameters": dict(pl_module.hparams)})
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the metadata."""
+        checkpoint[KEY] = self.metadata
+
+
+def check_loadable(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Round-trip values through ``torch.save`` and ``torch.load(weights_only=True)``.
+
+    Raises:
+        ValueError: A value does not load back; the message names the innermost key, the type and what to use instead.
+    """
+    if _loads_back(dict(values)):
+        return
+    for key, value in values.items():
+        if isinstance(value, dict):
+            check_loadable(value, f"{prefix}{key}.")
+        if type(value) is dict and not value:
+            continue
+        if not _loads_back(value):
+            raise ValueError(
+                f"{prefix}{key} is a {type(value).__name__}, which a checkpoint saves but does not load back; "
+                "use plain numbers, strings, lists and dicts"
+            )
+
+
+def _loads_back(value: Any) -> bool:
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError, RuntimeError):
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Command-line assembly on Hydra: train, evaluate, export, infer, cut_points."""

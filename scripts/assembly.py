@@ -1,0 +1,238 @@
+"""From a config, or from a checkpoint alone, to data, networks and tasks."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from architectures import Backbone
+from datamodules import ImageDataModule
+from deployment import ImageInput
+from lightning_modules import Task, Teacher
+from lightning_modules.callbacks.metadata import KEY, SCHEMA
+from scripts.terminal import CONF
+
+
+def compose_config(name: str, overrides: Sequence[str], output_dir: Path) -> DictConfig:
+    """Compose a script's config outside of Hydra's own launcher, as the demonstration and the tests do."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    paths = [f"paths.output_dir={output_dir}", f"paths.root_dir={Path.cwd()}"]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose(name, [*overrides, *paths])
+
+
+class Restored(NamedTuple):
+    """A network rebuilt from a checkpoint, with what the checkpoint says of it."""
+
+    config: DictConfig
+    network: nn.Module
+    image_input: ImageInput
+    class_names: list[str]
+    sha256: str
+
+
+class Assembly(NamedTuple):
+    """What a training run is made of."""
+
+    data: ImageDataModule
+    network: nn.Module
+    task: Task
+
+
+def assemble(cfg: DictConfig) -> Assembly:
+    """Build data → backbone → teacher → network → task from a composed config.
+
+    Raises:
+        ValueError: The parts do not fit each other; the message says which and how to mend it.
+    """
+    data = instantiate(cfg.data)
+    if "teacher" not in cfg:
+        backbone = instantiate(cfg.backbone, num_classes=data.num_classes)
+        data.configure_input(backbone.input)
+        network = build_network(cfg, backbone.network, data.input)
+        return Assembly(data, network, build_task(cfg, network, data.class_names))
+    backbone, teacher, image_input = _student_and_teacher(cfg, data)
+    data.configure_input(image_input)
+    if data.input != image_input:
+        raise ValueError(
+            f"the teacher was trained on the input {image_input}, but the data overrides make it {data.input}; "
+            "leave data.image_size, mean, std and interpolation as the teacher had them"
+        )
+    network = build_network(cfg, backbone, image_input)
+    return Assembly(data, network, build_task(cfg, network, data.class_names, teacher=teacher))
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Resolve a config into plain containers."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+
+
+def instantiate_each(group: DictConfig | None) -> list[Any]:
+    """Instantiate the entries of a group such as ``callbacks``; an entry set to null is left out."""
+    return [instantiate(entry) for entry in (group or {}).values() if entry is not None]
+
+
+def build_network(cfg: DictConfig, backbone: nn.Module, image_input: ImageInput) -> nn.Module:
+    """Inject what ``cfg.network`` describes into the backbone; the backbone itself where it describes nothing."""
+    if cfg.network is None:
+        return backbone
+    # A partial takes the modules as they are; instantiate would hand over copies of them.
+    build = instantiate(cfg.network, _partial_=True, _convert_="all")
+    return build(backbone=backbone, sample=_sample(image_input))
+
+
+def build_task(cfg: DictConfig, network: nn.Module, class_names: list[str], **kwargs: Any) -> Task:
+    """Build the task of ``cfg.method`` around a network."""
+    build = instantiate(cfg.method, _partial_=True, _convert_="all")
+    return build(network=network, class_names=class_names, **kwargs)
+
+
+def restore(path: str | Path, bits: int | None = None) -> Restored:
+    """Rebuild a network from a checkpoint of ``train.py``, with neither teacher nor pretrained files.
+
+    Args:
+        path: The checkpoint.
+        bits: Another code width than the one trained with.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, is no checkpoint of Cleave, or does not fit its own config.
+    """
+    checkpoint = read_checkpoint(path)
+    metadata = checkpoint[KEY]
+    config = OmegaConf.create(metadata["config"])
+    image_input = ImageInput.from_dict(metadata["image_input"])
+    if bits is not None:
+        if "codec" not in config:
+            raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
+        config.codec.bits = bits
+    config.backbone.pretrained, config.backbone.weights = False, None
+    backbone = instantiate(config.backbone, num_classes=len(metadata["class_names"])).network
+    network = build_network(config, backbone, image_input)
+    prefix = "network."
+    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    load_strictly(network, state, f"the checkpoint {path}")
+    return Restored(config, network.eval(), image_input, metadata["class_names"], file_sha256(path))
+
+
+def restore_data(restored: Restored, overrides: DictConfig) -> ImageDataModule:
+    """Build the data module a checkpoint was trained with; overrides that are not null replace its settings.
+
+    Raises:
+        ValueError: The data lacks an overridden setting, or has other classes than the checkpoint.
+    """
+    config = copy.deepcopy(restored.config.data)
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        if key not in config:
+            raise ValueError(
+                f"data.{key!s}={value} has no meaning for {config._target_}, which the checkpoint was made with"
+            )
+        config[key] = value
+    data = instantiate(config)
+    data.configure_input(restored.image_input)
+    if data.class_names != restored.class_names:
+        raise ValueError(f"the data has the classes {data.class_names}, the checkpoint {restored.class_names}")
+    return data
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ``train.py`` with ``weights_only=True``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is truncated, damaged, or was not written by Cleave.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}; train.py prints the path of what it saved")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        whole = zipfile.is_zipfile(path)
+        raise ValueError(
+            f"the checkpoint {path} cannot be read: "
+            + (f"it holds what weights_only=True refuses ({error})" if whole else "it is truncated or no checkpoint")
+            + "; use another save, such as last.ckpt beside it"
+        ) from error
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint or checkpoint[KEY].get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} was not written by this version of Cleave's train.py: its network cannot be rebuilt from it; "
+            "weights from elsewhere go in by backbone.weights=FILE"
+        )
+    return checkpoint
+
+
+def load_strictly(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises:
+        ValueError: Names or shapes differ; the message lists them.
+    """
+    own = network.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(
+            f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+            for k in own.keys() & state.keys()
+            if own[k].shape != state[k].shape
+        ),
+    }
+    if any(problems.values()):
+        told = "; ".join(
+            f"{len(names)} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+            for what, names in problems.items()
+            if names
+        )
+        raise ValueError(f"{source} is of another architecture than {type(network).__name__}: {told}")
+    network.load_state_dict(state)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _student_and_teacher(cfg: DictConfig, data: ImageDataModule) -> tuple[nn.Module, Teacher, ImageInput]:
+    """Return the student's backbone with the teacher's weights, the teacher, and the input both take."""
+    if cfg.teacher.ckpt_path is None:
+        backbone: Backbone = instantiate(cfg.backbone, num_classes=data.num_classes)
+        if not backbone.pretrained:
+            raise ValueError(
+                "without teacher.ckpt_path the pretrained backbone is the teacher, but it has random weights; "
+                "give teacher.ckpt_path=FILE, backbone.weights=FILE or backbone.pretrained=true"
+            )
+        if backbone.reinitialised:
+            raise ValueError(
+                f"without teacher.ckpt_path the pretrained backbone is the teacher, but its classifier "
+                f"({', '.join(backbone.reinitialised)}) was made for other classes and is random now; train it first "
+                "with method=classification and give teacher.ckpt_path=FILE"
+            )
+        return backbone.network, Teacher(copy.deepcopy(backbone.network)), backbone.input
+    restored = restore(cfg.teacher.ckpt_path)
+    if restored.class_names != data.class_names:
+        raise ValueError(
+            f"the teacher {cfg.teacher.ckpt_path} knows the classes {restored.class_names}, "
+            f"the data has {data.class_names}"
+        )
+    untrained = OmegaConf.merge(cfg.backbone, {"pretrained": False, "weights": None})
+    student = instantiate(untrained, num_classes=data.num_classes).network
+    load_strictly(student, restored.network.state_dict(), f"the teacher {cfg.teacher.ckpt_path}")
+    return student, Teacher(restored.network, str(cfg.teacher.ckpt_path), restored.sha256), restored.image_input
+
+
+def _sample(image_input: ImageInput) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, *image_input.shape, generator=generator)

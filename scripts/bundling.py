@@ -1,0 +1,96 @@
+"""From a trained network to a bundle on disk, at the width it was trained with or at another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from architectures import SplitNetwork, export_parts, recalibrate_batchnorm
+from datamodules import Digits, ImageDataModule
+from deployment import Bundle, export_bundle
+from scripts.assembly import Restored
+from scripts.terminal import console, table
+
+
+def write_bundle(
+    network: nn.Module,
+    data: ImageDataModule,
+    directory: Path,
+    *,
+    config: dict[str, Any],
+    metrics: Mapping[str, Any],
+    sample: int = 16,
+    overwrite: bool = False,
+) -> Path:
+    """Export a network as partitions, gated by their parity, and say what was written.
+
+    Args:
+        network: Trained network; moved to the CPU and put into eval mode.
+        data: The data it was tested on, for its input, class names and sample images.
+        directory: The folder to write.
+        config: The resolved config.
+        metrics: What was measured of the network; non-numbers are refused.
+        sample: Test images kept in the bundle with their expected outputs.
+        overwrite: Replace a bundle that is there.
+
+    Returns:
+        The folder written.
+    """
+    network = network.cpu().eval()
+    parts, codecs = export_parts(network, data.input)
+    images, _ = data.sample_images("test", sample)
+    bundle = export_bundle(
+        directory,
+        parts,
+        codecs,
+        data.input,
+        data.class_names,
+        images,
+        config=config,
+        metrics={name: float(value) for name, value in metrics.items()},
+        overwrite=overwrite,
+    )
+    bundle_table(bundle, directory)
+    return directory
+
+
+def bundle_table(bundle: Bundle, directory: Path) -> None:
+    """Print the partitions of a bundle, their parity, and where it lies."""
+    rows = [
+        (p.name, p.placement, f"{p.file.bytes:,}", f"{p.macs:,}", f"{p.params:,}") for p in bundle.manifest.partitions
+    ]
+    table("Partitions", rows, ("partition", "placement", "file bytes", "MACs", "parameters"))
+    console.print(f"Parity of the loaded files: {parity_words(bundle)}", highlight=False)
+    console.print(f"Bundle: {directory}", soft_wrap=True, highlight=False)
+
+
+def parity_words(bundle: Bundle) -> str:
+    """What the gate measured, for a person."""
+    parity = bundle.manifest.parity
+    differing = 100 * parity["codes_differing"]
+    return f"largest difference {parity['max_difference']:.1e}, {differing:.2g} % of codes one step off"
+
+
+def example_input(data: ImageDataModule) -> str:
+    """What to give ``infer.py`` as its first input."""
+    return "digits" if isinstance(data, Digits) else "IMAGE"
+
+
+def recalibrate(restored: Restored, data: ImageDataModule, cfg: DictConfig) -> None:
+    """Measure the decoder's BatchNorm statistics again where ``codec.bits`` overrides the trained width."""
+    network = restored.network
+    if cfg.codec.bits is None or not isinstance(network, SplitNetwork) or cfg.recalibrate.batches == 0:
+        return
+    data.setup("fit")
+    layers = recalibrate_batchnorm(network, network.decoder, _batches(data, cfg.recalibrate.batches))
+    console.print(f"{layers} BatchNorm layers of the decoder measured again at {cfg.codec.bits} bits", highlight=False)
+
+
+def _batches(data: ImageDataModule, count: int) -> Iterator[Tensor]:
+    for (images, _), _ in zip(data.train_dataloader(), range(count), strict=False):
+        yield data.input.normalize(torch.as_tensor(images))

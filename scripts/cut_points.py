@@ -1,0 +1,54 @@
+"""List where a backbone can be cut: every point that a single tensor crosses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from architectures import cut_points
+from scripts.terminal import CONF, console, friendly, next_command, start, table
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="cut_points")
+@friendly
+def main(cfg: DictConfig) -> None:
+    """Print the cut points of a backbone and mark those that send less than the image."""
+    backbone = instantiate(cfg.backbone, num_classes=cfg.num_classes)
+    image_input = backbone.input
+    if cfg.image_size is not None:
+        image_input = dataclasses.replace(image_input, height=cfg.image_size, width=cfg.image_size, resize=None)
+    points = cut_points(backbone.network, torch.randn(2, *image_input.shape))
+    image_bytes = math.prod(image_input.shape)
+    rows = []
+    for point in points:
+        # At one byte a value, as an 8-bit representation would be sent.
+        codes = math.prod(point.shape)
+        mark = "<" if codes < image_bytes else ""
+        shape = "×".join(map(str, point.shape))
+        rows.append(
+            (
+                point.name,
+                shape,
+                point.layout,
+                f"{point.bytes:,}",
+                f"{codes:,} {mark:1}",
+                f"{point.macs:,}",
+                f"{point.params:,}",
+            )
+        )
+    header = ("layer", "shape", "layout", "float32 bytes", "8-bit bytes", "MACs up to here", "parameters")
+    size = "×".join(map(str, image_input.shape))
+    table(f"{len(points)} cut points of {cfg.backbone.name} at {size}", rows, header)
+    console.print(
+        f"< an 8-bit representation here is smaller than the uint8 image of {image_bytes:,} bytes", highlight=False
+    )
+    next_command("python scripts/train.py method=head_distillation split.at=LAYER teacher.ckpt_path=FILE …")
+
+
+if __name__ == "__main__":
+    start(main)

@@ -1,0 +1,83 @@
+"""The whole way on real digits: a teacher, three split students, a bundle, and what it all measures."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from tempfile import mkdtemp
+
+from architectures import profile
+from datamodules import Digits
+from deployment import Pipeline, load_bundle
+from scripts.assembly import compose_config, restore
+from scripts.bundling import parity_words
+from scripts.export import export
+from scripts.terminal import USER_ERRORS, console, fail, next_command, quiet, table
+from scripts.train import train
+
+SEEDS = (0, 1, 2)
+
+
+def main() -> None:
+    """Run the demonstration and print its table."""
+    quiet()
+    logs = Path("logs/demo")
+    logs.mkdir(parents=True, exist_ok=True)
+    root = Path(mkdtemp(prefix="run-", dir=logs))
+    console.rule("1/3 teacher: cross entropy")
+    teacher = run("digits_teacher", root / "teacher")
+    teacher_file = root / "teacher/checkpoints/best.ckpt"
+    students = []
+    for seed in SEEDS:
+        console.rule(f"2/3 split model, seed {seed}: head-network distillation")
+        students.append(run("digits_hnd", root / f"split-{seed}", f"teacher.ckpt_path={teacher_file}", f"seed={seed}"))
+    console.rule("3/3 export and run")
+    student_file = root / f"split-{SEEDS[0]}/checkpoints/best.ckpt"
+    bundle = export(compose_config("export", [f"ckpt_path={student_file}", f"bundle={root}/bundle"], root / "export"))
+    report(teacher, students, student_file, bundle)
+
+
+def run(experiment: str, directory: Path, *overrides: str) -> dict[str, float]:
+    """Train one experiment and return its metrics."""
+    return train(compose_config("train", [f"experiment={experiment}", "trainer=cpu", *overrides], directory))
+
+
+def report(teacher: dict[str, float], students: list[dict[str, float]], student_file: Path, bundle: Path) -> None:
+    """Print what was measured, beside what it is compared against."""
+    loaded = load_bundle(bundle)
+    data = Digits()
+    data.configure_input(loaded.input)
+    data.setup("test")
+    images, labels = data.sample_images("test", 10**6)
+    result = Pipeline(loaded).run(images)
+    bundle_accuracy = (result.logits.argmax(1) == labels).double().mean().item()
+    network = restore(student_file).network
+    costs = profile(network, loaded.input.shape)
+    accuracies = [metrics["test/acc"] for metrics in students]
+    rows = [
+        ("teacher accuracy", percent(teacher["test/acc"])),
+        (f"split accuracy, mean of seeds {', '.join(map(str, SEEDS))}", percent(statistics.mean(accuracies))),
+        ("  spread (standard deviation)", f"{100 * statistics.stdev(accuracies):.2f} points"),
+        ("  each seed", ", ".join(map(percent, accuracies))),
+        ("bundle accuracy, through real bytes", percent(bundle_accuracy)),
+        ("payload", f"{statistics.mean(result.payload_bytes):.0f} bytes"),
+        ("  the 8×8 image, raw", f"{data.raw_image_bytes():.0f} bytes"),
+        ("  the 8×8 image, PNG", f"{data.image_file_bytes('test'):.0f} bytes"),
+        ("encoder", f"{costs['encoder']['macs']:,} MACs, {costs['encoder']['params']:,} parameters"),
+        ("  the server's part", f"{costs['decoder']['macs'] + costs['tail']['macs']:,} MACs"),
+        ("parity of the exported pair", parity_words(loaded)),
+    ]
+    table("Cleave on handwritten digits", rows)
+    next_command(f".venv/bin/python scripts/infer.py bundle={bundle} input=digits")
+
+
+def percent(share: float) -> str:
+    """Format a share of 1."""
+    return f"{100 * share:.2f} %"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except USER_ERRORS as error:
+        fail(error)

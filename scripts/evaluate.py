@@ -1,0 +1,45 @@
+"""Evaluate a checkpoint: everything is rebuilt from the file; only the images must still be there."""
+
+from __future__ import annotations
+
+import hydra
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from architectures import profile
+from scripts.assembly import build_task, instantiate_each, restore, restore_data
+from scripts.bundling import recalibrate
+from scripts.terminal import CONF, friendly, next_command, profile_rows, results_table, start, table
+
+
+def evaluate(cfg: DictConfig) -> dict[str, float]:
+    """Measure a checkpoint on its validation or test images and return the metrics."""
+    if cfg.split not in ("val", "test"):
+        raise ValueError(f"split must be val or test, got {cfg.split!r}")
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    restored = restore(cfg.ckpt_path, bits=cfg.codec.bits)
+    data = restore_data(restored, cfg.data)
+    recalibrate(restored, data, cfg)
+    task = build_task(restored.config, restored.network, restored.class_names)
+    loggers = instantiate_each(cfg.get("logger"))
+    trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(logger=loggers, enable_checkpointing=False)
+    run = trainer.test if cfg.split == "test" else trainer.validate
+    run(task, datamodule=data, verbose=False)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    results_table(f"{cfg.ckpt_path} on {cfg.split}", metrics)
+    costs = profile(restored.network, data.input.shape)
+    table("Cost per image", profile_rows(costs), ("part", "MACs", "parameters"))
+    next_command(f"python scripts/export.py ckpt_path={cfg.ckpt_path}")
+    return metrics
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
+@friendly
+def main(cfg: DictConfig) -> None:
+    """Evaluate a checkpoint."""
+    evaluate(cfg)
+
+
+if __name__ == "__main__":
+    start(main)

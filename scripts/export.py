@@ -1,0 +1,55 @@
+"""Export a checkpoint as a bundle of partitions for a device and a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from deployment import check_target
+from lightning_modules.callbacks.tracking import log_artifact, wandb_run
+from scripts.assembly import build_task, instantiate_each, plain, restore, restore_data
+from scripts.bundling import example_input, recalibrate, write_bundle
+from scripts.terminal import CONF, friendly, next_command, results_table, start
+
+
+def export(cfg: DictConfig) -> Path:
+    """Test the checkpoint once more, write the bundle, and return its folder."""
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    check_target(cfg.bundle, cfg.overwrite)
+    restored = restore(cfg.ckpt_path, bits=cfg.codec.bits)
+    data = restore_data(restored, cfg.data)
+    recalibrate(restored, data, cfg)
+    loggers = instantiate_each(cfg.get("logger"))
+    trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(logger=loggers, enable_checkpointing=False)
+    task = build_task(restored.config, restored.network, restored.class_names)
+    trainer.test(task, datamodule=data, verbose=False)
+    metrics = dict(trainer.callback_metrics)
+    results_table(f"{cfg.ckpt_path} on test", metrics)
+    bundle = write_bundle(
+        restored.network,
+        data,
+        Path(cfg.bundle),
+        config=plain(restored.config),
+        metrics=metrics,
+        sample=cfg.sample,
+        overwrite=cfg.overwrite,
+    )
+    if run := wandb_run(trainer):
+        log_artifact(run, bundle, kind="bundle", name="bundle")
+    next_command(f"python scripts/infer.py bundle={bundle} input={example_input(data)}")
+    return bundle
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="export")
+@friendly
+def main(cfg: DictConfig) -> None:
+    """Export a checkpoint."""
+    export(cfg)
+
+
+if __name__ == "__main__":
+    start(main)

@@ -1,0 +1,124 @@
+"""Train: data → network → task → callbacks → loggers → trainer → fit → test → bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import LearningRateMonitor
+
+from architectures import profile
+from lightning_modules.callbacks import CheckpointMetadata, WandbTracking
+from lightning_modules.callbacks.tracking import log_artifact, wandb_run
+from scripts.assembly import Assembly, assemble, instantiate_each, plain
+from scripts.bundling import example_input, write_bundle
+from scripts.terminal import CONF, console, friendly, next_command, profile_rows, results_table, start, table
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Run what the config describes and return the metrics measured."""
+    refuse_subprocess_sweep(cfg)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")
+    parts = assemble(cfg)
+    resolved = plain(cfg)
+    loggers = instantiate_each(cfg.get("logger"))
+    callbacks = instantiate_each(cfg.get("callbacks"))
+    if not loggers:  # Lightning refuses to watch the rate where nothing writes it down
+        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+    callbacks += [CheckpointMetadata(resolved, parts.data.class_names, parts.data.input), WandbTracking()]
+    trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers)
+    log_setup(trainer, resolved, parts)
+
+    if cfg.train:
+        trainer.fit(parts.task, datamodule=parts.data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    metrics = dict(trainer.callback_metrics)
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    if cfg.test:
+        checkpoint = best or (None if cfg.train else cfg.ckpt_path)
+        trainer.test(parts.task, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+        metrics |= trainer.callback_metrics
+    if trainer.is_global_zero:
+        finish(cfg, parts, trainer, metrics, best)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def finish(cfg: DictConfig, parts: Assembly, trainer: pl.Trainer, metrics: dict[str, Any], best: str | None) -> None:
+    """Print what was measured, where it lies and what to do next; write the bundle if asked."""
+    results_table("Results", {k: v for k, v in metrics.items() if k.startswith(("val/", "test/"))})
+    table(
+        "Cost per image", profile_rows(profile(parts.network, parts.data.input.shape)), ("part", "MACs", "parameters")
+    )
+    if best:
+        console.print(f"Checkpoint: {best}", soft_wrap=True, highlight=False)
+    if cfg.export:
+        bundle = write_bundle(
+            parts.network, parts.data, Path(cfg.paths.output_dir) / "bundle", config=plain(cfg), metrics=metrics
+        )
+        if run := wandb_run(trainer):
+            log_artifact(run, bundle, kind="bundle", name="bundle")
+        next_command(f"python scripts/infer.py bundle={bundle} input={example_input(parts.data)}")
+    elif best:
+        next_command(f"python scripts/export.py ckpt_path={best}")
+
+
+def log_setup(trainer: pl.Trainer, resolved: dict[str, Any], parts: Assembly) -> None:
+    """Give every logger the resolved config and what each part of the network costs."""
+    costs = profile(parts.network, parts.data.input.shape)
+    flat = {f"{what}/{part}": cost[what] for part, cost in costs.items() for what in ("macs", "params")}
+    trainable = sum(p.numel() for p in parts.network.parameters() if p.requires_grad)
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**resolved, **flat, "params/trainable": trainable})
+
+
+def refuse_subprocess_sweep(cfg: DictConfig) -> None:
+    """A sweep under subprocess ``ddp`` would give each rank other hyper-parameters without a word.
+
+    Raises:
+        ValueError: A Hydra multirun asks for a strategy that launches subprocesses.
+    """
+    strategy = str(cfg.trainer.get("strategy") or "auto")
+    in_process = ("spawn", "fork", "notebook")
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    many = str(cfg.trainer.get("devices")) != "1" or int(cfg.trainer.get("num_nodes") or 1) > 1
+    if sweeping and many and not any(word in strategy for word in in_process):
+        raise ValueError(
+            f"a multirun with trainer.strategy={strategy} on several devices would launch ranks with other "
+            "hyper-parameters than the sweep's; use trainer.devices=1, trainer.strategy=ddp_spawn, or start the runs one by one"
+        )
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="train")
+@friendly
+def main(cfg: DictConfig) -> float | None:
+    """Train and return the optimised metric to the sweeper."""
+    try:
+        metrics = train(cfg)
+    except BaseException:
+        close_wandb(exit_code=1)
+        raise
+    close_wandb(exit_code=0)
+    if cfg.optimized_metric and cfg.optimized_metric not in metrics:
+        known = ", ".join(sorted(metrics))
+        raise ValueError(f"optimized_metric={cfg.optimized_metric} was not measured; measured were {known}")
+    return metrics.get(cfg.optimized_metric)
+
+
+def close_wandb(exit_code: int) -> None:
+    """Finish a W&B run with its exit status; without it a crash would be recorded as a success."""
+    import sys
+
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=exit_code)
+
+
+if __name__ == "__main__":
+    start(main)

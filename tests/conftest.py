@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of digits_teacher after one short epoch: a teacher file for whatever needs one."""
+    from scripts.assembly import compose_config
+    from scripts.terminal import quiet
+    from scripts.train import train
+
+    quiet()
+    folder = tmp_path_factory.mktemp("teacher")
+    overrides = ["experiment=digits_teacher", "trainer=cpu", "trainer.max_epochs=1", "logger=none"]
+    overrides += ["+trainer.enable_progress_bar=false", "callbacks.progress=null", "test=false"]
+    train(compose_config("train", overrides, folder))
+    return folder / "checkpoints/best.ckpt"

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import CorruptImageError, ImageFolder
+
+
+def write(path: Path, mode: str = "RGB", size: tuple[int, int] = (10, 8), value: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels, mode=None).save(path)
+    return path
+
+
+def tree(root: Path, splits: tuple[str, ...] = ("train", "val", "test"), count: int = 10) -> Path:
+    for s, split in enumerate(splits):
+        for c, name in enumerate(("cat", "dog")):
+            for number in range(count):
+                write(root / split / name / f"{number}.png", value=1000 * s + 100 * c + number)
+    return root
+
+
+def sizes(module: ImageFolder) -> dict[str, int]:
+    return {name: len(module.split(name)) for name in ("train", "val", "test")}
+
+
+def names(module: ImageFolder, split: str) -> set[str]:
+    source = module.split(split)
+    return {source.name(index) for index in range(len(source))}
+
+
+def test_reads_a_whole_tree(tmp_path: Path) -> None:
+    module = ImageFolder(tree(tmp_path), augment="none")
+    module.setup()
+    assert module.class_names == ["cat", "dog"]
+    assert sizes(module) == {"train": 20, "val": 20, "test": 20}
+    assert module.split("val").labels.tolist() == [0] * 10 + [1] * 10
+    images, labels = next(iter(module.val_dataloader()))
+    for index in (0, 13):
+        with Image.open(module.split("val").name(index)) as picture:
+            assert torch.equal(images[index], module.input(picture))
+    assert labels[13] == 1
+
+
+def test_hidden_and_foreign_files_are_ignored_and_folders_searched(tmp_path: Path) -> None:
+    root = tree(tmp_path, count=2)
+    write(root / "train/cat/.hidden.png")
+    write(root / "train/.cache/a.png")
+    write(root / "train/cat/.thumbs/a.png")
+    (root / "train/cat/readme.txt").write_text("no image")
+    write(root / "train/cat/deeper/UPPER.PNG")
+    module = ImageFolder(root)
+    assert module.class_names == ["cat", "dog"]
+    assert [Path(name).name for name in sorted(names(module, "train"))] == [
+        "0.png",
+        "1.png",
+        "UPPER.PNG",
+        "0.png",
+        "1.png",
+    ]
+
+
+def test_a_missing_val_is_split_off_train_reproducibly_and_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tree(tmp_path / "a", ("train", "test"))
+    with caplog.at_level(logging.INFO, "datamodules"):
+        module = ImageFolder(root, val_fraction=0.2)
+        assert sizes(module) == {"train": 16, "val": 4, "test": 20}
+    assert caplog.messages == [f"{root} has no val/: 4 images of train/ are split off for validation"]
+    assert np.bincount(module.split("val").labels).tolist() == [2, 2]
+    assert not names(module, "train") & names(module, "val")
+    elsewhere = ImageFolder(tree(tmp_path / "b", ("train", "test")), val_fraction=0.2, seed=7)
+    assert {Path(name).relative_to(root / "train") for name in names(module, "val")} == {
+        Path(name).relative_to(tmp_path / "b/train") for name in names(elsewhere, "val")
+    }
+
+
+def test_adding_an_image_moves_few_others(tmp_path: Path) -> None:
+    root = tree(tmp_path, ("train", "test"))
+    before = names(ImageFolder(root, val_fraction=0.3), "val")
+    write(root / "train/cat/new.png")
+    assert len(before & names(ImageFolder(root, val_fraction=0.3), "val")) >= 5
+
+
+def test_one_half_of_test_validates_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tree(tmp_path)
+    with caplog.at_level(logging.INFO, "datamodules"):
+        module = ImageFolder(root, val_from="test")
+        assert sizes(module) == {"train": 20, "val": 10, "test": 10}
+    assert "one fixed half of test/ validates (10 images)" in caplog.text
+    assert not names(module, "val") & names(module, "test")
+    assert all(Path(name).is_relative_to(root / "test") for name in names(module, "val") | names(module, "test"))
+
+
+def test_without_test_the_validation_images_are_tested_on_and_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = ImageFolder(tree(tmp_path, ("train", "val")))
+    with caplog.at_level(logging.INFO, "datamodules"):
+        assert names(module, "test") == names(module, "val")
+    assert "has no test/" in caplog.text
+
+
+def test_val_from_a_missing_test_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"val_from='test' takes one half of .*test, which does not exist"):
+        ImageFolder(tree(tmp_path, ("train", "val")), val_from="test").setup()
+
+
+def test_a_class_too_small_to_split_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the class 'cat' has 1 image\(s\)"):
+        ImageFolder(tree(tmp_path, ("train",), count=1)).setup()
+
+
+@pytest.mark.parametrize("access", ["class_names", "input", "setup"])
+def test_bad_input_missing_folder(tmp_path: Path, access: str) -> None:
+    module = ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"root='.*nowhere' is no folder"):
+        module.setup() if access == "setup" else getattr(module, access)
+
+
+def test_bad_input_no_train_folder(tmp_path: Path) -> None:
+    (tmp_path / "training").mkdir()
+    with pytest.raises(ValueError, match=r"has no train/ folder \(it holds \['training'\]\)"):
+        _ = ImageFolder(tmp_path).class_names
+
+
+def test_bad_input_empty_image_folder(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    write(tmp_path / "train/loose.png")
+    with pytest.raises(ValueError, match="train is empty of class folders"):
+        _ = ImageFolder(tmp_path).class_names
+
+
+def test_bad_input_one_class_image_folder(tmp_path: Path) -> None:
+    write(tmp_path / "train/cat/0.png")
+    with pytest.raises(ValueError, match="has one class alone, 'cat'"):
+        _ = ImageFolder(tmp_path).class_names
+
+
+def test_bad_input_class_without_images(tmp_path: Path) -> None:
+    write(tmp_path / "train/cat/0.png")
+    (tmp_path / "train/dog").mkdir()
+    (tmp_path / "train/dog/0.txt").touch()
+    with pytest.raises(ValueError, match=r"train/dog has no images \(known are .bmp, .gif"):
+        _ = ImageFolder(tmp_path).class_names
+
+
+def test_bad_input_classes_that_differ_between_splits(tmp_path: Path) -> None:
+    root = tree(tmp_path, count=2)
+    write(root / "test/bird/0.png")
+    with pytest.raises(ValueError, match=r"only one of them has \['bird'\]"):
+        ImageFolder(root).setup()
+
+
+@pytest.mark.parametrize("content", [b"no image at all", "truncated"])
+def test_bad_input_corrupt_image_is_found_while_caching(tmp_path: Path, content: bytes | str) -> None:
+    root = tree(tmp_path)
+    victim = root / "train/dog/3.png"
+    victim.write_bytes(victim.read_bytes()[:-80] if isinstance(content, str) else content)
+    with pytest.raises(CorruptImageError, match=r"cannot decode the image .*train/dog/3\.png"):
+        ImageFolder(root, image_size=8).setup("fit")
+
+
+def test_bad_input_corrupt_image_is_found_at_first_read_without_a_cache(tmp_path: Path) -> None:
+    root = tree(tmp_path)
+    (root / "val/dog/3.png").write_bytes(b"no image")
+    module = ImageFolder(root, cache=False)
+    module.setup("fit")
+    with pytest.raises(CorruptImageError, match=r"val/dog/3\.png"):
+        list(module.val_dataloader())
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_corrupt_images_are_skipped_if_asked_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cache: bool
+) -> None:
+    root = tree(tmp_path)
+    for number in (0, 3):
+        (root / f"train/dog/{number}.png").write_bytes(b"no image")
+    module = ImageFolder(root, cache=cache, skip_corrupt=True, batch_size=1)
+    with caplog.at_level(logging.INFO, "datamodules"):
+        module.setup("fit")
+    assert caplog.messages == [f"train: left out 2 corrupt image(s), the first is {root / 'train/dog/0.png'}"]
+    assert sizes(module)["train"] == len(list(module.train_dataloader())) == 18
+    assert np.bincount(module.split("train").labels).tolist() == [10, 8]
+
+
+def test_a_class_of_corrupt_images_alone_is_refused_even_when_skipping(tmp_path: Path) -> None:
+    root = tree(tmp_path, count=2)
+    for number in (0, 1):
+        (root / f"train/dog/{number}.png").write_bytes(b"no image")
+    with pytest.raises(CorruptImageError, match=r"no image of \['dog'\] in train can be decoded"):
+        ImageFolder(root, skip_corrupt=True).setup("fit")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "P-transparent", "1"])
+def test_bad_input_grey_and_rgba_images_are_converted(tmp_path: Path, mode: str) -> None:
+    root = tree(tmp_path, count=2)
+    odd = root / "test/cat/0.png"
+    picture = Image.effect_noise((10, 8), 90)
+    options = {}
+    if mode.startswith("P"):
+        picture = picture.quantize(16)
+        options = {"transparency": bytes(range(16))} if mode == "P-transparent" else {}
+    else:
+        picture = picture.convert(mode)
+    picture.save(odd, **options)
+    with Image.open(odd) as stored:
+        expected = stored.convert("RGBA").convert("RGB")
+    images, _ = next(iter(ImageFolder(root, augment="none").test_dataloader()))
+    assert torch.equal(images[0].permute(1, 2, 0), torch.from_numpy(np.array(expected)))
+
+
+def test_bad_input_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
+    root = tree(tmp_path, count=2)
+    Image.fromarray(np.full((8, 10), 40_000, dtype=np.uint16)).save(root / "test/cat/0.png")
+    module = ImageFolder(root)
+    with pytest.raises(CorruptImageError, match=r"test/cat/0\.png has more than 8 bits a channel"):
+        module.setup("test")
+
+
+def test_native_input_is_the_images_own_size(tmp_path: Path) -> None:
+    spec = ImageFolder(tree(tmp_path)).native_input
+    assert (spec.height, spec.width, spec.resize, spec.color_mode) == (8, 10, None, "RGB")
+
+
+def test_native_input_of_mixed_sizes_is_a_224_pixel_crop(tmp_path: Path) -> None:
+    root = tree(tmp_path)
+    write(root / "train/cat/wide.png", size=(40, 9))
+    spec = ImageFolder(root).native_input
+    assert (spec.height, spec.width, spec.resize) == (224, 224, 256)
+
+
+def test_native_input_of_grey_images_is_grey(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        for number in range(3):
+            write(tmp_path / f"train/{name}/{number}.png", mode="L")
+    assert ImageFolder(tmp_path).native_input.color_mode == "L"
+
+
+def test_bytes_of_the_originals(tmp_path: Path) -> None:
+    root = tree(tmp_path)
+    write(root / "test/cat/0.png", mode="L", size=(30, 20))
+    module = ImageFolder(root)
+    on_disk = [path.stat().st_size for path in (root / "test").rglob("*.png")]
+    assert module.image_file_bytes("test") == pytest.approx(np.mean(on_disk))
+    assert module.raw_image_bytes("test") == pytest.approx((19 * 240 + 600) / 20)

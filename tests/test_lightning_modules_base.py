@@ -1,0 +1,152 @@
+import functools
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_modules import Classification
+
+NAMES = [f"class {i}" for i in range(7)]
+SGD = functools.partial(torch.optim.SGD, lr=0.1, weight_decay=0.01)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 36, 7))
+
+
+def batch(n=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 1, 8, 8, generator=generator), torch.randint(7, (n,), generator=generator)
+
+
+def trainer(**settings) -> pl.Trainer:
+    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False} | settings
+    return pl.Trainer(enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **settings)
+
+
+def loader(n=40) -> DataLoader:
+    return DataLoader(TensorDataset(*batch(n)), batch_size=16)
+
+
+def test_norms_and_biases_do_not_decay():
+    decayed, spared = Classification(net(), NAMES, SGD).parameter_groups()
+    assert "weight_decay" not in decayed
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert spared["weight_decay"] == 0.0
+    assert all(p.ndim <= 1 for p in spared["params"])
+    assert len(Classification(net(), NAMES, SGD, decay_norms_and_biases=True).parameter_groups()) == 1
+
+
+def test_layer_wise_rates_take_the_longest_prefix():
+    task = Classification(nn.ModuleDict({"a": net(), "b": net()}), NAMES, SGD, lr_scales={"a": 0.1, "a.3": 0.5})
+    rates = {id(p): group["lr"] for group in task.parameter_groups() for p in group["params"]}
+    measured = {name: rates[id(p)] for name, p in task.network.named_parameters()}
+    assert measured["a.0.weight"] == pytest.approx(0.01)
+    assert measured["a.3.weight"] == measured["a.3.bias"] == pytest.approx(0.05)
+    assert measured["b.3.weight"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lr_scales": {"layer": 0.1}}, "lr_scales names 'layer'"),
+        ({"lr_scales": {"0": -1}}, "must be positive"),
+        ({"scheduler_interval": "batch"}, "'epoch' or 'step'"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"class_names": ["one"]}, "two classes"),
+    ],
+)
+def test_bad_arguments_are_named(settings, named):
+    with pytest.raises(ValueError, match=named):
+        Classification(**({"network": net(), "class_names": NAMES, "optimizer": SGD} | settings))
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match="nothing to train"):
+        Classification(net().requires_grad_(False), NAMES, SGD).parameter_groups()
+
+
+def test_cross_entropy_with_label_smoothing_equals_its_definition():
+    task = Classification(net(), NAMES, SGD, label_smoothing=0.2).eval()
+    images, labels = batch()
+    smooth = F.one_hot(labels, 7) * 0.8 + 0.2 / 7
+    expected = -(smooth * task(images).log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(task.training_loss((images, labels))["ce"], expected)
+
+
+def test_metrics_equal_their_definitions():
+    task = Classification(net(), NAMES, SGD)
+    run = trainer()
+    run.test(task, loader(), verbose=False)
+    images, labels = batch()
+    with torch.no_grad():
+        logits = task.eval()(images)
+    measured = run.callback_metrics
+    assert measured["test/acc"].item() == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    top5 = (logits.topk(5).indices == labels[:, None]).any(1).double().mean()
+    assert measured["test/acc_top5"].item() == pytest.approx(top5.item())
+    assert measured["test/loss"].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    for i, name in enumerate(NAMES):
+        right = (logits.argmax(1) == labels)[labels == i].double().mean()
+        assert measured[f"test/acc_class/{name}"].item() == pytest.approx(right.item())
+    confidence, guess = logits.softmax(1).max(1)
+    bins = torch.bucketize(confidence, torch.linspace(0, 1, 16)[1:-1])
+    gaps = [
+        (bins == b).double().mean()
+        * (confidence[bins == b].mean() - (guess == labels)[bins == b].double().mean()).abs()
+        for b in bins.unique()
+    ]
+    assert measured["test/ece"].item() == pytest.approx(sum(gaps).item(), abs=1e-5)
+
+
+def test_total_steps_stands_for_the_steps_of_the_run():
+    cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max="total_steps")
+    task = Classification(net(), NAMES, SGD, cosine, scheduler_interval="step")
+    run = trainer(max_epochs=2, accumulate_grad_batches=2)
+    run.fit(task, loader(), loader())
+    assert task.lr_schedulers().T_max == 4
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_total_steps_of_an_endless_run_are_refused():
+    cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max="total_steps")
+    with pytest.raises(ValueError, match=r"trainer\.max_epochs"):
+        trainer(max_epochs=-1).fit(Classification(net(), NAMES, SGD, cosine), loader(), loader())
+
+
+def test_a_step_draws_from_seed_epoch_and_batch_alone():
+    draws = {}
+
+    class Draws(Classification):
+        def training_step(self, batch, batch_idx):
+            draws.setdefault(self.seed, {})[self.current_epoch, batch_idx] = torch.rand(3).tolist()
+            return super().training_step(batch, batch_idx)
+
+    def run(seed, disturb):
+        torch.manual_seed(disturb)
+        trainer(max_epochs=2).fit(Draws(net(), NAMES, SGD, seed=seed), loader(), loader())
+        return draws.pop(seed)
+
+    first, again, other = run(1, 5), run(1, 6), run(2, 5)
+    assert first == again
+    assert len({tuple(v) for v in first.values()}) == len(first) == 6
+    assert all(first[key] != other[key] for key in first)
+
+
+def test_gradient_clipping_and_accumulation_are_the_trainers():
+    def weights(batch_size, **settings):
+        torch.manual_seed(0)
+        task = Classification(nn.Sequential(nn.Flatten(), nn.Linear(64, 7, bias=False)), NAMES, SGD)
+        before = task.network[1].weight.detach().clone()
+        data = DataLoader(TensorDataset(*batch(32)), batch_size=batch_size)
+        trainer(**settings).fit(task, data, data)
+        return before, task.network[1].weight.detach()
+
+    before, after = weights(32)
+    assert (after - before).norm() > 0.05
+    before, clipped = weights(32, gradient_clip_val=1e-6)
+    torch.testing.assert_close(clipped, before * (1 - 0.1 * 0.01), atol=1e-6, rtol=0)  # weight decay alone
+    torch.testing.assert_close(weights(16, accumulate_grad_batches=2)[1], after)

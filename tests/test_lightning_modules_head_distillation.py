@@ -1,0 +1,180 @@
+import copy
+import functools
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from architectures import CutError, SplitNetwork, create_backbone
+from lightning_modules import HeadDistillation, Teacher
+from losses import HeadDistillationLoss
+
+NAMES = [str(i) for i in range(10)]
+ADAM = functools.partial(torch.optim.AdamW, lr=1e-2)
+
+
+def batches(n=24, shape=(1, 8, 8)):
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(n, *shape, generator=generator), torch.randint(10, (n,), generator=generator))
+    return DataLoader(data, batch_size=8)
+
+
+def build(form="replace", **settings):
+    torch.manual_seed(0)
+    backbone = create_backbone("cifar", "resnet20", num_classes=10, in_channels=1).network
+    teacher = Teacher(copy.deepcopy(backbone), "teacher.ckpt", "0" * 64)
+    split = {"form": form, "bottleneck": {"channels": 3, "width": 8}, "codec": {"bits": 4}}
+    network = SplitNetwork(backbone.eval(), "layer2", torch.randn(2, 1, 8, 8), **split)
+    return HeadDistillation(network, NAMES, ADAM, teacher=teacher, objective=HeadDistillationLoss(), **settings)
+
+
+def fit(task, callbacks=(), epochs=2, **settings):
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), callbacks=list(callbacks),
+        **settings,
+    )  # fmt: skip
+    trainer.fit(task, batches(), batches())
+    return trainer
+
+
+def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(before: dict[str, torch.Tensor], module: nn.Module) -> bool:
+    return all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("form", ["replace", "insert"])
+def test_only_the_bottleneck_learns_and_the_frozen_stays_bitwise(form):
+    task = build(form)
+    frozen = [task.teacher, task.network.tail] + ([task.network.head] if form == "insert" else [])
+    before, learning = [snapshot(m) for m in frozen], snapshot(task.network.encoder)
+    fit(task)
+    assert all(same(b, m) for b, m in zip(before, frozen, strict=True))
+    changed = [k for k, v in task.network.encoder.state_dict().items() if not torch.equal(v, learning[k])]
+    assert set(changed) == set(learning)  # every weight and every running statistic
+    trained = {id(p) for p in task.network.bottleneck_parameters()}
+    assert {id(p) for group in task.trainer.optimizers[0].param_groups for p in group["params"]} == trained
+
+
+def test_neither_tail_runs_in_training():
+    task = build()
+    calls = {"teacher": 0, "student": 0, "head": 0}
+    task.teacher[1].register_forward_hook(lambda *_: calls.__setitem__("teacher", calls["teacher"] + 1))
+    task.teacher[0].register_forward_hook(lambda *_: calls.__setitem__("head", calls["head"] + 1))
+    task.network.tail.register_forward_hook(lambda *_: calls.__setitem__("student", calls["student"] + 1))
+    fit(task, limit_val_batches=0)
+    assert calls == {"teacher": 0, "student": 0, "head": 6}
+    task.on_fit_start()
+    task.training_loss(next(iter(batches())))
+    assert calls["teacher"] == 0
+
+
+def test_modes_are_right_at_the_first_step_of_both_epochs():
+    task = build("insert")  # cut from a backbone in eval mode, which would leave BatchNorm frozen
+    seen = []
+
+    class Modes(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx == 0:
+                network = module.network
+                learning = (network.encoder, network.quantizer, network.decoder)
+                frozen = (network.head, network.tail, module.teacher)
+                seen.append(
+                    all(m.training for part in learning for m in part.modules())
+                    and not any(m.training for part in frozen for m in part.modules())
+                )
+
+    fit(task, [Modes()])
+    assert seen == [True, True]
+
+
+def test_neither_checkpoint_nor_ema_holds_the_teacher(tmp_path):
+    task = build()
+    ema = EMAWeightAveraging(decay=0.9)
+    fit(task, [ema, ModelCheckpoint(tmp_path, filename="x")], epochs=1)
+    teacher = {p.data_ptr() for p in task.teacher.parameters()}
+    averaged = ema._average_model
+    assert not teacher & {p.data_ptr() for p in averaged.parameters()}
+    assert averaged.module.teacher is task.teacher
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert checkpoint["teacher"] == {"path": "teacher.ckpt", "sha256": "0" * 64}
+    own = {f"network.{name}" for name in task.network.state_dict()}
+    assert {k for k in checkpoint["state_dict"] if k.startswith("network.")} == own
+    assert not [k for k in checkpoint["state_dict"] if "teacher" in k]
+    assert sum(v.numel() for k, v in checkpoint["state_dict"].items()) < 1.1 * sum(
+        v.numel() for v in task.network.state_dict().values()
+    )
+
+
+def test_ema_is_the_moving_average_of_the_weights(tmp_path):
+    task = build()
+    history = [task.network.encoder[0].weight.detach().clone()]
+
+    class Record(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            history.append(module.network.encoder[0].weight.detach().clone())
+
+    fit(task, [Record(), EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path, filename="x")], epochs=1)
+    expected = history[1]
+    for weight in history[2:]:
+        expected = 0.5 * expected + 0.5 * weight
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]["network.encoder.0.weight"]
+    torch.testing.assert_close(saved, expected)
+
+
+def test_the_objective_is_the_distance_of_the_features():
+    task = build().train()
+    images, labels = next(iter(batches()))
+    task.set_modes()
+    loss = task.training_loss((images, labels))["head"]
+    task.set_modes()
+    student = task.network.features(images, ["layer2"])["layer2"]
+    teacher = task.teacher(images)
+    teacher = task.teacher.features(images, ["layer2"])["layer2"]
+    expected = (student - teacher).double().square().sum() / 8
+    assert loss.item() == pytest.approx(expected.item(), rel=0.2)  # the observed range moved between the two passes
+
+
+def test_bytes_are_measured_on_the_test_images():
+    task = build()
+    trainer = fit(task, epochs=1)
+    trainer.test(task, batches(), verbose=False)
+    measured = {k: v.item() for k, v in trainer.callback_metrics.items()}
+    assert measured["test/payload_bytes"] == 3 * 4 * 4 * 4 / 8
+    assert measured["test/payload_to_input"] == pytest.approx(24 / 64)
+    assert measured["test/payload_to_feature"] == pytest.approx(24 / (4 * 32 * 4 * 4))
+    assert measured["test/payload_zstd_bytes"] > 24  # too short to compress
+
+
+def test_resuming_with_another_teacher_is_refused():
+    task = build()
+    with pytest.raises(ValueError, match=r"teacher\.ckpt_path"):
+        task.on_load_checkpoint({"teacher": {"path": "other.ckpt", "sha256": "1" * 64}})
+    task.on_load_checkpoint({"teacher": {"path": "moved/teacher.ckpt", "sha256": "0" * 64}})
+
+
+def test_without_a_teacher_it_tests_but_does_not_train():
+    task = build()
+    alone = HeadDistillation(task.network, NAMES, ADAM, objective=HeadDistillationLoss())
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.test(alone, batches(), verbose=False)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        fit(alone)
+
+
+def test_a_whole_network_is_refused():
+    with pytest.raises(TypeError, match="SplitNetwork"):
+        HeadDistillation(nn.Linear(2, 2), NAMES, ADAM, objective=HeadDistillationLoss())
+
+
+def test_a_teacher_without_the_split_is_refused():
+    task = build()
+    other = create_backbone("cifar", "vgg11_bn", num_classes=10, in_channels=1).network
+    with pytest.raises((CutError, ValueError), match="layer2"):
+        HeadDistillation(task.network, NAMES, ADAM, teacher=Teacher(other), objective=HeadDistillationLoss())

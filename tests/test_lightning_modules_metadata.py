@@ -1,0 +1,61 @@
+import functools
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from deployment import ImageInput
+from lightning_modules import Classification
+from lightning_modules.callbacks import CheckpointMetadata
+
+INPUT = ImageInput(height=2, width=2, color_mode="L", mean=(0.5,), std=(0.5,))
+
+
+def fit(folder, config, hyper_parameters=None):
+    task = Classification(
+        nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), ["a", "b"], functools.partial(torch.optim.SGD, lr=0.1)
+    )
+    if hyper_parameters:
+        task.save_hyperparameters(hyper_parameters)
+    steps = []
+    task.register_forward_hook(lambda *_: steps.append(1))
+    data = DataLoader(TensorDataset(torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])), batch_size=2)
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        num_sanity_val_steps=0, callbacks=[CheckpointMetadata(config, task.class_names, INPUT)],
+    )  # fmt: skip
+    try:
+        trainer.fit(task, data, data)
+        trainer.save_checkpoint(folder / "x.ckpt")
+    finally:
+        fit.steps = len(steps)
+    return torch.load(folder / "x.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_carries_config_classes_and_input(tmp_path):
+    config = {"backbone": {"name": "resnet20", "weights": None}, "tags": ["a"], "seed": 0, "lr": 1e-3}
+    written = fit(tmp_path, config)["cleave"]
+    assert written["config"] == config
+    assert written["class_names"] == ["a", "b"]
+    assert ImageInput.from_dict(written["image_input"]) == INPUT
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (Path("data"), "PosixPath"),
+        (functools.partial(print), "partial"),
+        (OmegaConf.create([1]), "ListConfig"),
+    ],
+)
+def test_hyper_parameters_that_would_not_load_back_are_named_before_training(tmp_path, value, kind):
+    with pytest.raises(ValueError, match=rf"config\.data\.root is a {kind}"):
+        fit(tmp_path, {"data": {"root": value, "seed": 0}})
+    assert fit.steps == 0
+    with pytest.raises(ValueError, match=rf"hyper_parameters\.root is a {kind}"):
+        fit(tmp_path, {}, {"root": value})
+    assert fit.steps == 0
