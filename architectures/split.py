@@ -129,6 +129,25 @@ class SplitNetwork(nn.Module):
         low, high = fixed if fixed else (None, None)
         return UniformCodec(self.shape, self.quantizer.bits, low=low, high=high)
 
+    def set_bits(self, bits: int) -> None:
+        """Change the width of the codes after training; 32 leaves the quantiser out.
+
+        The decoder's BatchNorm statistics are those of the old width: see
+        :func:`~architectures.recalibrate.recalibrate_batchnorm`.
+
+        Raises:
+            ValueError: ``bits`` is out of range, or the network was built without a quantiser, which has no range.
+        """
+        check_bits(bits)
+        if bits == 32:
+            self.quantizer = None
+        elif self.quantizer is None:
+            raise ValueError(
+                f"codec.bits={bits}: this network was trained with codec.bits=32 and knows no range for codes"
+            )
+        else:
+            self.quantizer.bits = bits
+
     def codes(self, images: Tensor) -> dict[str, Tensor]:
         """Return what the device sends for normalised images, as the tensors that ``codec.encode`` takes."""
         z = self.encode(images)

@@ -1,8 +1,8 @@
-"""What the framework costs: a step of head distillation through Trainer.fit against the same computation as a bare loop.
+"""What the framework costs: a step of head distillation through Trainer.fit against the same computation, bare.
 
-A CIFAR ResNet-20 at 32 pixels, batch 128, with logging and the rich progress bar on. Each step of Trainer.fit is followed
-by one step of the bare loop on a twin of everything, so that both meet the machine in the same state; the time of a fit
-step is everything between two bare steps: fetching, hooks, logging, progress bar. Prints the ratio pair by pair.
+A CIFAR ResNet-20 at 32 pixels, batch 128, with logging and the rich progress bar on. Each step of Trainer.fit is
+followed by one step of the bare loop on a twin of everything, so that both meet the machine in the same state; the time
+of a fit step is everything between two bare steps: fetching, hooks, logging, progress bar. Prints the ratio pair by pair.
 
     python benchmarks/step_overhead.py [--steps 250] [--accelerator cpu|gpu]
 """
@@ -118,7 +118,8 @@ def main() -> None:
     timing = Interleave(arguments.steps + arguments.warmup)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
-            accelerator=arguments.accelerator, devices=1, max_steps=arguments.steps + arguments.warmup + 1, max_epochs=-1,
+            accelerator=arguments.accelerator, devices=1, max_epochs=-1,
+            max_steps=arguments.steps + arguments.warmup + 1,
             logger=CSVLogger(folder), log_every_n_steps=10, limit_val_batches=0, num_sanity_val_steps=0,
             enable_checkpointing=False, enable_model_summary=False, use_distributed_sampler=False,
             callbacks=[ProgressBar(), LearningRateMonitor("step"), timing],
@@ -128,9 +129,8 @@ def main() -> None:
     ratios = sorted(fit / bare for fit, bare in pairs)
     quarter = len(ratios) // 4
     median = statistics.median(ratios)
-    print(
-        f"{len(pairs)} pairs of steps on {arguments.accelerator}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"{len(pairs)} pairs of steps on {arguments.accelerator}, torch {torch.__version__}, {threads} threads")
     print(f"Trainer.fit: median {1e3 * statistics.median(f for f, _ in pairs):.2f} ms a step")
     print(f"bare loop:   median {1e3 * statistics.median(b for _, b in pairs):.2f} ms a step")
     print(f"ratio: median {median:.4f}, quartiles {ratios[quarter]:.4f} to {ratios[-quarter - 1]:.4f}")

@@ -157,14 +157,13 @@ class ImageDataModule(pl.LightningDataModule):
         Raises:
             ValueError: An override does not fit, such as one mean for a backbone of three channels.
         """
-        before, previous = self._configured, self.input
-        self._configured = spec
+        before, self._configured = self._configured, spec
         try:
-            changed = self.input != previous
+            now = self.input
         except ValueError:
             self._configured = before
             raise
-        if changed:
+        if any(dataset.spec != now for dataset in self._datasets.values()):
             self._datasets.clear()
 
     # --- the pictures -----------------------------------------------------------------------------------------------

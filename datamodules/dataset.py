@@ -17,7 +17,7 @@ from deployment import ImageInput
 from .augment import Augmentation
 from .cache import AUTO_CACHE_BYTES, PixelCache, in_threads
 from .sampling import Key, sample_seeds
-from .sources import ImageSource
+from .sources import CorruptImageError, ImageSource
 
 Batch = tuple[Tensor, Tensor]
 
@@ -94,10 +94,14 @@ class ImageDataset(Dataset[Batch]):
         return [Image.fromarray(array) for array in arrays]
 
     def _load_input(self, index: int) -> np.ndarray:
-        return self.spec(self.source.picture(index)).numpy()
+        picture = self.source.picture(index)
+        try:
+            return self.spec(picture).numpy()
+        except ValueError as error:  # such as a picture so narrow that resizing it would fill the memory
+            raise CorruptImageError(f"cannot preprocess the image {self.source.name(index)}: {error}") from error
 
     def _load_picture(self, index: int) -> np.ndarray:
-        return np.asarray(self.source.picture(index).convert(self.spec.color_mode))
+        return np.asarray(self.spec.convert(self.source.picture(index)))
 
     def _picture_shape(self, index: int) -> tuple[int, ...]:
         rows, columns, _ = self.source.shape(index)

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-DEEP_MODES = ("I", "F")
-"""Pillow modes of more than 8 bits a channel, which a conversion to 8 bits would clip to white."""
+GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")
+RANGELESS_MODES = ("I", "F")
+"""Pillow modes of 32-bit grey, which no input can be made of: the range of their values is not known."""
 
 
 class CorruptImageError(ValueError):
@@ -134,30 +135,27 @@ class FileSource(ImageSource):
         return [Path(path).as_posix() for path in self.paths.tolist()]
 
     def picture(self, index: int) -> Image.Image:
-        """Decode the file; a palette's transparency becomes an alpha channel.
+        """Decode the file.
 
         Raises:
-            CorruptImageError: It cannot be decoded, or has more than 8 bits a channel.
+            CorruptImageError: It cannot be decoded, or is 32-bit grey.
         """
         path = self.name(index)
         try:
-            with Image.open(path) as file:
-                file.load()
-                image: Image.Image = file
-                if image.mode == "P" and "transparency" in image.info:
-                    image = image.convert("RGBA")  # Pillow warns of any other way to drop it
+            with Image.open(path) as image:
+                image.load()
         except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:  # decoders of broken files raise OSError, SyntaxError, struct.error and others
             raise CorruptImageError(f"cannot decode the image {path}: {error}") from error
-        self._check_depth(image, path)
+        self._check_mode(image, path)
         return image
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """Read the file's header.
 
         Raises:
-            CorruptImageError: It cannot be read, or the picture has more than 8 bits a channel.
+            CorruptImageError: It cannot be read, or the picture is 32-bit grey.
         """
         path = self.name(index)
         try:
@@ -167,14 +165,13 @@ class FileSource(ImageSource):
             raise
         except Exception as error:
             raise CorruptImageError(f"cannot decode the image {path}: {error}") from error
-        self._check_depth(image, path)
-        return rows, columns, 1 if image.mode in ("1", "L", "LA", "La") else 3
+        self._check_mode(image, path)
+        return rows, columns, 1 if image.mode in GREY_MODES else 3
 
-    def _check_depth(self, image: Image.Image, path: str) -> None:
-        if image.mode.startswith(DEEP_MODES):
+    def _check_mode(self, image: Image.Image, path: str) -> None:
+        if image.mode in RANGELESS_MODES:
             raise CorruptImageError(
-                f"the image {path} has more than 8 bits a channel (Pillow mode {image.mode!r}), which would be "
-                "clipped; convert it to 8 bits with the contrast you mean"
+                f"the image {path} is 32-bit grey (Pillow mode {image.mode!r}) with no known range; store 8 or 16 bits"
             )
 
     def file_bytes(self, index: int) -> int:

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from architectures import Backbone
+from architectures import Backbone, SplitNetwork
 from datamodules import ImageDataModule
 from deployment import ImageInput
 from lightning_modules import Task, Teacher
@@ -112,16 +112,17 @@ def restore(path: str | Path, bits: int | None = None) -> Restored:
     metadata = checkpoint[KEY]
     config = OmegaConf.create(metadata["config"])
     image_input = ImageInput.from_dict(metadata["image_input"])
-    if bits is not None:
-        if "codec" not in config:
-            raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
-        config.codec.bits = bits
     config.backbone.pretrained, config.backbone.weights = False, None
     backbone = instantiate(config.backbone, num_classes=len(metadata["class_names"])).network
     network = build_network(config, backbone, image_input)
     prefix = "network."
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     load_strictly(network, state, f"the checkpoint {path}")
+    if bits is not None:
+        if not isinstance(network, SplitNetwork):
+            raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
+        network.set_bits(bits)
+        config.codec.bits = config.network.codec.bits = bits
     return Restored(config, network.eval(), image_input, metadata["class_names"], file_sha256(path))
 
 

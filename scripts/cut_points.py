@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from architectures import cut_points
-from scripts.terminal import CONF, console, friendly, next_command, start, table
+from scripts.terminal import CONF, console, friendly, next_command, short, start, table
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="cut_points")
@@ -37,11 +37,11 @@ def main(cfg: DictConfig) -> None:
                 point.layout,
                 f"{point.bytes:,}",
                 f"{codes:,} {mark:1}",
-                f"{point.macs:,}",
-                f"{point.params:,}",
+                short(point.macs),
+                short(point.params),
             )
         )
-    header = ("layer", "shape", "layout", "float32 bytes", "8-bit bytes", "MACs up to here", "parameters")
+    header = ("layer", "shape", "layout", "float32 bytes", "8-bit bytes", "MACs so far", "parameters")
     size = "×".join(map(str, image_input.shape))
     table(f"{len(points)} cut points of {cfg.backbone.name} at {size}", rows, header)
     console.print(

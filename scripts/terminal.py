@@ -18,7 +18,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-console = Console()
+# A pipe has no width of its own, and rich's guess of 80 columns would cut figures off.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 FULL_ERRORS = os.environ.get("HYDRA_FULL_ERROR") == "1"
 USER_ERRORS = (ValueError, TypeError, OSError, HydraException, OmegaConfBaseException, MisconfigurationException)
@@ -108,6 +109,15 @@ def profile_rows(profile: Mapping[str, Mapping[str, int]]) -> list[tuple[str, st
 def number(value: float) -> str:
     """Format a number: whole ones in full, others with four significant digits."""
     return f"{value:,.0f}" if value == int(value) and abs(value) >= 1000 else f"{value:.4g}"
+
+
+def short(count: float) -> str:
+    """Format a large count with three digits and a unit: 14.6 M."""
+    for unit in ("", " k", " M", " G"):
+        if count < 1000 or unit == " G":
+            break
+        count /= 1000
+    return f"{count:.3g}{unit}"
 
 
 def next_command(command: str) -> None:

@@ -80,6 +80,20 @@ def test_copies_are_whole():
         assert torch.equal(twin(SAMPLE), network(SAMPLE))
 
 
+def test_the_width_can_change_after_training():
+    network = split(codec={"bits": 4}).train()
+    network(SAMPLE)
+    network.eval()
+    network.set_bits(2)
+    assert {len(p) for p in network.codec.encode(network.codes(SAMPLE))} == {8 * 16 * 16 // 4}
+    network.set_bits(32)
+    assert torch.equal(network(SAMPLE), network.tail(network.decoder(network.encode(SAMPLE))))
+    with pytest.raises(ValueError, match="no range"):
+        network.set_bits(8)
+    with pytest.raises(ValueError, match="bits"):
+        network.set_bits(1)
+
+
 def test_profile_adds_up():
     network = split(form="insert")
     costs = network.profile()

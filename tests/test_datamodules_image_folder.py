@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from datamodules import CorruptImageError, ImageFolder
+from deployment import ImageInput
 
 
 def write(path: Path, mode: str = "RGB", size: tuple[int, int] = (10, 8), value: int = 0) -> Path:
@@ -219,11 +220,32 @@ def test_bad_input_grey_and_rgba_images_are_converted(tmp_path: Path, mode: str)
     assert torch.equal(images[0].permute(1, 2, 0), torch.from_numpy(np.array(expected)))
 
 
-def test_bad_input_sixteen_bit_images_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("augment", ["none", "imagenet"])
+def test_sixteen_bit_images_keep_their_upper_bits(tmp_path: Path, augment: str) -> None:
+    root = tree(tmp_path, count=1)
+    for name in ("cat", "dog"):
+        Image.fromarray(np.full((8, 10), 40_000, dtype=np.uint16)).save(root / f"train/{name}/0.png")
+    module = ImageFolder(root, augment=augment, batch_size=2)
+    images, _ = next(iter(module.train_dataloader()))
+    assert module.input.color_mode == "L"
+    assert set(images.unique().tolist()) == {40_000 >> 8}
+
+
+def test_bad_input_thirty_two_bit_grey_is_refused(tmp_path: Path) -> None:
     root = tree(tmp_path, count=2)
-    Image.fromarray(np.full((8, 10), 40_000, dtype=np.uint16)).save(root / "test/cat/0.png")
+    Image.fromarray(np.full((8, 10), 40_000, dtype=np.int32)).save(root / "test/cat/0.tif")
+    with pytest.raises(CorruptImageError, match=r"test/cat/0\.tif is 32-bit grey"):
+        ImageFolder(root).setup("test")
+    module = ImageFolder(root, skip_corrupt=True)
+    assert sizes(module)["test"] == 4
+
+
+def test_a_picture_too_narrow_to_resize_is_named(tmp_path: Path) -> None:
+    root = tree(tmp_path, count=2)
+    write(root / "test/cat/line.png", size=(1, 3000))
     module = ImageFolder(root)
-    with pytest.raises(CorruptImageError, match=r"test/cat/0\.png has more than 8 bits a channel"):
+    module.configure_input(ImageInput(height=224, width=224, resize=256))
+    with pytest.raises(CorruptImageError, match=r"cannot preprocess the image .*line\.png: .*more than"):
         module.setup("test")
 
 
