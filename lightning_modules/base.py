@@ -125,6 +125,12 @@ class Task(pl.LightningModule, abc.ABC):
         for module in self.frozen_modules():
             module.eval()
 
+    def on_train_start(self) -> None:
+        """Set every part's mode and the loader's place: a run resumed inside an epoch gets no epoch start."""
+        self.set_modes()
+        # Lightning 2.6 restores only loaders that it has yet to make; `estimated_stepping_batches` makes them before.
+        self.trainer.fit_loop._load_combined_loader_states()
+
     def on_train_epoch_start(self) -> None:
         """Set every part's mode; Lightning leaves each as it finds it."""
         self.set_modes()
@@ -220,8 +226,8 @@ class Task(pl.LightningModule, abc.ABC):
         """Log what was measured; accuracy also shows in the progress bar."""
         values = self.val_metrics.compute()
         self.val_metrics.reset()
-        self.log("val/acc", values.pop("val/acc"), prog_bar=True)
-        self.log_dict(values)
+        self.log("val/acc", values.pop("val/acc"), prog_bar=True, sync_dist=True)
+        self.log_dict(values, sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure the network on a test batch."""
@@ -232,11 +238,11 @@ class Task(pl.LightningModule, abc.ABC):
 
     def on_test_epoch_end(self) -> None:
         """Log what was measured, per class too."""
-        self.log_dict(self.test_metrics.compute())
+        values = dict(self.test_metrics.compute())
         per_class = self.test_per_class.compute()
-        self.log_dict(
-            {f"test/acc_class/{name}": value for name, value in zip(self.class_names, per_class, strict=True)}
-        )
+        values |= {f"test/acc_class/{name}": value for name, value in zip(self.class_names, per_class, strict=True)}
+        # The metrics are the same on every rank by now; Lightning cannot know and would warn.
+        self.log_dict(values, sync_dist=True)
         self.test_metrics.reset()
         self.test_per_class.reset()
 

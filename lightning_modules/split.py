@@ -92,7 +92,7 @@ class SplitTask(Task):
         self.test_payload.reset()
         sizes = self.network.sizes() | self._file_bytes()
         ratios: dict[str, Tensor] = {f"payload_to_{n}": measured["payload_bytes"] / size for n, size in sizes.items()}
-        self.log_dict({f"test/{name}": value for name, value in (measured | ratios).items()})
+        self.log_dict({f"test/{name}": value for name, value in (measured | ratios).items()}, sync_dist=True)
 
     def _file_bytes(self) -> dict[str, float]:
         data: Any = getattr(self.trainer, "datamodule", None)

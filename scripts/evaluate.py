@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from architectures import profile
+from lightning_modules.callbacks.tracking import recorded_outcome
 from scripts.assembly import build_task, instantiate_each, restore, restore_data
 from scripts.bundling import recalibrate
 from scripts.terminal import CONF, friendly, next_command, profile_rows, results_table, start, table
@@ -38,7 +39,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 @friendly
 def main(cfg: DictConfig) -> None:
     """Evaluate a checkpoint."""
-    evaluate(cfg)
+    with recorded_outcome():
+        evaluate(cfg)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from deployment import check_target
-from lightning_modules.callbacks.tracking import log_artifact, wandb_run
+from lightning_modules.callbacks.tracking import WandbTracking, log_artifact, recorded_outcome, wandb_run
 from scripts.assembly import build_task, instantiate_each, plain, restore, restore_data
 from scripts.bundling import example_input, recalibrate, write_bundle
 from scripts.terminal import CONF, friendly, next_command, results_table, start
@@ -24,7 +24,11 @@ def export(cfg: DictConfig) -> Path:
     data = restore_data(restored, cfg.data)
     recalibrate(restored, data, cfg)
     loggers = instantiate_each(cfg.get("logger"))
-    trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(logger=loggers, enable_checkpointing=False)
+    trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(
+        callbacks=[WandbTracking()], logger=loggers, enable_checkpointing=False
+    )
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**plain(cfg), "trained": plain(restored.config)})
     task = build_task(restored.config, restored.network, restored.class_names)
     trainer.test(task, datamodule=data, verbose=False)
     metrics = dict(trainer.callback_metrics)
@@ -48,7 +52,8 @@ def export(cfg: DictConfig) -> Path:
 @friendly
 def main(cfg: DictConfig) -> None:
     """Export a checkpoint."""
-    export(cfg)
+    with recorded_outcome():
+        export(cfg)
 
 
 if __name__ == "__main__":

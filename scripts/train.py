@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 
 from architectures import profile
 from lightning_modules.callbacks import CheckpointMetadata, WandbTracking
-from lightning_modules.callbacks.tracking import log_artifact, wandb_run
+from lightning_modules.callbacks.tracking import log_artifact, recorded_outcome, wandb_run
 from scripts.assembly import Assembly, assemble, instantiate_each, plain
 from scripts.bundling import example_input, write_bundle
 from scripts.terminal import CONF, console, friendly, next_command, profile_rows, results_table, start, table
@@ -71,11 +71,10 @@ def finish(cfg: DictConfig, parts: Assembly, trainer: pl.Trainer, metrics: dict[
 
 def log_setup(trainer: pl.Trainer, resolved: dict[str, Any], parts: Assembly) -> None:
     """Give every logger the resolved config and what each part of the network costs."""
-    costs = profile(parts.network, parts.data.input.shape)
-    flat = {f"{what}/{part}": cost[what] for part, cost in costs.items() for what in ("macs", "params")}
     trainable = sum(p.numel() for p in parts.network.parameters() if p.requires_grad)
+    cost = {**profile(parts.network, parts.data.input.shape), "trainable_params": trainable}
     for logger in trainer.loggers:
-        logger.log_hyperparams({**resolved, **flat, "params/trainable": trainable})
+        logger.log_hyperparams({**resolved, "cost": cost})
 
 
 def refuse_subprocess_sweep(cfg: DictConfig) -> None:
@@ -91,7 +90,7 @@ def refuse_subprocess_sweep(cfg: DictConfig) -> None:
     if sweeping and many and not any(word in strategy for word in in_process):
         raise ValueError(
             f"a multirun with trainer.strategy={strategy} on several devices would launch ranks with other "
-            "hyper-parameters than the sweep's; use trainer.devices=1, trainer.strategy=ddp_spawn, or start the runs one by one"
+            "hyper-parameters than the job's; use trainer.devices=1, trainer.strategy=ddp_spawn, or single runs"
         )
 
 
@@ -99,25 +98,12 @@ def refuse_subprocess_sweep(cfg: DictConfig) -> None:
 @friendly
 def main(cfg: DictConfig) -> float | None:
     """Train and return the optimised metric to the sweeper."""
-    try:
+    with recorded_outcome():
         metrics = train(cfg)
-    except BaseException:
-        close_wandb(exit_code=1)
-        raise
-    close_wandb(exit_code=0)
-    if cfg.optimized_metric and cfg.optimized_metric not in metrics:
-        known = ", ".join(sorted(metrics))
-        raise ValueError(f"optimized_metric={cfg.optimized_metric} was not measured; measured were {known}")
+        if cfg.train and cfg.optimized_metric and cfg.optimized_metric not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise ValueError(f"optimized_metric={cfg.optimized_metric} was not measured; measured were {known}")
     return metrics.get(cfg.optimized_metric)
-
-
-def close_wandb(exit_code: int) -> None:
-    """Finish a W&B run with its exit status; without it a crash would be recorded as a success."""
-    import sys
-
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=exit_code)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from architectures.macs import count_macs, count_params, counting_macs
 
@@ -68,6 +71,25 @@ def test_modes_are_restored_when_the_forward_fails():
     assert network.training
     assert network[0].training
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "swin_t", "shufflenet_v2_x0_5"])
+def test_count_is_half_of_what_torch_counts(name):
+    network = torchvision.models.get_model(name, weights=None).eval()
+    image = torch.zeros(1, 3, 224, 224)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+            network(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert 2 * count_macs(network, image) == flops.get_total_flops()
+
+
+def test_a_network_whose_modules_take_parameters_is_counted():
+    """Torch's counter fails here: it hooks onto gradients of what a module takes."""
+    network = timm.create_model("cait_xxs24_224", depth=1, img_size=32, embed_dim=48)
+    assert count_macs(network, torch.zeros(1, 3, 32, 32)) > 0
 
 
 def test_running_total_grows_with_what_runs():

@@ -1,74 +1,179 @@
-"""What Weights & Biases keeps of a run beyond its metrics."""
+"""What Weights & Biases keeps of a run: checkpoint, bundle, sample predictions, and how the run ended."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning import Callback
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning import loggers as pl_loggers
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+
+class WandbLogger(pl_loggers.WandbLogger):
+    """Lightning's ``WandbLogger``, with a clear word where W&B cannot start the run and none about settings it dropped.
+
+    Args:
+        **kwargs: Arguments of Lightning's logger and of ``wandb.init``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Lightning 2.6 always passes `anonymous`, and W&B warns of it at every start.
+        self._wandb_init.pop("anonymous", None)
+
+    @property
+    def experiment(self) -> Any:
+        """The W&B run, started when first asked for; on other ranks than zero a stand-in that does nothing.
+
+        Raises:
+            ConnectionError: W&B refuses the login or cannot be reached.
+        """
+        import wandb
+
+        if self._experiment is None and getattr(self, "_attach_id", None):
+            # A spawned process attaches to its parent's run with its own settings: media would go to its own folder.
+            wandb.setup(wandb.Settings(root_dir=self.save_dir))
+        try:
+            return super().experiment
+        except wandb.Error as error:
+            raise ConnectionError(
+                f"W&B could not start the run: {error} (log in by `wandb login`, or set logger.wandb.mode=offline to "
+                "sync later, or logger.wandb.mode=disabled)"
+            ) from error
 
 
 class WandbTracking(Callback):
     """Logs the best checkpoint as an artifact and a table of test predictions, online and offline alike.
 
-    Without a ``WandbLogger`` among the trainer's loggers it does nothing.
+    Without a ``WandbLogger`` among the trainer's loggers, or with W&B disabled, it does nothing.
 
     Args:
-        predictions: Rows of the prediction table, the first images of the test set; 0 for none.
+        predictions: Rows of the prediction table, images at even distances through the test set; 0 for none.
+
+    Raises:
+        ValueError: ``predictions`` is negative.
     """
 
     def __init__(self, predictions: int = 32) -> None:
+        if predictions < 0:
+            raise ValueError(f"predictions must be 0 or a number of rows, got {predictions}")
         self.predictions = predictions
 
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the best checkpoint."""
-        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        """Log the best checkpoint, with its score."""
+        checkpoint: Any = trainer.checkpoint_callback
+        path = getattr(checkpoint, "best_model_path", "")
         if path and (run := wandb_run(trainer)):
-            log_artifact(run, Path(path), kind="model", name="checkpoint")
+            score = checkpoint.best_model_score
+            metadata = {"monitor": checkpoint.monitor, "score": None if score is None else float(score)}
+            aliases = ("latest", "best")
+            log_artifact(run, Path(path), kind="model", name="checkpoint", aliases=aliases, metadata=metadata)
 
     @rank_zero_only
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log a table of images, labels, predictions and confidences."""
-        run = wandb_run(trainer)
-        if run is None or not self.predictions or trainer.datamodule is None:
+        if self.predictions == 0 or getattr(trainer, "datamodule", None) is None:
             return
-        import wandb
+        if run := wandb_run(trainer):
+            run.log({"test/predictions": prediction_table(trainer, pl_module, self.predictions)})
 
-        images, labels = trainer.datamodule.sample_images("test", self.predictions)
-        with torch.no_grad():
-            normalized = trainer.datamodule.input.normalize(images.to(pl_module.device))
-            confidence, predicted = pl_module(normalized).float().softmax(1).max(1)
-        names = pl_module.class_names
-        table = wandb.Table(columns=["image", "label", "prediction", "confidence", "correct"])
-        for image, label, guess, sure in zip(
-            images, labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True
-        ):
-            pixels = image.permute(1, 2, 0).cpu().numpy()
-            picture = wandb.Image(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-            table.add_data(picture, names[label], names[guess], sure, label == guess)
-        run.log({"test/predictions": table})
+
+def prediction_table(trainer: pl.Trainer, task: pl.LightningModule, count: int) -> Any:
+    """Predict images spread through the test set and return them as a ``wandb.Table``.
+
+    Args:
+        trainer: A trainer that is testing the task on a data module of ours.
+        task: The task, with ``class_names``.
+        count: Rows wanted; fewer where the test set is smaller.
+    """
+    import wandb
+
+    images, labels = trainer.datamodule.sample_images("test", count)  # type: ignore[attr-defined]
+    normalized = trainer.datamodule.input.normalize(images.to(task.device))  # type: ignore[attr-defined]
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        probabilities = task(trainer.precision_plugin.convert_input(normalized)).float().softmax(1)
+    confidence, predicted = probabilities.max(1)
+    names: Sequence[str] = task.class_names  # type: ignore[assignment]
+    table = wandb.Table(columns=["image", "label", "prediction", "confidence", "correct"])
+    rows = zip(images, labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
+    for image, label, guess, sure in rows:
+        table.add_data(wandb.Image(_pixels(image)), names[label], names[guess], sure, label == guess)
+    return table
+
+
+def _pixels(image: Tensor) -> Any:
+    """A uint8 image (C, H, W) as W&B takes it: (H, W, C), or (H, W) where it is grey."""
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    return pixels.squeeze(2) if pixels.shape[2] == 1 else pixels
 
 
 def wandb_run(trainer: pl.Trainer) -> Any | None:
-    """Return the W&B run of the trainer's ``WandbLogger``, or ``None`` where it has none."""
+    """Return the W&B run of the trainer's ``WandbLogger``.
+
+    ``None`` where there is no such logger, where W&B is disabled, and on every rank but zero, which has no run.
+    """
+    if not trainer.is_global_zero:
+        return None
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            return logger.experiment
+        if isinstance(logger, pl_loggers.WandbLogger):
+            run = logger.experiment
+            return None if run.disabled else run
     return None
 
 
-def log_artifact(run: Any, path: Path, kind: str, name: str) -> None:
-    """Log a file or a folder as the artifact ``NAME-<run id>``; W&B uploads it when it is online."""
+def log_artifact(
+    run: Any,
+    path: Path,
+    *,
+    kind: str,
+    name: str,
+    aliases: Sequence[str] = ("latest",),
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Log a file or a folder as the artifact ``NAME-<run id>``; W&B uploads it when it is online.
+
+    Args:
+        run: The W&B run.
+        path: The file or folder.
+        kind: The artifact's type, such as ``model``.
+        name: The artifact's name without the run's id.
+        aliases: Names by which W&B finds this version.
+        metadata: Plain values shown beside the artifact.
+    """
     import wandb
 
-    artifact = wandb.Artifact(f"{name}-{run.id}", type=kind)
+    artifact = wandb.Artifact(f"{name}-{run.id}", type=kind, metadata=dict(metadata or {}))
     if path.is_dir():
         artifact.add_dir(str(path))
     else:
         artifact.add_file(str(path))
-    run.log_artifact(artifact)
+    run.log_artifact(artifact, aliases=list(aliases))
+
+
+@contextmanager
+def recorded_outcome() -> Iterator[None]:
+    """Finish the W&B run started within: exit code 0, or 1 on any exception, an interrupt included.
+
+    W&B itself records an exception that the script turns into an exit status as a success, and the next job of a sweep
+    would write into a run left open.
+    """
+    try:
+        yield
+    except BaseException:
+        _finish(1)
+        raise
+    _finish(0)
+
+
+def _finish(exit_code: int) -> None:
+    wandb = sys.modules.get("wandb")  # not imported: nothing was tracked
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=exit_code)

@@ -1,0 +1,110 @@
+"""What the tests of whole training runs share: starting scripts, small networks, and callbacks named in overrides.
+
+Scripts started by :func:`run_script` find this file as the module ``training_helpers``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A run without terminal furniture. Digits at 8×8 grey pixels; every choice may be overridden after it.
+PLAIN = ["trainer=cpu", "logger=none", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
+DIGITS = ["data=digits", "data.image_size=8", "backbone.in_channels=1"]
+FINAL = ["+callbacks.final._target_=training_helpers.SaveFinal", "+callbacks.final.folder=${paths.output_dir}"]
+
+
+def small(network: str, **arguments: Any) -> list[str]:
+    """Overrides that train a network of this file on digits."""
+    chosen = ["backbone=custom", f"backbone.network._target_=training_helpers.{network}", *DIGITS]
+    return chosen + [f"+backbone.network.{key}={value}" for key, value in arguments.items()]
+
+
+def run_script(name: str, *overrides: str, folder: Path, code: int = 0, timeout: float = 150) -> str:
+    """Run a script in a process of its own with ``folder`` as its output folder and return what it printed.
+
+    One thread a process: the order of sums in a convolution depends on the number of threads.
+    """
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *overrides, f"hydra.run.dir={folder}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    result = subprocess.run(
+        command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    told = result.stdout + result.stderr
+    assert result.returncode == code, f"exit status {result.returncode} instead of {code}:\n{told}"
+    return told
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def differences(one: Any, other: Any, at: str = "") -> list[str]:
+    """Paths at which two nested containers differ, tensors bit by bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = {k: f"{at}/{k}" for k in [*one, *(k for k in other if k not in one)]}
+        absent = object()
+        return [d for k, path in keys.items() for d in differences(one.get(k, absent), other.get(k, absent), path)]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{at}/{i}")]
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [at]
+    return [] if type(one) is type(other) and one == other else [at]
+
+
+class KillAt(pl.Callback):
+    """Ends the process as the kernel's out-of-memory killer would, after a number of optimizer steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step >= self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SaveFinal(pl.Callback):
+    """Saves a whole checkpoint at the end of training, wherever the interval of the others falls."""
+
+    def __init__(self, folder: str) -> None:
+        self.path = Path(folder) / "final.ckpt"
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+class DropoutNet(nn.Module):
+    """Convolutions with BatchNorm and dropout for images of any size."""
+
+    def __init__(self, num_classes: int, in_channels: int, width: int = 8, dropout: float = 0.3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.body = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(width, width, 3, stride=2), nn.BatchNorm2d(width))
+        self.classifier = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout))
+        self.logits = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(self.classifier(self.body(self.stem(x))))
+
+
+class PlainNet(nn.Module):
+    """Without BatchNorm and dropout: the gradient of a batch is the mean of its parts' gradients."""
+
+    def __init__(self, num_classes: int, in_channels: int, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU())
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+        self.logits = nn.Linear(16 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(self.pool(self.stem(x)))
