@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from architectures.layouts import ChannelDims, layout_of
+from architectures.layouts import DimTracker, layout_of
 from architectures.macs import MacCounter, counting_macs
-from architectures.slicing import Reference
+from architectures.slicing import Observing, Reference, fold_sizes
 from architectures.tracing import DEPTHS, CutError, Trace, first_line, preserved, single_crossings, trace
 
 
@@ -50,7 +50,7 @@ class Measurement:
 class Measuring(fx.Interpreter):
     """Runs a graph node by node on one sample and measures each; see :func:`measure`."""
 
-    def __init__(self, backbone: nn.Module, graph: fx.Graph, channels: ChannelDims, counter: MacCounter) -> None:
+    def __init__(self, backbone: nn.Module, graph: fx.Graph, channels: DimTracker, counter: MacCounter) -> None:
         super().__init__(backbone, graph=graph)
         self.channels = channels
         self.counter = counter
@@ -81,7 +81,7 @@ def measure(backbone: nn.Module, traced: Trace, sample: Tensor) -> dict[fx.Node,
     """Run an eval-mode graph on one sample; return for every node its shape and layout and the cost up to it."""
     for module in backbone.modules():
         module.training = False
-    with counting_macs() as counter, ChannelDims() as channels:
+    with counting_macs() as counter, DimTracker() as channels:
         measuring = Measuring(backbone, traced.graph, channels, counter)
         measuring.run(sample[:1].clone())
     return measuring.found
@@ -97,8 +97,11 @@ def checked_trace(backbone: nn.Module, reference: Reference, depth: int | None =
     for level in reversed(DEPTHS[1:]) if depth is None else (depth,):
         try:
             traces = trace(backbone, [], level)
-            for training, traced in traces.items():
-                reference.check(backbone, fx.Interpreter(backbone, graph=traced.graph).run, training)
+            observed = {training: Observing(backbone, traced) for training, traced in traces.items()}
+            for training, observing in observed.items():
+                reference.check(backbone, observing.run, training)
+            values = {training: observing.values for training, observing in observed.items()}
+            fold_sizes(traces, values, reference.batch)
         except Exception as error:
             failure = failure or error
             continue

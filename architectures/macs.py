@@ -8,33 +8,46 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
-class MacCounter:
-    """Running count of the MACs of convolutions, matrix products and attention; see :func:`counting_macs`."""
+class MacCounter(TorchDispatchMode):
+    """Counts the MACs of what runs while it is active, by the formulas of torch's FLOP counter.
 
-    def __init__(self, flops: FlopCounterMode) -> None:
-        self._flops = flops
+    That counter itself also attributes them to modules, by hooks on gradients, which fails for some networks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._flops = 0
 
     @property
     def total(self) -> int:
         """MACs so far: torch counts two floating-point operations for each of them."""
-        return self._flops.get_total_flops() // 2
+        return self._flops // 2
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and add what it costs."""
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self._flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 @contextmanager
 def counting_macs() -> Iterator[MacCounter]:
-    """Count the MACs of whatever runs inside.
+    """Count the MACs of whatever runs inside; gradients are off.
 
-    The fused kernel that ``nn.MultiheadAttention`` takes in eval mode is unknown to torch's counter, which would count
+    The fused kernel that ``nn.MultiheadAttention`` takes in eval mode is unknown to torch's formulas, which would count
     nothing for it, and is switched off meanwhile.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as flops:
-            yield MacCounter(flops)
+        with torch.no_grad(), MacCounter() as counter:
+            yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 
@@ -50,12 +63,12 @@ def count_macs(module: nn.Module, *inputs: Any) -> int:
         *inputs: What its ``forward`` takes; the count is for the whole batch.
 
     Returns:
-        MACs, half of what torch's FLOP counter reports.
+        MACs, half the floating-point operations by the formulas of ``torch.utils.flop_counter``.
     """
     modes = [(part, part.training) for part in module.modules()]
     try:
         module.eval()
-        with torch.no_grad(), counting_macs() as counter:
+        with counting_macs() as counter:
             module(*inputs)
         return counter.total
     finally:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from architectures.cut_points import Measurement, checked_trace, measure
 from architectures.naming import did_you_mean
-from architectures.slicing import Reference, Slice, Stage, follow_modes, slice_graph
+from architectures.slicing import Reference, Slice, Stage, check_size, follow_modes, slice_graph
 from architectures.tracing import CutError, Trace, preserved
 
 INPUT = "input"
@@ -65,6 +65,8 @@ class Partition(nn.Module):
     Attributes:
         inputs: For every part the names of the values it takes; ``input`` is the batch of images.
         outputs: For every part but the last the names of the values that later parts take.
+        image_shape: Shape of the images (C, H, W) it is bound to, where sizes that the backbone computes from them
+            would pass between parts; ``None`` where it is bound to none.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Partition(nn.Module):
             self.add_module(f"part{i}", part)
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
+        self.image_shape: tuple[int, ...] | None = None
 
     def forward(self, x: Tensor) -> Any:
         """Run all parts in order: what the backbone returns for images (B, C, H, W)."""
@@ -82,6 +85,7 @@ class Partition(nn.Module):
 
     def run(self, x: Tensor, *, isolated: bool = False) -> Any:
         """Run all parts; ``isolated`` gives each its own copy of what it takes, as if they ran on several machines."""
+        check_size(x, self.image_shape)
         values: dict[str, Any] = {INPUT: x}
         result: Any = x
         for part, inputs, outputs in zip(self.children(), self.inputs, (*self.outputs, ()), strict=True):
@@ -157,6 +161,8 @@ def partition(
             for i in range(len(node_sets))
         ]
         network = Partition(parts, inputs, outputs)
+        if any(part.sized for some in slices.values() for part in some):
+            network.image_shape = tuple(sample.shape[1:])
         for training in (False, True):
             reference.check(network, network.run, training)
             reference.check(network, lambda x: network.run(x, isolated=True), training)

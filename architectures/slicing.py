@@ -13,16 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from architectures.tracing import CutError, Trace, first_line
+from architectures.tracing import BATCH, CutError, Trace, first_line
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One part of a graph: what it takes from earlier parts, and what it gives to later ones, as nodes of the whole."""
+    """One part of a graph.
+
+    Attributes:
+        graph: The part.
+        inputs: The nodes of the whole whose values it takes from earlier parts.
+        outputs: The nodes whose values it gives to later ones.
+        sized: Whether sizes that follow from the image's are written into it as numbers.
+    """
 
     graph: fx.Graph
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    sized: bool
 
 
 def slice_graph(trace: Trace, part_of: Mapping[fx.Node, int], count: int) -> list[Slice]:
@@ -45,7 +53,7 @@ def slice_graph(trace: Trace, part_of: Mapping[fx.Node, int], count: int) -> lis
     where = {**part_of, end: count - 1}
     used_in: dict[fx.Node, set[int]] = {}
     for node in order:
-        used_in[node] = {where[user] for user in node.users}
+        used_in[node] = {where[user] for user in node.users if node not in trace.folds or where[user] == where[node]}
         first = min(used_in[node], default=count)
         if first < where.get(node, 0):
             user = next(user for user in node.users if where[user] == first)
@@ -57,19 +65,29 @@ def slice_graph(trace: Trace, part_of: Mapping[fx.Node, int], count: int) -> lis
         inputs = tuple(node for node in order if part in used_in[node] and where.get(node, -1) < part)
         members = [node for node in order if where.get(node) == part]
         outputs = tuple(node for node in members if max(used_in[node], default=part) > part)
-        slices.append(Slice(_copy_nodes(trace, members, inputs, outputs, last=part == count - 1), inputs, outputs))
+        slices.append(_copy_nodes(trace, members, inputs, outputs, last=part == count - 1))
     return slices
 
 
 def _copy_nodes(
     trace: Trace, members: list[fx.Node], inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...], *, last: bool
-) -> fx.Graph:
+) -> Slice:
     graph = fx.Graph()
-    copies = {node: graph.placeholder(node.name) for node in inputs}
+    copies: dict[fx.Node, Any] = {node: graph.placeholder(node.name) for node in inputs}
+    own = set(members)
+    sized = False
 
-    def copy(node: fx.Node) -> fx.Node:
-        if node not in copies:
+    def copy(node: fx.Node) -> Any:
+        nonlocal sized
+        if node in copies:
+            return copies[node]
+        if node in own or node in trace.constant:
             copies[node] = graph.node_copy(node, copy)
+        elif trace.folds[node] is BATCH:
+            copies[node] = graph.call_method("size", (copies[inputs[0]], 0))
+        else:
+            copies[node] = trace.folds[node]
+            sized = sized or copies[node] is not None
         return copies[node]
 
     for node in members:
@@ -77,7 +95,7 @@ def _copy_nodes(
     result = trace.result if last else outputs[0] if len(outputs) == 1 else outputs
     graph.output(fx.map_arg(result, copy))
     graph.lint()
-    return graph
+    return Slice(graph, inputs, outputs, sized)
 
 
 class Program:
@@ -180,9 +198,11 @@ class Reference:
             raise CutError(f"sample is a batch of images, a tensor (B, C, H, W) with B at least 1; got {got}.")
         self.backbone = backbone
         self.rewind = rewind
-        # BatchNorm refuses to train on a single value per channel.
+        # BatchNorm refuses to train on a single value per channel; two batch sizes tell sizes of images from those of
+        # batches.
         pair = sample if len(sample) > 1 else torch.cat([sample, sample.flip(-1)])
-        self.samples = {False: sample, True: pair}
+        self.samples = {False: sample[:1], True: pair}
+        self.batch = {training: len(images) for training, images in self.samples.items()}
         self.expected = {}
         for training in (False, True):
             try:
@@ -217,3 +237,59 @@ class Reference:
                 f"the traced parts do not reproduce {type(self.backbone).__name__} in {mode} mode: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+
+
+class Observing(fx.Interpreter):
+    """Runs a graph node by node and keeps the values that are no tensors."""
+
+    def __init__(self, backbone: nn.Module, traced: Trace) -> None:
+        super().__init__(backbone, graph=traced.graph)
+        self.traced = traced
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        value = super().run_node(n)
+        if n.op.startswith("call") and n not in self.traced.constant and not isinstance(value, Tensor):
+            self.values[self.traced.names[n]] = value
+            self.traced.kinds[n] = type(value).__name__
+        return value
+
+
+def fold_sizes(traces: Mapping[bool, Trace], values: Mapping[bool, dict[str, Any]], batch: Mapping[bool, int]) -> None:
+    """Note which values need not pass a cut: nothing, the batch size, and what follows from the image's size alone.
+
+    Many forwards read ``B, C, H, W = x.shape`` at the start and use it to the end; a mask that is built on demand
+    (NaFlexViT) is recorded like a tensor even where there is none. The two modes saw different batch sizes.
+
+    Args:
+        traces: The backbone in both modes.
+        values: What :class:`Observing` kept in each, by the nodes' names.
+        batch: Number of samples that each saw.
+    """
+    for training, traced in traces.items():
+        for node, name in traced.names.items():
+            here, there = values[training].get(name, BATCH), values[not training].get(name, BATCH)
+            if here is None or (_plain(here) and type(here) is type(there) and here == there):
+                traced.folds[node] = here
+            elif (here, there) == (batch[training], batch[not training]):
+                traced.folds[node] = BATCH
+
+
+def _plain(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(_plain(item) for item in value)
+    return isinstance(value, int | float)
+
+
+def check_size(images: Tensor, expected: tuple[int, ...] | None) -> None:
+    """Refuse images of another size than that which was written into the parts.
+
+    Raises:
+        CutError: The shape differs from ``expected``, unless that is ``None``.
+    """
+    if expected is not None and tuple(images.shape[1:]) != expected:
+        raise CutError(
+            f"the network was cut for images of shape {expected}, from which it computes sizes that pass the cuts; got "
+            f"{tuple(images.shape[1:])}. Cut it again with a sample of that shape."
+        )

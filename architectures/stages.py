@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from architectures.cut_points import CutPoint, cut_points, spread
-from architectures.layouts import ChannelDims, layout_of
+from architectures.layouts import DimTracker, layout_of
 from architectures.naming import did_you_mean
 from architectures.node_graph import GraphNode, NodeGraph, Partition, partition, trace_graph
-from architectures.slicing import Reference, Slice, Stage, follow_modes, slice_graph
+from architectures.slicing import Observing, Reference, Slice, Stage, check_size, fold_sizes, follow_modes, slice_graph
 from architectures.tracing import DEPTHS, CutError, Trace, crossing, first_line, preserved, trace
 
 __all__ = [
@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 
+class CrossingError(CutError):
+    """Several tensors cross a cut in a graph that reproduces the backbone."""
+
+
 class Stages(nn.Module):
     """A backbone in runs of consecutive layers, made by :func:`cut`: children ``stage0`` to ``stageN``.
 
@@ -38,6 +42,8 @@ class Stages(nn.Module):
     Attributes:
         names: The cut names in the order of execution.
         layouts: Layout of each cut's feature: ``NCHW``, ``NHWC``, ``NLC``, ``NC`` or ``other``.
+        image_shape: Shape of the images (C, H, W) it is bound to, where sizes that the backbone computes from them
+            would pass a cut (XCiT, MViT); ``None`` where it is bound to none.
     """
 
     def __init__(self, stages: Sequence[nn.Module], names: Sequence[str]) -> None:
@@ -46,10 +52,12 @@ class Stages(nn.Module):
             self.add_module(f"stage{i}", stage)
         self.names = tuple(names)
         self.layouts: tuple[str, ...] = ("other",) * len(self.names)
+        self.image_shape: tuple[int, ...] | None = None
         self._altered = [False] * len(self.names)
 
     def forward(self, x: Tensor) -> Any:
         """Run all stages: what the backbone returns for images (B, C, H, W)."""
+        check_size(x, self.image_shape)
         for stage in self:
             x = stage(x)
         return x
@@ -65,8 +73,9 @@ class Stages(nn.Module):
             The feature at each name asked for, in the order of execution. No later in-place layer alters them.
 
         Raises:
-            CutError: A name is not among the cuts.
+            CutError: A name is not among the cuts, or the stages are bound to images of another shape.
         """
+        check_size(x, self.image_shape)
         wanted = _names(at)
         for name in wanted:
             if name not in self.names:
@@ -104,7 +113,8 @@ def cut(backbone: nn.Module, at: Iterable[str], sample: Tensor) -> Stages:
     (``stage1.layer2.0.conv1.weight``), and layers that no cut lies in are the backbone's own modules: to train, freeze
     or move one without the other, cut a deep copy. Each mode of the backbone is traced, so dropout, drop-path and
     BatchNorm behave as they do in it. A layer that a cut lies in is opened: what its own forward does follows the mode
-    of the stage, while the layers it calls follow their own.
+    of the stage, while the layers it calls follow their own. Sizes that would pass a cut are no obstacle: that of the
+    batch is read anew, and those of the image are written into the stages, which then take images of the sample's size.
 
     The stages are checked against the backbone on the sample, in eval and in training mode: results and buffers must be
     equal in every bit. The check leaves buffers, modes and random generators as they were.
@@ -128,15 +138,21 @@ def cut(backbone: nn.Module, at: Iterable[str], sample: Tensor) -> Stages:
     failure: Exception | None = None
     with preserved(backbone) as rewind:
         reference = Reference(backbone, sample, rewind)
-        for depth in DEPTHS:
+        depths = list(DEPTHS)
+        while depths:
+            depth = depths.pop(0)
             try:
-                stages = _build(backbone, names, trace(backbone, names, depth))
+                stages = _build(reference, names, _trace(reference, names, depth))
                 _check(stages, reference)
                 break
             except Exception as error:
                 # A reason in words is worth more than whatever broke inside a forward.
                 if failure is None or (isinstance(error, CutError) and not isinstance(failure, CutError)):
                     failure = error
+                if isinstance(error, CrossingError):
+                    # A layer kept whole may hide that it hands through only one of several tensors, so the most open
+                    # graph decides.
+                    depths = sorted(depths, reverse=True) if depth < max(DEPTHS) else []
         else:
             if isinstance(failure, CutError):
                 raise failure
@@ -167,12 +183,29 @@ def _check_names(backbone: nn.Module, names: Sequence[str]) -> None:
             raise CutError(f"layer {name!r} is the same module as {known!r}; cut at {known!r}.")
 
 
-def _build(backbone: nn.Module, names: Sequence[str], traces: dict[bool, Trace]) -> Stages:
+def _trace(reference: Reference, names: Sequence[str], depth: int) -> dict[bool, Trace]:
+    traces = trace(reference.backbone, names, depth)
+    ends = [(traced, traced.outputs[name]) for traced in traces.values() for name in names if name in traced.outputs]
+    if any(crossing(traced, node) != [node] for traced, node in ends):
+        values = {}
+        for training, traced in traces.items():
+            observing = Observing(reference.backbone, traced)
+            reference.check(reference.backbone, observing.run, training)
+            values[training] = observing.values
+        fold_sizes(traces, values, reference.batch)
+    return traces
+
+
+def _build(reference: Reference, names: Sequence[str], traces: dict[bool, Trace]) -> Stages:
+    backbone = reference.backbone
     slices = {training: _slice(backbone, names, traced) for training, traced in traces.items()}
     stages = [
         Stage(backbone, {training: parts[i].graph for training, parts in slices.items()}) for i in range(len(names) + 1)
     ]
-    return Stages(stages, names)
+    cut_up = Stages(stages, names)
+    if any(part.sized for parts in slices.values() for part in parts):
+        cut_up.image_shape = tuple(reference.samples[False].shape[1:])
+    return cut_up
 
 
 def _slice(backbone: nn.Module, names: Sequence[str], traced: Trace) -> list[Slice]:
@@ -187,14 +220,14 @@ def _slice(backbone: nn.Module, names: Sequence[str], traced: Trace) -> list[Sli
     _check_order(names, ends)
     for name in names:
         node = traced.outputs[name]
-        if node is traced.input:
-            raise CutError(f"layer {name!r} returns the images as they came; there is nothing before it to cut off.")
         passing = crossing(traced, node)
         if passing != [node]:
-            listed = ", ".join(repr(traced.names[other]) for other in passing)
-            raise CutError(
-                f"the cut after {name!r} is crossed by {len(passing)} tensors: {listed}. A cut needs a layer whose "
-                "output alone passes on; cut_points lists them."
+            kinds = [f" ({traced.kinds[each]})" if each in traced.kinds else "" for each in passing]
+            listed = ", ".join(f"{traced.names[each]!r}{kind}" for each, kind in zip(passing, kinds, strict=True))
+            refusal = CutError if any(kinds) else CrossingError
+            raise refusal(
+                f"the cut after {name!r} is crossed by {len(passing)} {'values' if any(kinds) else 'tensors'}: "
+                f"{listed}. A cut needs a layer whose output alone passes on; cut_points lists them."
             )
     part_of = {
         node: sum(end < i for end in ends)
@@ -215,7 +248,7 @@ def _check_order(names: Sequence[str], ends: Sequence[int]) -> None:
 
 def _check(stages: Stages, reference: Reference) -> None:
     """Compare stages with the backbone; note layouts, and which features a later layer alters in place."""
-    channels = ChannelDims()
+    channels = DimTracker()
 
     def run(x: Tensor) -> Any:
         seen = []
@@ -231,7 +264,7 @@ def _check(stages: Stages, reference: Reference) -> None:
             stages.layouts = tuple(layout_of(feature, channels, batch) for feature, _ in seen)
         return x
 
-    batch = len(reference.samples[False])
+    batch = reference.batch[False]
     with channels:
         reference.check(stages, run, training=False)
     reference.check(stages, run, training=True)

@@ -19,6 +19,10 @@ from torch import fx, nn
 DEPTHS = (0, 1, 2, 3, 99)
 
 
+# Stands for the number of samples among the values that need not pass a cut.
+BATCH = object()
+
+
 class CutError(ValueError):
     """A backbone cannot be taken apart as asked; the message says why, in the names of its layers."""
 
@@ -34,6 +38,8 @@ class Trace:
         names: A readable, unique name of every node: ``layer1.0.conv1`` for a module kept whole, ``layer1.0/add`` for
             an operation in an opened one, with ``:2`` behind it for the second of that name; the same in both modes.
         constant: Nodes that do not depend on the input.
+        kinds: Type name of each value that was seen and is no tensor.
+        folds: Values that need not pass a cut, as later parts can do without: numbers, ``None``, or ``BATCH``.
     """
 
     graph: fx.Graph
@@ -41,6 +47,8 @@ class Trace:
     returned: dict[str, str]
     names: dict[fx.Node, str] = field(init=False)
     constant: frozenset[fx.Node] = field(init=False)
+    kinds: dict[fx.Node, str] = field(init=False, default_factory=dict)
+    folds: dict[fx.Node, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         seen: Counter[str] = Counter()
@@ -59,6 +67,10 @@ class Trace:
     def input(self) -> fx.Node:
         """The node of the images."""
         return next(iter(self.graph.nodes))
+
+    def stays(self, node: fx.Node) -> bool:
+        """Say whether a node's value never passes a cut, since later parts have it without."""
+        return node in self.constant or node in self.folds
 
     @property
     def result(self) -> Any:
@@ -194,13 +206,13 @@ def preserved(backbone: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 def crossing(traced: Trace, node: fx.Node) -> list[fx.Node]:
-    """List the nodes up to and including one that a later node uses, in order: what passes a cut after it."""
+    """List the nodes up to and including one whose value later nodes need, in order: what passes a cut after it."""
     position = {each: i for i, each in enumerate(traced.graph.nodes)}
     here = position[node]
     return [
         each
         for each, i in position.items()
-        if i <= here and each not in traced.constant and any(position[user] > here for user in each.users)
+        if i <= here and not traced.stays(each) and any(position[user] > here for user in each.users)
     ]
 
 
@@ -213,7 +225,7 @@ def single_crossings(traced: Trace) -> list[fx.Node]:
     found = []
     for i, node in enumerate(order):
         live.difference_update(ends.pop(i, ()))
-        if node not in traced.constant and node.users:
+        if not traced.stays(node) and node.users:
             live.add(node)
             ends.setdefault(max(position[user] for user in node.users), []).append(node)
             if live == {node}:

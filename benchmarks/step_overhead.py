@@ -1,8 +1,9 @@
 """What the framework costs: a step of head distillation through Trainer.fit against the same computation, bare.
 
 A CIFAR ResNet-20 at 32 pixels, batch 128, with logging and the rich progress bar on. Each step of Trainer.fit is
-followed by one step of the bare loop on a twin of everything, so that both meet the machine in the same state; the time
-of a fit step is everything between two bare steps: fetching, hooks, logging, progress bar. Prints the ratio pair by pair.
+followed by one step of the bare loop on a twin of everything, so that both meet the machine in the same state; a fit
+step lasts from one bare step to the next: fetching, hooks, logging and progress bar included. Prints the ratio pair by
+pair.
 
     python benchmarks/step_overhead.py [--steps 250] [--accelerator cpu|gpu]
 """

@@ -115,9 +115,7 @@ def restore(path: str | Path, bits: int | None = None) -> Restored:
     config.backbone.pretrained, config.backbone.weights = False, None
     backbone = instantiate(config.backbone, num_classes=len(metadata["class_names"])).network
     network = build_network(config, backbone, image_input)
-    prefix = "network."
-    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    load_strictly(network, state, f"the checkpoint {path}")
+    load_strictly(network, network_state(checkpoint), f"the checkpoint {path}")
     if bits is not None:
         if not isinstance(network, SplitNetwork):
             raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
@@ -172,6 +170,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "weights from elsewhere go in by backbone.weights=FILE"
         )
     return checkpoint
+
+
+def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the network's part of a checkpoint's state dict, under the network's own names."""
+    prefix = "network."
+    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
 
 
 def load_strictly(network: nn.Module, state: dict[str, Tensor], source: str) -> None:

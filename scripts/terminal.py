@@ -81,8 +81,10 @@ def fail(error: BaseException) -> None:
 
 
 def table(title: str, rows: Iterable[tuple[Any, ...]], header: tuple[str, ...] = ()) -> None:
-    """Print rows under a title; columns after the first stand right."""
+    """Print rows under a title; columns after the first stand right. Without rows there is nothing to print."""
     rows = [tuple(str(cell) for cell in row) for row in rows]
+    if not rows:
+        return
     console.print(f"\n[bold]{title}[/bold]", soft_wrap=True, highlight=False)
     grid = Table(show_header=bool(header))
     for i in range(max(map(len, rows))):

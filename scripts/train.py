@@ -17,9 +17,18 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from architectures import profile
 from lightning_modules.callbacks import CheckpointMetadata, WandbTracking
 from lightning_modules.callbacks.tracking import log_artifact, recorded_outcome, wandb_run
-from scripts.assembly import Assembly, assemble, instantiate_each, plain
+from scripts.assembly import (
+    Assembly,
+    assemble,
+    instantiate_each,
+    load_strictly,
+    network_state,
+    plain,
+    read_checkpoint,
+    restore,
+)
 from scripts.bundling import example_input, write_bundle
-from scripts.terminal import CONF, console, friendly, next_command, profile_rows, results_table, start, table
+from scripts.terminal import CONF, console, friendly, next_command, profile_rows, quiet, results_table, start, table
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -28,6 +37,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     parts = assemble(cfg)
+    if cfg.ckpt_path:  # what cannot be resumed from is told before any training time is spent
+        state = network_state(read_checkpoint(cfg.ckpt_path))
+        load_strictly(parts.network, state, f"the checkpoint {cfg.ckpt_path}")
     resolved = plain(cfg)
     loggers = instantiate_each(cfg.get("logger"))
     callbacks = instantiate_each(cfg.get("callbacks"))
@@ -59,8 +71,10 @@ def finish(cfg: DictConfig, parts: Assembly, trainer: pl.Trainer, metrics: dict[
     if best:
         console.print(f"Checkpoint: {best}", soft_wrap=True, highlight=False)
     if cfg.export:
+        # Of the file, as under `ddp_spawn` only the ranks' own networks went back to the best weights.
+        network = restore(best).network if best else parts.network
         bundle = write_bundle(
-            parts.network, parts.data, Path(cfg.paths.output_dir) / "bundle", config=plain(cfg), metrics=metrics
+            network, parts.data, Path(cfg.paths.output_dir) / "bundle", config=plain(cfg), metrics=metrics
         )
         if run := wandb_run(trainer):
             log_artifact(run, bundle, kind="bundle", name="bundle")
@@ -108,3 +122,5 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     start(main)
+elif __name__ == "__mp_main__":  # a rank of ddp_spawn
+    quiet()

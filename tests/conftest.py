@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+
+# Tensors here are tiny: threads cost more than they save, above all where tests start processes of their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest

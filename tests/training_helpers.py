@@ -5,6 +5,7 @@ Scripts started by :func:`run_script` find this file as the module ``training_he
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback as HydraCallback
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +39,8 @@ def run_script(name: str, *overrides: str, folder: Path, code: int = 0, timeout:
 
     One thread a process: the order of sums in a convolution depends on the number of threads.
     """
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *overrides, f"hydra.run.dir={folder}"]
+    folders = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *overrides, *folders]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     result = subprocess.run(
         command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=timeout
@@ -81,6 +86,64 @@ class SaveFinal(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.save_checkpoint(self.path)
+
+
+class TeacherOfEachRank(pl.Callback):
+    """Writes a fingerprint of the teacher that each rank trains with."""
+
+    def __init__(self, folder: str) -> None:
+        self.path = Path(folder) / "teachers.json"
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = pl_module.all_gather(fingerprint(pl_module.teacher).to(pl_module.device))
+        if trainer.is_global_zero:
+            self.path.write_text(json.dumps(found.tolist()))
+
+
+class Watch(pl.Callback):
+    """Notes what each training step saw, in the list ``Watch.steps``."""
+
+    steps: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        Watch.steps = []
+        last = [m for m in pl_module.network.modules() if isinstance(m, nn.Linear)][-1]
+        self.dtypes: set[torch.dtype] = set()
+        last.register_forward_hook(lambda module, args, output: self.dtypes.add(output.dtype))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        optimizer = trainer.optimizers[0]
+        gradients = [
+            p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        Watch.steps.append(
+            {
+                "gradient": torch.cat(gradients).norm().item() if gradients else None,
+                "rates": self.rates,
+                "step": trainer.global_step,
+                "logits": set(self.dtypes),
+                "weights": {p.dtype for p in pl_module.parameters()},
+                "optimizer": type(optimizer).__name__,
+                "loss": float(outputs["loss"]),
+                "images": batch[0].sum().item(),
+            }
+        )
+
+
+class WriteReturned(HydraCallback):
+    """Writes what a job returned to its sweeper."""
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        Path(config.paths.output_dir, "returned.json").write_text(json.dumps(job_return.return_value))
+
+
+def fingerprint(network: nn.Module) -> Tensor:
+    return torch.stack([p.detach().double().square().sum() for p in network.parameters()]).sum()
 
 
 class DropoutNet(nn.Module):
