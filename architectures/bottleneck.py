@@ -97,6 +97,11 @@ def build_bottleneck(
     """
     _check(form, channels, stride, kernel, width, depth)
     if layout in VECTOR_LAYOUTS:
+        if (kernel, width, depth) != (3, 64, 1):
+            raise ValueError(
+                f"bottleneck.kernel, width and depth have no meaning for {layout} features, which take a linear one; "
+                f"got {kernel}, {width}, {depth}: leave them out"
+            )
         return _linear(target, layout, form, channels, stride)
     if layout not in MAP_LAYOUTS:
         raise ValueError(

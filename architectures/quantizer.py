@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from deployment import check_bits
 
@@ -147,7 +149,7 @@ class UniformQuantizer(nn.Module):
         """
         if self.range == "sample":
             return
-        low, high = torch.aminmax(z)
+        low, high = _over_ranks(*torch.aminmax(z))
         if self.range == "learned":
             self.low.copy_(torch.where(self.initialized, self.low, low))
             width = (high - low).clamp_min(_TINY).log()
@@ -158,6 +160,24 @@ class UniformQuantizer(nn.Module):
             self.high.lerp_(high, weight)
         self.initialized.fill_(True)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniformQuantizer:
+        """Move with the network, but keep the range in float32 when the network is cast to half precision."""
+        super()._apply(fn, recurse)
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()
+        return self
+
     def extra_repr(self) -> str:
         """Show the settings in the printed module."""
         return f"bits={self.bits}, range={self.range!r}"
+
+
+@torch.compiler.disable
+def _over_ranks(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the extremes over all ranks, which each set their range from their own part of the batch."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return low, high
+    extremes = torch.stack([-low, high])
+    distributed.all_reduce(extremes, distributed.ReduceOp.MAX)
+    return -extremes[0], extremes[1]

@@ -65,6 +65,7 @@ class SplitNetwork(nn.Module):
         settings = dict(codec or {})
         bits = settings.pop("bits", 8)
         check_bits(bits)
+        quantizer = UniformQuantizer(8 if bits == 32 else bits, **settings)  # its settings are checked at 32 bits too
         stages = cut(copy.deepcopy(backbone), at=[at, *observe], sample=sample)
         with torch.no_grad():
             feature = stages.eval().features(sample[:1], at=[at])[at]
@@ -79,7 +80,7 @@ class SplitNetwork(nn.Module):
         self.image_shape, self.feature_shape = image, target
         self.head = stages[0] if inserted else None
         self.encoder = built.encoder
-        self.quantizer = None if bits == 32 else UniformQuantizer(bits, **settings)
+        self.quantizer = None if bits == 32 else quantizer
         self.decoder = built.decoder
         self.tail = nn.Sequential(*(stages[i] for i in range(1, len(stages))))
 
@@ -93,7 +94,7 @@ class SplitNetwork(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Quantise and de-quantise a representation and map it to the feature at the split, in the cut's layout."""
-        return self.decoder(z if self.quantizer is None else self.quantizer(z))
+        return self.decoder(z if self.quantizer is None else self.quantizer(z).to(z.dtype))
 
     def features(self, images: Tensor, at: Iterable[str]) -> dict[str, Tensor]:
         """Return the features at the split and at observed layers, running no further than the last one asked for.

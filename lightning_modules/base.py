@@ -106,7 +106,7 @@ class Task(pl.LightningModule, abc.ABC):
         classes = len(self.class_names)
         metrics: dict[str, Any] = {
             "acc": MulticlassAccuracy(classes, average="micro"),
-            "ece": MulticlassCalibrationError(classes, n_bins=15),
+            "ece": CalibrationError(classes, n_bins=15),
             "loss": CrossEntropy(),
         }
         if classes > 5:
@@ -220,7 +220,7 @@ class Task(pl.LightningModule, abc.ABC):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure the network on a validation batch."""
         images, labels = batch
-        self.val_metrics.update(self(images), labels)
+        self.val_metrics.update(self(images).float(), labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log what was measured; accuracy also shows in the progress bar."""
@@ -232,7 +232,7 @@ class Task(pl.LightningModule, abc.ABC):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure the network on a test batch."""
         images, labels = batch
-        logits = self(images)
+        logits = self(images).float()
         self.test_metrics.update(logits, labels)
         self.test_per_class.update(logits, labels)
 
@@ -247,9 +247,17 @@ class Task(pl.LightningModule, abc.ABC):
         self.test_per_class.reset()
 
 
+class CalibrationError(MulticlassCalibrationError):
+    """Expected calibration error of logits (B, classes); torchmetrics would take small logits for probabilities."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch of logits and labels."""
+        super().update(preds.softmax(1), target)
+
+
 class CrossEntropy(MeanMetric):
     """Cross entropy of logits (B, classes) against labels (B,), averaged over all samples seen, in nats."""
 
     def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
         """Add a batch."""
-        super().update(F.cross_entropy(logits.float(), labels), weight=len(labels))
+        super().update(F.cross_entropy(logits, labels), weight=len(labels))

@@ -58,9 +58,9 @@ class SplitTask(Task):
         return cast(Stages, self._teacher.network)
 
     def compiled_modules(self) -> list[nn.Module]:
-        """The parts that run one by one: those of the bottleneck, the stages of the tail and of the teacher."""
+        """The parts that run one by one: encoder, decoder, the stages of the tail and of the teacher."""
         network = self.network
-        parts = [network.head, network.encoder, network.quantizer, network.decoder, *network.tail]
+        parts = [network.head, network.encoder, network.decoder, *network.tail]
         return [p for p in parts if p is not None] + (list(self.teacher) if self._teacher else [])
 
     def on_fit_start(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import zipfile
 from collections.abc import Sequence
@@ -21,14 +22,17 @@ from deployment import ImageInput
 from lightning_modules import Task, Teacher
 from lightning_modules.callbacks.metadata import KEY, SCHEMA
 from scripts.terminal import CONF
+from scripts.trust import check_targets
 
 
 def compose_config(name: str, overrides: Sequence[str], output_dir: Path) -> DictConfig:
     """Compose a script's config outside of Hydra's own launcher, as the demonstration and the tests do."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    paths = [f"paths.output_dir={output_dir}", f"paths.root_dir={Path.cwd()}"]
     with initialize_config_dir(CONF, version_base="1.3"):
-        return compose(name, [*overrides, *paths])
+        cfg = compose(name, list(overrides))
+    # Set afterwards: a folder's name may hold what an override's grammar gives a meaning.
+    cfg.paths.output_dir, cfg.paths.root_dir = str(output_dir), str(Path.cwd())
+    return cfg
 
 
 class Restored(NamedTuple):
@@ -39,6 +43,7 @@ class Restored(NamedTuple):
     image_input: ImageInput
     class_names: list[str]
     sha256: str
+    other_bits: bool
 
 
 class Assembly(NamedTuple):
@@ -58,7 +63,7 @@ def assemble(cfg: DictConfig) -> Assembly:
     data = instantiate(cfg.data)
     if "teacher" not in cfg:
         backbone = instantiate(cfg.backbone, num_classes=data.num_classes)
-        data.configure_input(backbone.input)
+        data.configure_input(_with_native_statistics(backbone, data))
         network = build_network(cfg, backbone.network, data.input)
         return Assembly(data, network, build_task(cfg, network, data.class_names))
     backbone, teacher, image_input = _student_and_teacher(cfg, data)
@@ -97,31 +102,37 @@ def build_task(cfg: DictConfig, network: nn.Module, class_names: list[str], **kw
     return build(network=network, class_names=class_names, **kwargs)
 
 
-def restore(path: str | Path, bits: int | None = None) -> Restored:
+def restore(path: str | Path, bits: int | None = None, trusted: bool = False) -> Restored:
     """Rebuild a network from a checkpoint of ``train.py``, with neither teacher nor pretrained files.
 
     Args:
         path: The checkpoint.
         bits: Another code width than the one trained with.
+        trusted: Whether the file may name code of the user's own, such as a custom backbone.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, is no checkpoint of Cleave, or does not fit its own config.
+        ValueError: The file is damaged, is no checkpoint of Cleave, names code that is not Cleave's, or does not fit
+            its own config.
     """
     checkpoint = read_checkpoint(path)
     metadata = checkpoint[KEY]
+    parts = {key: metadata["config"].get(key) for key in ("backbone", "network", "data", "method")}
+    check_targets(parts, str(path), trusted)
     config = OmegaConf.create(metadata["config"])
     image_input = ImageInput.from_dict(metadata["image_input"])
     config.backbone.pretrained, config.backbone.weights = False, None
     backbone = instantiate(config.backbone, num_classes=len(metadata["class_names"])).network
     network = build_network(config, backbone, image_input)
     load_strictly(network, network_state(checkpoint), f"the checkpoint {path}")
-    if bits is not None:
-        if not isinstance(network, SplitNetwork):
-            raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
+    if bits is not None and not isinstance(network, SplitNetwork):
+        raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
+    other_bits = False
+    if isinstance(network, SplitNetwork) and bits is not None and bits != config.codec.bits:
         network.set_bits(bits)
         config.codec.bits = config.network.codec.bits = bits
-    return Restored(config, network.eval(), image_input, metadata["class_names"], file_sha256(path))
+        other_bits = True
+    return Restored(config, network.eval(), image_input, metadata["class_names"], file_sha256(path), other_bits)
 
 
 def restore_data(restored: Restored, overrides: DictConfig) -> ImageDataModule:
@@ -139,6 +150,8 @@ def restore_data(restored: Restored, overrides: DictConfig) -> ImageDataModule:
                 f"data.{key!s}={value} has no meaning for {config._target_}, which the checkpoint was made with"
             )
         config[key] = value
+        if key == "batch_size":
+            config.eval_batch_size = None  # else the checkpoint's would go on ruling
     data = instantiate(config)
     data.configure_input(restored.image_input)
     if data.class_names != restored.class_names:
@@ -226,7 +239,13 @@ def _student_and_teacher(cfg: DictConfig, data: ImageDataModule) -> tuple[nn.Mod
                 "with method=classification and give teacher.ckpt_path=FILE"
             )
         return backbone.network, Teacher(copy.deepcopy(backbone.network)), backbone.input
-    restored = restore(cfg.teacher.ckpt_path)
+    for key in ("weights", "pretrained"):
+        if cfg.backbone.get(key):
+            raise ValueError(
+                f"backbone.{key}={cfg.backbone[key]} has no meaning beside teacher.ckpt_path: the student starts from "
+                "the teacher's weights; leave one of the two out"
+            )
+    restored = restore(cfg.teacher.ckpt_path, trusted=cfg.teacher.trust_checkpoint)
     if restored.class_names != data.class_names:
         raise ValueError(
             f"the teacher {cfg.teacher.ckpt_path} knows the classes {restored.class_names}, "
@@ -236,6 +255,14 @@ def _student_and_teacher(cfg: DictConfig, data: ImageDataModule) -> tuple[nn.Mod
     student = instantiate(untrained, num_classes=data.num_classes).network
     load_strictly(student, restored.network.state_dict(), f"the teacher {cfg.teacher.ckpt_path}")
     return student, Teacher(restored.network, str(cfg.teacher.ckpt_path), restored.sha256), restored.image_input
+
+
+def _with_native_statistics(backbone: Backbone, data: ImageDataModule) -> ImageInput:
+    """The backbone's input; where its weights are random, mean and std are those of the data instead of its own."""
+    native = data.native_input
+    if backbone.pretrained is not None or native.color_mode != backbone.input.color_mode:
+        return backbone.input
+    return dataclasses.replace(backbone.input, mean=native.mean, std=native.std)
 
 
 def _sample(image_input: ImageInput) -> Tensor:

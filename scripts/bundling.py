@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from architectures import SplitNetwork, export_parts, recalibrate_batchnorm
 from datamodules import Digits, ImageDataModule
+from datamodules.sources import FileSource
 from deployment import Bundle, export_bundle
 from scripts.assembly import Restored
 from scripts.terminal import console, table
@@ -77,15 +78,19 @@ def parity_words(bundle: Bundle) -> str:
 
 
 def example_input(data: ImageDataModule) -> str:
-    """What to give ``infer.py`` as its first input."""
-    return "digits" if isinstance(data, Digits) else "IMAGE"
+    """What to give ``infer.py`` as its first input: the embedded digits, or a file of the test set where it has any."""
+    if isinstance(data, Digits):
+        return "digits"
+    source = data.split("test")
+    return source.name(0) if isinstance(source, FileSource) else "IMAGE"
 
 
 def recalibrate(restored: Restored, data: ImageDataModule, cfg: DictConfig) -> None:
     """Measure the decoder's BatchNorm statistics again where ``codec.bits`` overrides the trained width."""
     network = restored.network
-    if cfg.codec.bits is None or not isinstance(network, SplitNetwork) or cfg.recalibrate.batches == 0:
+    if not restored.other_bits or not isinstance(network, SplitNetwork) or cfg.recalibrate.batches == 0:
         return
+    data.prepare_data()
     data.setup("fit")
     layers = recalibrate_batchnorm(network, network.decoder, _batches(data, cfg.recalibrate.batches))
     console.print(f"{layers} BatchNorm layers of the decoder measured again at {cfg.codec.bits} bits", highlight=False)

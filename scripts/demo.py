@@ -23,7 +23,8 @@ def main() -> None:
     quiet()
     logs = Path("logs/demo")
     logs.mkdir(parents=True, exist_ok=True)
-    root = Path(mkdtemp(prefix="run-", dir=logs))
+    # Relative, so that no folder above this one can upset the grammar of overrides.
+    root = logs / Path(mkdtemp(prefix="run-", dir=logs)).name
     console.rule("1/3 teacher: cross entropy")
     teacher = run("digits_teacher", root / "teacher")
     teacher_file = root / "teacher/checkpoints/best.ckpt"

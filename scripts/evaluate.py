@@ -19,7 +19,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if cfg.split not in ("val", "test"):
         raise ValueError(f"split must be val or test, got {cfg.split!r}")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    restored = restore(cfg.ckpt_path, bits=cfg.codec.bits)
+    restored = restore(cfg.ckpt_path, bits=cfg.codec.bits, trusted=cfg.trust_checkpoint)
     data = restore_data(restored, cfg.data)
     recalibrate(restored, data, cfg)
     task = build_task(restored.config, restored.network, restored.class_names)
@@ -28,6 +28,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     run = trainer.test if cfg.split == "test" else trainer.validate
     run(task, datamodule=data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if not trainer.is_global_zero:
+        return metrics
     results_table(f"{cfg.ckpt_path} on {cfg.split}", metrics)
     costs = profile(restored.network, data.input.shape)
     table("Cost per image", profile_rows(costs), ("part", "MACs", "parameters"))

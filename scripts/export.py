@@ -20,13 +20,15 @@ def export(cfg: DictConfig) -> Path:
     """Test the checkpoint once more, write the bundle, and return its folder."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     check_target(cfg.bundle, cfg.overwrite)
-    restored = restore(cfg.ckpt_path, bits=cfg.codec.bits)
+    restored = restore(cfg.ckpt_path, bits=cfg.codec.bits, trusted=cfg.trust_checkpoint)
     data = restore_data(restored, cfg.data)
     recalibrate(restored, data, cfg)
     loggers = instantiate_each(cfg.get("logger"))
     trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(
         callbacks=[WandbTracking()], logger=loggers, enable_checkpointing=False
     )
+    if trainer.world_size > 1:
+        raise ValueError("export runs on one device; add trainer.devices=1")
     for logger in trainer.loggers:
         logger.log_hyperparams({**plain(cfg), "trained": plain(restored.config)})
     task = build_task(restored.config, restored.network, restored.class_names)

@@ -11,45 +11,41 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from datamodules import Digits
-from deployment import Bundle, Pipeline, Result, load_bundle
+from datamodules.image_folder import EXTENSIONS
+from deployment import Pipeline, Result, load_bundle
 from scripts.terminal import CONF, console, friendly, start, table
-
-EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def infer(cfg: DictConfig) -> list[str]:
     """Run what the config describes, print it, and return the predicted class names."""
+    if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, got {cfg.batch_size}")
+    if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={cfg.device}: torch finds no CUDA device here; use device=cpu")
     bundle = load_bundle(cfg.bundle, device=cfg.device)
     pipeline = Pipeline(bundle, bits=cfg.bits)
-    names, images, labels = read_input(cfg, pipeline)
     rows: list[tuple[str, ...]] = []
     predicted: list[str] = []
-    payload_bytes: list[int] = []
     seconds: dict[str, float] = {}
-    # TorchScript profiles its first two runs and compiles; that is not what a device would measure.
-    for _ in range(3):
-        pipeline.run(images[: cfg.batch_size])
-    for batch in images.split(cfg.batch_size):
-        result = pipeline.run(batch)
-        payload_bytes += result.payload_bytes
-        for part, spent in timings(bundle, result):
+    for names, images, labels in batches(cfg, pipeline):
+        # TorchScript profiles its first two runs and compiles; that is not what a device would measure.
+        for _ in range(0 if rows else 3):
+            pipeline.run(images)
+        result = pipeline.run(images)
+        for part, spent in timings(result):
             seconds[part] = seconds.get(part, 0.0) + spent
-        for confidence, index in zip(*(v.tolist() for v in result.logits.softmax(1).max(1)), strict=True):
-            i = len(predicted)
-            predicted.append(bundle.class_names[index])
-            label = labels[i] if labels else ""
-            rows.append((names[i], predicted[i], label, f"{confidence:.3f}", f"{payload_bytes[i]:,}"))
-    table(
-        f"{len(rows)} images through {cfg.bundle}",
-        rows,
-        ("image", "prediction", "label", "confidence", "payload bytes"),
-    )
+        confidences, indices = (values.tolist() for values in result.logits.softmax(1).max(1))
+        for i, name in enumerate(names):
+            predicted.append(bundle.class_names[indices[i]])
+            rows.append((name, predicted[-1], labels[i], f"{confidences[i]:.3f}", f"{result.payload_bytes[i]:,}"))
+    header = ("image", "prediction", "label", "confidence", "payload bytes")
+    table(f"{len(rows)} images through {cfg.bundle}", rows, header)
     per_image = [(part, f"{1000 * spent / len(rows):.3f}") for part, spent in seconds.items()]
     table(f"Milliseconds per image, batches of {min(cfg.batch_size, len(rows))}", per_image)
     return predicted
 
 
-def timings(bundle: Bundle, result: Result) -> Iterator[tuple[str, float]]:
+def timings(result: Result) -> Iterator[tuple[str, float]]:
     """Seconds of each partition and of the codec after it, in the order of the route."""
     for i, (name, spent) in enumerate(result.part_seconds.items()):
         yield f"{name} partition", spent
@@ -58,29 +54,39 @@ def timings(bundle: Bundle, result: Result) -> Iterator[tuple[str, float]]:
             yield f"unpack after {name}", result.decode_seconds[i]
 
 
-def read_input(cfg: DictConfig, pipeline: Pipeline) -> tuple[list[str], Tensor, list[str]]:
-    """Read the images to run: their names, uint8 tensor (B, C, H, W), and labels where they are known.
+def batches(cfg: DictConfig, pipeline: Pipeline) -> Iterator[tuple[list[str], Tensor, list[str]]]:
+    """Read the images batch by batch: their names, uint8 tensor (B, C, H, W), and labels, empty where unknown.
 
     Raises:
         FileNotFoundError: ``input`` is neither ``digits``, nor a file, nor a folder with images.
     """
+    size = cfg.batch_size
     if cfg.input == "digits":
         data = Digits()
         data.configure_input(pipeline.bundle.input)
-        data.setup("test")
         images, labels = data.sample_images("test", cfg.limit or 10**6)
-        return [f"digit {i}" for i in range(len(images))], images, [data.class_names[i] for i in labels.tolist()]
-    path = Path(cfg.input)
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS)[: cfg.limit]
-        if not files:
-            raise FileNotFoundError(f"no image in {path}; files that count end in {', '.join(sorted(EXTENSIONS))}")
-        names = [str(f.relative_to(path)) for f in files]
-    elif path.is_file():
-        files, names = [path], [path.name]
-    else:
-        raise FileNotFoundError(f"input={cfg.input} is neither an image, nor a folder of images, nor `digits`")
-    return names, torch.stack([pipeline.preprocess(file) for file in files]), []
+        for start in range(0, len(images), size):
+            some = range(start, min(start + size, len(images)))
+            known = [data.class_names[label] for label in labels[some.start : some.stop].tolist()]
+            yield [f"digit {i}" for i in some], images[some.start : some.stop], known
+        return
+    files = image_files(Path(cfg.input))[: cfg.limit]
+    for start in range(0, len(files), size):
+        some_files = files[start : start + size]
+        images = torch.stack([pipeline.preprocess(file) for file in some_files])
+        yield [file.name for file in some_files], images, [""] * len(some_files)
+
+
+def image_files(path: Path) -> list[Path]:
+    """An image itself, or all images below a folder in the order of their names."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"input={path} is neither an image, nor a folder of images, nor `digits`")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise FileNotFoundError(f"no image in {path}; files that count end in {', '.join(sorted(EXTENSIONS))}")
+    return files
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="infer")

@@ -72,9 +72,14 @@ def finish(cfg: DictConfig, parts: Assembly, trainer: pl.Trainer, metrics: dict[
         console.print(f"Checkpoint: {best}", soft_wrap=True, highlight=False)
     if cfg.export:
         # Of the file, as under `ddp_spawn` only the ranks' own networks went back to the best weights.
-        network = restore(best).network if best else parts.network
+        network = restore(best, trusted=True).network if best else parts.network
         bundle = write_bundle(
-            network, parts.data, Path(cfg.paths.output_dir) / "bundle", config=plain(cfg), metrics=metrics
+            network,
+            parts.data,
+            Path(cfg.paths.output_dir) / "bundle",
+            config=plain(cfg),
+            metrics=metrics,
+            overwrite=True,
         )
         if run := wandb_run(trainer):
             log_artifact(run, bundle, kind="bundle", name="bundle")

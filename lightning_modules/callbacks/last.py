@@ -28,6 +28,9 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, "last", every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False)
         self.steps = every_n_train_steps
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Start anew: the file of an earlier run, here or in another folder, is not this run's to follow up."""
+
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Save within an epoch."""
         due = self.steps is not None and trainer.global_step % self.steps == 0

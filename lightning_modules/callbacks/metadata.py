@@ -44,7 +44,14 @@ class CheckpointMetadata(Callback):
         Raises:
             ValueError: A value would not load back; the message names its key.
         """
-        check_loadable({"config": self.metadata["config"], "hyper_parameters": dict(pl_module.hparams)})
+        data = getattr(trainer, "datamodule", None)
+        check_loadable(
+            {
+                "config": self.metadata["config"],
+                "hyper_parameters": dict(pl_module.hparams),
+                "data": dict(data.hparams) if data is not None else {},
+            }
+        )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -1,0 +1,55 @@
+"""What a checkpoint's config may build: it comes from a file, and Hydra would call whatever it names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from hydra.utils import get_object
+
+# A class by its own name, at the end of lower-case modules; and the one function that makes backbones.
+ROOMS = ("architectures", "datamodules", "lightning_modules", "losses")
+OURS = re.compile(rf"({'|'.join(ROOMS)})(\.[a-z]\w*)*\.[A-Z]\w*")
+TORCH = re.compile(r"torch\.optim(\.lr_scheduler)?\.[A-Z]\w*")
+FACTORY = "architectures.backbones.create_backbone"
+
+
+def check_targets(config: Any, path: str, trusted: bool) -> None:
+    """Refuse a checkpoint whose config names code that is neither Cleave's nor one of torch's optimizers.
+
+    ``weights_only=True`` keeps a file's tensors from running code; this keeps its config from it.
+
+    Args:
+        config: The checkpoint's config as plain containers.
+        path: The checkpoint, for the message.
+        trusted: The user vouches for the file, as a backbone of their own needs it.
+
+    Raises:
+        ValueError: A ``_target_`` is not allowed; the message names it.
+    """
+    if trusted:
+        return
+    for target in targets(config):
+        if target != FACTORY and not TORCH.fullmatch(target) and not (OURS.fullmatch(target) and _is_ours(target)):
+            raise ValueError(
+                f"the checkpoint {path} names {target}, which is not part of Cleave; if you know where the file comes "
+                "from, add trust_checkpoint=true to run that code"
+            )
+
+
+def targets(config: Any) -> Iterator[str]:
+    """Every ``_target_`` in plain containers."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key == "_target_":
+                yield str(value)
+            yield from targets(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from targets(value)
+
+
+def _is_ours(target: str) -> bool:
+    """Whether a class was defined in a room: modules also hold names that they imported."""
+    return str(getattr(get_object(target), "__module__", "")).split(".")[0] in ROOMS

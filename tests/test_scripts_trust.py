@@ -1,0 +1,33 @@
+"""A checkpoint's config runs no code but Cleave's, unless the user vouches for the file."""
+
+import pytest
+import torch
+
+from scripts.assembly import restore
+from scripts.trust import check_targets
+
+
+def test_a_checkpoint_cannot_name_code_of_its_own(tmp_path, teacher_file):
+    victim = tmp_path / "victim"
+    victim.write_text("")
+    checkpoint = torch.load(teacher_file, weights_only=True)
+    checkpoint["cleave"]["config"]["backbone"]["source"] = {"_target_": "pathlib.Path.unlink", "self": str(victim)}
+    torch.save(checkpoint, tmp_path / "harm.ckpt")
+    with pytest.raises(ValueError, match=r"names pathlib\.Path\.unlink.*trust_checkpoint=true"):
+        restore(tmp_path / "harm.ckpt")
+    assert victim.exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["torch.load", "numpy.load", "architectures.weights.torch.load", "datamodules.image_folder.Path", "my_package.Net"],
+)
+def test_what_is_not_ours_is_refused_however_it_is_reached(target):
+    with pytest.raises(ValueError, match=target):
+        check_targets({"data": [{"deep": {"_target_": target}}]}, "x.ckpt", trusted=False)
+    check_targets({"data": [{"deep": {"_target_": target}}]}, "x.ckpt", trusted=True)
+
+
+def test_what_presets_name_is_allowed(teacher_file):
+    config = torch.load(teacher_file, weights_only=True)["cleave"]["config"]
+    check_targets({key: config[key] for key in ("backbone", "data", "method", "network")}, "x.ckpt", trusted=False)
