@@ -8,7 +8,18 @@ from architectures.partitions import DevicePart, ServerPart, WholePart, export_p
 from architectures.quantizer import UniformQuantizer
 from architectures.recalibrate import recalibrate_batchnorm
 from architectures.split import SplitNetwork
-from architectures.stages import CutError, CutPoint, Stages, cut, cut_points, partition, spread
+from architectures.stages import (
+    CutError,
+    CutPoint,
+    NodeGraph,
+    Partition,
+    Stages,
+    cut,
+    cut_points,
+    partition,
+    spread,
+    trace_graph,
+)
 
 __all__ = [
     "Backbone",
@@ -16,6 +27,8 @@ __all__ = [
     "CutError",
     "CutPoint",
     "DevicePart",
+    "NodeGraph",
+    "Partition",
     "ServerPart",
     "SplitNetwork",
     "Stages",
@@ -32,4 +45,5 @@ __all__ = [
     "profile",
     "recalibrate_batchnorm",
     "spread",
+    "trace_graph",
 ]

@@ -84,7 +84,7 @@ def test_compile_compiles_the_parts_that_run_and_renames_nothing(tmp_path, teach
     assert list(one) == list(two)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert calls["Sequential train=True grad=True"] == 2 * 4  # encoder and decoder, once a step
-    assert calls["UniformQuantizer train=True grad=True"] == 4
+    assert not any(name.startswith("UniformQuantizer") for name in calls)  # a few operations, with a range of their own
     assert calls["Stage train=False grad=False"] > 4  # the teacher's head once a step; tails in evaluation alone
     assert not any(name.startswith("Stage train=True") for name in calls)
 
