@@ -70,11 +70,13 @@ def batches(cfg: DictConfig, pipeline: Pipeline) -> Iterator[tuple[list[str], Te
             known = [data.class_names[label] for label in labels[some.start : some.stop].tolist()]
             yield [f"digit {i}" for i in some], images[some.start : some.stop], known
         return
-    files = image_files(Path(cfg.input))[: cfg.limit]
+    folder = Path(cfg.input)
+    files = image_files(folder)[: cfg.limit]
     for start in range(0, len(files), size):
         some_files = files[start : start + size]
         images = torch.stack([pipeline.preprocess(file) for file in some_files])
-        yield [file.name for file in some_files], images, [""] * len(some_files)
+        names = [str(file.relative_to(folder)) if folder.is_dir() else file.name for file in some_files]
+        yield names, images, [""] * len(some_files)
 
 
 def image_files(path: Path) -> list[Path]:
