@@ -64,9 +64,10 @@ class SplitTask(Task):
         return [p for p in parts if p is not None] + (list(self.teacher) if self._teacher else [])
 
     def on_fit_start(self) -> None:
-        """Bring the teacher to the student's device; Lightning does not know of it."""
+        """Bring the teacher to the student's device and precision; Lightning does not know of it."""
         if self._teacher is not None:
             self._teacher.to(self.device)
+            self.trainer.precision_plugin.convert_module(self._teacher.network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which teacher the student learns from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,4 +38,6 @@ class HeadDistillationLoss(nn.Module):
                 f"student features {tuple(student.shape)} and teacher features {tuple(teacher.shape)} differ in shape; "
                 "both must come from the same cut and the same image size"
             )
-        return F.mse_loss(student, teacher.detach(), reduction="sum") / len(student)
+        # A sum of this many squares does not fit half precision.
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        return F.mse_loss(student.to(dtype), teacher.detach().to(dtype), reduction="sum") / len(student)

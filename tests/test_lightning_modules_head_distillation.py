@@ -141,6 +141,22 @@ def test_the_objective_is_the_distance_of_the_features():
     assert loss.item() == pytest.approx(expected.item(), rel=0.2)  # the observed range moved between the two passes
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("kind", ["learned", "observed", "sample"])
+def test_half_precision_trains_and_keeps_the_range_in_single(precision, kind):
+    codec = {"bits": 4, "range": kind}
+    backbone = create_backbone("cifar", "resnet20", num_classes=10, in_channels=1).network
+    network = SplitNetwork(backbone, "layer2", torch.randn(2, 1, 8, 8), codec=codec)
+    teacher = Teacher(copy.deepcopy(backbone))
+    task = HeadDistillation(network, NAMES, ADAM, teacher=teacher, objective=HeadDistillationLoss())
+    trainer = fit(task, epochs=1, precision=precision)
+    trainer.test(task, batches(), verbose=False)
+    assert trainer.callback_metrics["test/payload_bytes"] > 0
+    ranges = [*network.quantizer.parameters(), *(b for b in network.quantizer.buffers() if b.is_floating_point())]
+    assert {tensor.dtype for tensor in ranges} <= {torch.float32}
+    assert network.decoder[0].weight.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+
+
 def test_bytes_are_measured_on_the_test_images():
     task = build()
     trainer = fit(task, epochs=1)

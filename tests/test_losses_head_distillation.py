@@ -29,6 +29,13 @@ def test_does_not_depend_on_how_often_a_batch_is_repeated():
     torch.testing.assert_close(once, twice)
 
 
+def test_half_precision_is_summed_in_single():
+    student, teacher = torch.randn(2, 2, 64, 32, 32, generator=torch.Generator().manual_seed(0)).half()
+    expected = (student.double() - teacher.double()).square().sum() / 2
+    assert expected > torch.finfo(torch.half).max
+    torch.testing.assert_close(HeadDistillationLoss()(student, teacher).double(), expected, rtol=1e-5, atol=0)
+
+
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\).*same cut"):
         HeadDistillationLoss()(torch.zeros(2, 3), torch.zeros(2, 4))
