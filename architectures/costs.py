@@ -21,6 +21,6 @@ def profile(network: nn.Module, shape: tuple[int, int, int]) -> dict[str, dict[s
     """
     if isinstance(network, SplitNetwork):
         return network.profile()
-    device = next(network.parameters()).device
-    image = torch.zeros(1, *shape, device=device)
+    weight = next(network.parameters())
+    image = torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype)
     return {"whole": {"macs": count_macs(network, image), "params": count_params(network)}}

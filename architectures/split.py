@@ -165,10 +165,10 @@ class SplitNetwork(nn.Module):
     @torch.no_grad()
     def profile(self) -> dict[str, dict[str, int]]:
         """MACs per image and parameters of each part: ``{"encoder": {"macs": …, "params": …}, …}``."""
-        device = next(self.encoder.parameters()).device
+        weight = next(self.encoder.parameters())
         mode = self.training
         self.eval()
-        x = torch.zeros(1, *self.image_shape, device=device)
+        x = torch.zeros(1, *self.image_shape, device=weight.device, dtype=weight.dtype)
         costs = {}
         for name in ("head", "encoder", "decoder", "tail"):
             part = getattr(self, name)

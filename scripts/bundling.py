@@ -31,7 +31,7 @@ def write_bundle(
     """Export a network as partitions, gated by their parity, and say what was written.
 
     Args:
-        network: Trained network; moved to the CPU and put into eval mode.
+        network: Trained network; moved to the CPU, in float32 and eval mode.
         data: The data it was tested on, for its input, class names and sample images.
         directory: The folder to write.
         config: The resolved config.
@@ -42,7 +42,7 @@ def write_bundle(
     Returns:
         The folder written.
     """
-    network = network.cpu().eval()
+    network = network.cpu().float().eval()
     parts, codecs = export_parts(network, data.input)
     images, _ = data.sample_images("test", sample)
     bundle = export_bundle(
