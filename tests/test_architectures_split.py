@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from architectures import CutError, SplitNetwork, create_backbone, cut, profile
+from architectures import CutError, DevicePart, SplitNetwork, create_backbone, cut, profile
+from deployment import ImageInput
 
 SAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -70,6 +71,13 @@ def test_codes_decode_to_what_forward_uses():
         values = 8 * 16 * 16
         expected = values * codec["bits"] // 8 + (8 if codec.get("range") == "sample" else 0)
         assert {len(p) for p in payloads} == {expected}
+
+
+def test_the_device_normalises_as_the_data_do():
+    network = split(codec={"bits": 32}).eval()
+    spec = ImageInput(height=32, width=32, mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.7))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(DevicePart(network, spec).eval()(images), network.encode(spec.normalize(images)))
 
 
 def test_copies_are_whole():

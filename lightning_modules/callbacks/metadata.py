@@ -71,8 +71,6 @@ def check_loadable(values: Mapping[str, Any], prefix: str = "") -> None:
     for key, value in values.items():
         if isinstance(value, dict):
             check_loadable(value, f"{prefix}{key}.")
-        if type(value) is dict and not value:
-            continue
         if not _loads_back(value):
             raise ValueError(
                 f"{prefix}{key} is a {type(value).__name__}, which a checkpoint saves but does not load back; "
