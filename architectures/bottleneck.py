@@ -67,6 +67,7 @@ def build_bottleneck(
     kernel: int = 3,
     width: int = 64,
     depth: int = 1,
+    decoder_width: int | None = None,
 ) -> Bottleneck:
     """Generate the encoder and decoder of a bottleneck.
 
@@ -87,6 +88,7 @@ def build_bottleneck(
         kernel: Odd kernel size of the convolutions.
         width: Channels of the hidden layers.
         depth: Convolutions at the representation's resolution before the projection, at least 0.
+        decoder_width: Channels of the decoder's hidden layers, which the server runs; ``None`` takes ``width``.
 
     Raises:
         ValueError: An argument is out of range, or does not apply at a cut of this layout.
@@ -95,12 +97,12 @@ def build_bottleneck(
         >>> build_bottleneck((3, 32, 32), (32, 16, 16), "NCHW", channels=8, stride=4).shape
         (8, 8, 8)
     """
-    _check(form, channels, stride, kernel, width, depth)
+    _check(form, channels, stride, kernel, width, depth, decoder_width)
     if layout in VECTOR_LAYOUTS:
-        if (kernel, width, depth) != (3, 64, 1):
+        if (kernel, width, depth, decoder_width) != (3, 64, 1, None):
             raise ValueError(
-                f"bottleneck.kernel, width and depth have no meaning for {layout} features, which take a linear one; "
-                f"got {kernel}, {width}, {depth}: leave them out"
+                f"bottleneck.kernel, width, depth and decoder_width have no meaning for {layout} features, which take "
+                f"a linear one; got {kernel}, {width}, {depth}, {decoder_width}: leave them out"
             )
         return _linear(target, layout, form, channels, stride)
     if layout not in MAP_LAYOUTS:
@@ -125,19 +127,22 @@ def build_bottleneck(
     shape = _shape_after(
         encoder, (rows, columns, features) if last and inserted else (in_channels, in_rows, in_columns)
     )
-    decoder = _decoder(channels, (rows, columns), shape[1:], features, kernel, width)
+    decoder = _decoder(channels, (rows, columns), shape[1:], features, kernel, decoder_width or width)
     if last:
         decoder.append(Permute(0, 2, 3, 1))
     return Bottleneck(encoder, decoder, shape)
 
 
-def _check(form: str, channels: int, stride: int | None, kernel: int, width: int, depth: int) -> None:
+def _check(
+    form: str, channels: int, stride: int | None, kernel: int, width: int, depth: int, decoder_width: int | None
+) -> None:
     if form not in FORMS:
         raise ValueError(f"split.form must be one of {', '.join(FORMS)}, got {form!r}")
     for name, value, least in (
         ("channels", channels, 1),
         ("stride", 1 if stride is None else stride, 1),
         ("width", width, 1),
+        ("decoder_width", 1 if decoder_width is None else decoder_width, 1),
         ("depth", depth, 0),
         ("kernel", kernel, 1),
     ):

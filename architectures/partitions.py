@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from architectures.costs import profile
-from architectures.quantizer import UniformQuantizer
-from architectures.split import Codec, SplitNetwork
-from deployment import ImageInput, Part
+from architectures.split import SplitNetwork
+from architectures.switchable import select
+from deployment import Codec, ImageInput, Part
 
 
 class Normalize(nn.Module):
@@ -41,36 +41,36 @@ class WholePart(nn.Module):
 
 
 class DevicePart(nn.Module):
-    """The device side: uint8 images to integer codes with their range, or to a float representation."""
+    """The device side: uint8 images to what its codec sends."""
 
     def __init__(self, network: SplitNetwork, image_input: ImageInput) -> None:
         super().__init__()
         self.normalize = Normalize(image_input)
         self.head = network.head if network.head is not None else nn.Identity()
-        self.encoder = network.encoder
+        self.encoder = network.device_encoder()
         self.quantizer = network.quantizer
 
-    def forward(self, images: Tensor, levels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Return codes (B, ...), low (B,) and high (B,) for ``levels`` levels; z alone where nothing quantises."""
-        z = self.encoder(self.head(self.normalize(images)))
-        if self.quantizer is None or levels is None:
-            return z
-        return self.quantizer.encode(z, levels)
+    def forward(self, images: Tensor, *settings: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return codes (B, ...), low (B,) and high (B,) for a number of levels; codes or z alone where none is set."""
+        return self.quantizer.send(self.encoder(self.head(self.normalize(images))), *settings)
 
 
 class ServerPart(nn.Module):
-    """The server side: what the device sent to logits."""
+    """The server side: what the codec delivers to logits."""
 
     def __init__(self, network: SplitNetwork) -> None:
         super().__init__()
         self.decoder = network.decoder
         self.tail = network.tail
-        self.quantized = network.quantizer is not None
+        self.receive = type(network.quantizer).receive
+        self.switchable = bool(network.widths)
 
     def forward(self, *received: Tensor) -> Tensor:
-        """Return logits (B, classes) from (codes, low, high, levels), or from z."""
-        z = UniformQuantizer.decode(*received) if self.quantized else received[0]
-        return self.tail(self.decoder(z))
+        """Return logits (B, classes) from (codes, low, high, levels), from codes, or from z."""
+        if self.switchable:
+            for part in (self.decoder, self.tail):
+                select(part, received[-1])
+        return self.tail(self.decoder(self.receive(*received)))
 
 
 def export_parts(network: nn.Module, image_input: ImageInput) -> tuple[list[Part], list[Codec]]:
@@ -78,7 +78,7 @@ def export_parts(network: nn.Module, image_input: ImageInput) -> tuple[list[Part
 
     Args:
         network: A :class:`~architectures.split.SplitNetwork`, cut into device and server, or any other network, which
-            makes one partition for the device.
+            makes one partition for the device. A channel that disturbs the link is no part of either.
         image_input: The network's input; the first partition normalises by it.
 
     Returns:
@@ -87,13 +87,11 @@ def export_parts(network: nn.Module, image_input: ImageInput) -> tuple[list[Part
     if not isinstance(network, SplitNetwork):
         cost = profile(network, image_input.shape)["whole"]["macs"]
         return [Part("whole", "device", WholePart(network, image_input), ("images",), ("logits",), cost)], []
-    sent: tuple[str, ...] = ("z",)
-    if network.quantizer is not None:
-        sent = ("codes", "low", "high")
-    levels = () if network.quantizer is None else ("levels",)
+    codec = network.codec
     macs = {part: cost["macs"] for part, cost in network.profile().items()}
     on_device, on_server = macs.get("head", 0) + macs["encoder"], macs["decoder"] + macs["tail"]
+    device, server = DevicePart(network, image_input), ServerPart(network)
     return [
-        Part("device", "device", DevicePart(network, image_input), ("images", *levels), sent, on_device),
-        Part("server", "server", ServerPart(network), (*sent, *levels), ("logits",), on_server),
-    ], [network.codec]
+        Part("device", "device", device, ("images", *codec.settings), codec.sends, on_device),
+        Part("server", "server", server, codec.delivers, ("logits",), on_server),
+    ], [codec]

@@ -1,13 +1,16 @@
-"""The uniform affine quantiser that turns a representation into integer codes."""
+"""What turns a representation into integer codes: the uniform affine quantiser, or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from deployment import check_bits
+from architectures.entropy_bottleneck import EntropyBottleneck
+from architectures.naming import did_you_mean
+from deployment import FLOAT_BITS, Codec, FloatCodec, check_bits, code_codec
 
 RANGES = ("learned", "observed", "sample")
 _TINY = 1e-8
@@ -78,7 +81,7 @@ class UniformQuantizer(nn.Module):
     @bits.setter
     def bits(self, value: int) -> None:
         check_bits(value)
-        if value == 32:
+        if value == FLOAT_BITS:
             raise ValueError("codec.bits=32 means float: leave the quantizer out instead of building it with 32 bits")
         self._bits = value
 
@@ -89,6 +92,39 @@ class UniformQuantizer(nn.Module):
             return None
         low, high = self._shared_range()
         return low.detach().item(), high.detach().item()
+
+    @torch.no_grad()
+    def set_range(self, low: float, high: float) -> None:
+        """Set the range all samples share, as :func:`~architectures.calibration.calibrate_range` measures it.
+
+        Training goes on from there: a learned range is trained further, an observed one keeps following the batches.
+
+        Raises:
+            ValueError: The range is not finite in float32 or upside down, or each sample sends its own.
+        """
+        if self.range == "sample":
+            raise ValueError("codec.range=sample takes each sample's own range; to set one, use learned or observed")
+        ends = torch.tensor([low, high], dtype=torch.float32)
+        if not ends.isfinite().all() or ends[0] >= ends[1]:
+            raise ValueError(f"a range is two finite numbers in float32, the lower one first, got [{low}, {high}]")
+        self.low.copy_(ends[0])
+        if self.range == "learned":
+            self.log_width.copy_((ends[1] - ends[0]).clamp_min(_TINY).log())
+        else:
+            self.high.copy_(ends[1])
+        self.initialized.fill_(True)
+
+    def codec(self, shape: tuple[int, ...], coding: str = "packed", quality: int | None = None) -> Codec:
+        """How codes of this width and range become bytes; see :func:`deployment.code_codec`."""
+        low, high = self.fixed_range or (None, None)
+        return code_codec(coding, shape, self.bits, low, high, quality=quality)
+
+    def with_bits(self, bits: int) -> UniformQuantizer | Unquantized:
+        """Return this quantiser at another width; 32 is no quantiser at all."""
+        if check_bits(bits) == FLOAT_BITS:
+            return Unquantized()
+        self.bits = bits
+        return self
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the de-quantised representation."""
@@ -121,6 +157,13 @@ class UniformQuantizer(nn.Module):
         batch = z.flatten(1)[:, 0]
         low, high = low.detach().flatten(), high.detach().flatten()
         return codes.to(torch.int32), low.expand_as(batch), high.expand_as(batch)
+
+    send = encode
+
+    @staticmethod
+    def receive(codes: Tensor, low: Tensor, high: Tensor, levels: Tensor) -> Tensor:
+        """De-quantise what arrived, as :meth:`decode` does."""
+        return UniformQuantizer.decode(codes, low, high, levels)
 
     @staticmethod
     def decode(codes: Tensor, low: Tensor, high: Tensor, levels: Tensor) -> Tensor:
@@ -171,6 +214,78 @@ class UniformQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Show the settings in the printed module."""
         return f"bits={self.bits}, range={self.range!r}"
+
+
+class Unquantized(nn.Module):
+    """The representation as it is, float32: what ``codec.bits=32`` means."""
+
+    bits = FLOAT_BITS
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return ``z``."""
+        return z
+
+    def codec(self, shape: tuple[int, ...], coding: str = "packed", quality: int | None = None) -> Codec:
+        """Raw float32, 4 bytes an element.
+
+        Raises:
+            ValueError: A coding of integer codes is asked for.
+        """
+        if coding != "packed" or quality is not None:
+            raise ValueError(f"codec.coding={coding} codes integers, but codec.bits=32 sends float32; choose 2 to 16 bits")
+        return FloatCodec(shape)
+
+    def with_bits(self, bits: int) -> Unquantized:
+        """Return this quantiser if ``bits`` is 32.
+
+        Raises:
+            ValueError: Codes need a range, which a network trained without a quantiser does not know.
+        """
+        if check_bits(bits) != FLOAT_BITS:
+            raise ValueError(f"codec.bits={bits}: this network was trained with codec.bits=32 and knows no range")
+        return self
+
+    def send(self, z: Tensor) -> Tensor:
+        """Return what the device sends."""
+        return z.float()
+
+    @staticmethod
+    def receive(z: Tensor) -> Tensor:
+        """Return what arrived."""
+        return z
+
+
+Quantizer = UniformQuantizer | Unquantized | EntropyBottleneck
+
+
+def build_quantizer(settings: Mapping[str, Any], shape: tuple[int, ...], axis: int) -> Quantizer:
+    """Build the quantiser that a codec's settings describe.
+
+    Args:
+        settings: ``kind``: ``uniform`` (default) with ``bits`` (2 to 16, or 32 for float) and the arguments of
+            :class:`UniformQuantizer`, or ``entropy`` with those of
+            :class:`~architectures.entropy_bottleneck.EntropyBottleneck`.
+        shape: Per-sample shape of the representation.
+        axis: Where its channels stand: 0, or -1 for tokens.
+
+    Raises:
+        ValueError: The kind is unknown, or an argument is unknown or out of range.
+    """
+    arguments = dict(settings)
+    kind = arguments.pop("kind", "uniform")
+    kinds: dict[str, Callable[..., nn.Module]] = {"uniform": UniformQuantizer, "entropy": EntropyBottleneck}
+    if kind not in kinds:
+        raise ValueError(f"codec.kind must be one of {', '.join(kinds)}, got {kind!r}." + did_you_mean(kind, kinds))
+    if kind == "entropy":
+        arguments |= {"channels": shape[axis], "axis": axis}
+    bits = arguments.get("bits", 8)
+    if kind == "uniform" and check_bits(bits) == FLOAT_BITS:
+        UniformQuantizer(**{**arguments, "bits": 8})  # its other settings are checked all the same
+        return Unquantized()
+    try:
+        return kinds[kind](**arguments)
+    except TypeError as error:
+        raise ValueError(f"codec={dict(settings)}: {error}") from error
 
 
 @torch.compiler.disable

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from architectures.modes import evaluating
+from architectures.switchable import SwitchableBatchNorm2d
+
 
 @torch.no_grad()
 def recalibrate_batchnorm(network: nn.Module, part: nn.Module, batches: Iterable[Tensor]) -> int:
@@ -28,26 +31,24 @@ def recalibrate_batchnorm(network: nn.Module, part: nn.Module, batches: Iterable
     Raises:
         ValueError: ``batches`` is empty, so that there is nothing to measure.
     """
-    layers = [m for m in part.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    idle = {norm for each in part.modules() if isinstance(each, SwitchableBatchNorm2d) for norm in each.idle()}
+    layers = [m for m in part.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m not in idle]
     if not layers:
         return 0
-    modes = {module: module.training for module in network.modules()}
     momenta = [layer.momentum for layer in layers]
-    network.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None
-        layer.train()
     seen = 0
-    try:
-        for images in batches:
-            network(images)
-            seen += 1
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(network):
+        try:
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None
+                layer.train()
+            for images in batches:
+                network(images)
+                seen += 1
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum
     if not seen:
         raise ValueError("recalibration needs at least one batch; raise recalibrate.batches or check the data")
     return len(layers)

@@ -15,6 +15,7 @@ from architectures.slicing import Observing, Reference, Slice, Stage, check_size
 from architectures.tracing import DEPTHS, CutError, Trace, crossing, first_line, preserved, trace
 
 __all__ = [
+    "LOGITS",
     "CutError",
     "CutPoint",
     "GraphNode",
@@ -27,6 +28,10 @@ __all__ = [
     "spread",
     "trace_graph",
 ]
+
+
+LOGITS = "logits"
+"""The name by which :meth:`Stages.features` knows the network's output."""
 
 
 class CrossingError(CutError):
@@ -67,7 +72,7 @@ class Stages(nn.Module):
 
         Args:
             x: Images (B, C, H, W).
-            at: Names of cuts, in any order.
+            at: Names of cuts, in any order; ``logits`` for the output of the last stage.
 
         Returns:
             The feature at each name asked for, in the order of execution. No later in-place layer alters them.
@@ -77,16 +82,17 @@ class Stages(nn.Module):
         """
         check_size(x, self.image_shape)
         wanted = _names(at)
+        known = self.names if LOGITS in self.names else (*self.names, LOGITS)
         for name in wanted:
-            if name not in self.names:
+            if name not in known:
                 have = f"it was cut at {', '.join(self.names)}" if self.names else "it was not cut anywhere"
                 raise CutError(f"no feature is kept at {name!r}: {have}.{did_you_mean(name, self.names)}")
-        last = max((self.names.index(name) for name in wanted), default=-1)
+        last = max((known.index(name) for name in wanted), default=-1)
         found = {}
-        for i, name in enumerate(self.names[: last + 1]):
+        for i, name in enumerate(known[: last + 1]):
             x = self[i](x)
             if name in wanted:
-                found[name] = x.clone() if self._altered[i] and i < last else x
+                found[name] = x.clone() if i < last and self._altered[i] else x
         return found
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

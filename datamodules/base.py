@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import logging
+import math
+import sys
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytorch_lightning as pl
 import torch
+import torchvision
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
+from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from deployment import ImageInput
 
 from .augment import Augmentation, check_preset
-from .dataset import ImageDataset, as_is, readable
+from .dataset import Batch, CachedBatch, ImageDataset, as_is, readable
+from .feature_cache import (
+    DTYPES,
+    FORMAT,
+    FeatureCache,
+    FeatureCacheError,
+    check_sample,
+    check_views,
+    fingerprint,
+    open_entry,
+    write_entry,
+)
 from .sampling import EpochLoader, EpochSampler, ShardSampler, even_batch_size
 from .sources import CorruptImageError, ImageSource
 
@@ -200,7 +220,7 @@ class ImageDataModule(pl.LightningDataModule):
             uint8 images (count, C, H, W), fewer if the split has fewer, and their int64 labels.
         """
         dataset = self.dataset(split).without_augmentation()
-        return dataset.__getitems__(dataset.source.spaced(count).tolist())
+        return dataset.batch(dataset.source.spaced(count).tolist())
 
     def dataset(self, split: str) -> ImageDataset:
         """Return the dataset of a split, decoding and caching it at the first call.
@@ -228,6 +248,127 @@ class ImageDataModule(pl.LightningDataModule):
             say(f"{split}: left out {len(bad)} corrupt image(s), the first is {bad[0]}")
         return source
 
+    # --- features of frozen parts -----------------------------------------------------------------------------------
+
+    def cache_features(
+        self,
+        compute: Callable[[Tensor], Mapping[str, Tensor]],
+        network: str,
+        *,
+        directory: str | Path,
+        dtype: str = "float32",
+        views: int | None = None,
+        images: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> FeatureCache:
+        """Compute what frozen parts make of the training images once, or find it, and serve it with them from now on.
+
+        Training batches become (images, labels, features), features (B, ...) by name in the trainer's precision; all
+        other batches stay as they are. It lasts until the fit ends, :meth:`drop_features` or another input is
+        configured, and reaches loaders that were made before but not iterated. Across devices every rank must call it:
+        rank 0 computes.
+
+        Where kernels depend on the shape of a batch alone, float32 features equal those computed in training bit by
+        bit, as they are computed in whole batches of ``batch_size`` too; otherwise they differ by rounding, about 1e-6.
+
+        Args:
+            compute: Maps normalised images (B, C, H, W) on ``device`` to features (B, ...) by name. It must be in eval
+                mode; it runs without gradients, in the trainer's precision.
+            network: Digest of all that ``compute`` depends on: its weights, buffers and cuts.
+            directory: Folder of the cache, which many runs may share. An entry may be deleted when no run uses it.
+            dtype: ``float32``, or ``float16`` for half the bytes and relative errors of up to 5e-4.
+            views: Where the augmentation is random: fixed augmented views per image. Epoch e serves view e modulo
+                ``views``: the images that epoch e modulo ``views`` has without a cache, in the order of epoch e.
+            images: ``False`` puts ``None`` in the images' place and decodes none of them.
+            device: Where to compute.
+
+        Returns:
+            The entry in use.
+
+        Raises:
+            FeatureCacheError: ``directory`` is in use for something else, an entry is damaged or belongs to another
+                run, the disk is full, or a value lies beyond the range of ``dtype``.
+            ValueError: The augmentation is random and ``views`` not given, or an argument is out of range.
+        """
+        views = check_views(views, self.augment)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+        root, device = Path(directory).absolute(), torch.device(device)
+        self.drop_features()
+        dataset = self.dataset("train")
+        components = {"format": FORMAT, "network": network, "dtype": dtype, **self._circumstances(views, device)}
+        features = functools.partial(self._features, compute, device)
+        cache = self._on_rank_zero(lambda: self._find_or_compute(features, components, root))
+        cache.arrays  # noqa: B018 - mapped before workers are forked, and a file that is missing is told at once
+        dataset.features, dataset.with_images = cache, images
+        return cache
+
+    def drop_features(self) -> None:
+        """Serve training images without cached features again."""
+        if "train" in self._datasets:
+            self._datasets["train"].features = None
+
+    def _find_or_compute(
+        self, features: Callable[[Batch], dict[str, Tensor]], components: dict[str, Any], root: Path
+    ) -> FeatureCache:
+        dataset = self.dataset("train")
+        views = components["transform"]["views"]
+        rows = dataset.source.spaced(min(4, self.batch_size))
+        sample = features(dataset.batch([(0, index) for index in rows.tolist()]))
+        shapes = {name: [views * len(dataset), *value.shape[1:]] for name, value in sample.items()}
+        components = components | {"data": fingerprint(dataset.source), "features": shapes}
+        cache = open_entry(root, components)
+        if cache is not None:
+            check_sample(cache, rows, sample)
+            say(f"features {cache.names} of the training images are taken from {cache.folder}")
+            return cache
+        keys = itertools.product(range(views), range(len(dataset)))
+        loader = self._loader(DataLoader, dataset, keys, self.batch_size, persistent=False)
+        total = math.ceil(views * len(dataset) / self.batch_size)
+        shown = track(loader, "Caching features", total, transient=True, disable=not sys.stdout.isatty())
+        cache = write_entry(root, components, map(features, shown))
+        say(f"features {cache.names} of the training images are cached in {cache.folder}: {cache.nbytes:,} bytes")
+        return cache
+
+    def _features(
+        self, compute: Callable[[Tensor], Mapping[str, Tensor]], device: torch.device, batch: Batch
+    ) -> dict[str, Tensor]:
+        images, count = batch[0], len(batch[0])
+        # Filled up to a whole batch, since kernels, and so the last bits, go by the batch's shape.
+        images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
+        images = self._in_precision(self.input.normalize(images.to(device)))
+        plugin = None if self.trainer is None else self.trainer.precision_plugin
+        with torch.no_grad(), contextlib.nullcontext() if plugin is None else plugin.forward_context():
+            return {name: value[:count] for name, value in compute(images).items()}
+
+    def _circumstances(self, views: int, device: torch.device) -> dict[str, Any]:
+        """What features depend on besides the network and the pictures."""
+        transform = {"input": dataclasses.asdict(self.input), "augment": self.augment, "views": views}
+        transform["pillow"] = PIL.__version__
+        if self.augment != "none":
+            transform |= {"seed": self.seed, "torchvision": torchvision.__version__}
+        precision = "32-true" if self.trainer is None else str(self.trainer.precision)
+        arithmetic = {"device": device.type, "precision": precision, "torch": str(torch.__version__)}
+        return {"transform": transform, "arithmetic": arithmetic}
+
+    def _on_rank_zero(self, make: Callable[[], FeatureCache]) -> FeatureCache:
+        """Return on every rank what ``make`` gives on rank 0, or raise what it ends in there."""
+        if self.trainer is None:
+            return make()
+        made: FeatureCache | None = None
+        failure: Exception | None = None
+        if self.trainer.is_global_zero:
+            try:
+                made = make()
+            except Exception as error:  # told to the other ranks first, or they would wait for ever
+                failure = error
+        made, reason = self.trainer.strategy.broadcast((made, failure and f"{type(failure).__name__}: {failure}"))
+        if failure is not None:
+            raise failure
+        if made is None:
+            raise FeatureCacheError(f"rank 0 could not cache the features: {reason}")
+        return made
+
     # --- what Lightning calls ---------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
@@ -235,13 +376,19 @@ class ImageDataModule(pl.LightningDataModule):
         for split in _STAGE_SPLITS[stage]:
             self.dataset(split)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Normalise a batch on its device, in the trainer's precision."""
-        images, labels = batch
-        images = self.input.normalize(images)
-        if self.trainer is not None:
-            images = self.trainer.precision_plugin.convert_input(images)
-        return images, labels
+    def teardown(self, stage: str | None = None) -> None:
+        """Drop cached features at the end of a fit: another task's frozen parts are others."""
+        if stage == "fit":
+            self.drop_features()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch | CachedBatch:
+        """Normalise a batch on its device, in the trainer's precision, to which cached features are brought as well."""
+        images, labels, *cached = batch
+        if images is not None:
+            images = self._in_precision(self.input.normalize(images))
+        if not cached:
+            return images, labels
+        return images, labels, {name: self._in_precision(value.float()) for name, value in cached[0].items()}
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of augmented training batches.
@@ -316,6 +463,9 @@ class ImageDataModule(pl.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),  # else each iterator draws from the global generator
             **more,
         )
+
+    def _in_precision(self, values: Tensor) -> Tensor:
+        return values if self.trainer is None else self.trainer.precision_plugin.convert_input(values)
 
     def _ranks(self) -> tuple[int, int]:
         if self.trainer is None:

@@ -16,13 +16,15 @@ from deployment import ImageInput
 
 from .augment import Augmentation
 from .cache import AUTO_CACHE_BYTES, PixelCache, in_threads
+from .feature_cache import FeatureCache
 from .sampling import Key, sample_seeds
 from .sources import CorruptImageError, ImageSource
 
 Batch = tuple[Tensor, Tensor]
+CachedBatch = tuple[Tensor | None, Tensor, dict[str, Tensor]]
 
 
-class ImageDataset(Dataset[Batch]):
+class ImageDataset(Dataset[Batch | CachedBatch]):
     """Yields uint8 images with their labels, by index or, augmented, by (epoch, index).
 
     What is cached is what is the same in every epoch: the preprocessed image where the augmentation starts from it,
@@ -34,6 +36,11 @@ class ImageDataset(Dataset[Batch]):
         augmentation: Augmentation of the images, or ``None`` for evaluation.
         seed: With (epoch, index) it fixes the augmentation.
         cache: ``True``, ``False``, or ``"auto"``: if the decoded pictures take at most ``AUTO_CACHE_BYTES``.
+
+    Attributes:
+        features: Features of frozen parts that batches bring along, or ``None``. Augmentation is then drawn for
+            (epoch modulo its views, index), which are the images that they were computed of.
+        with_images: Whether batches with features hold images as well.
 
     Raises:
         CorruptImageError: A picture cannot be decoded; without a cache it is raised when the picture is first read.
@@ -52,6 +59,8 @@ class ImageDataset(Dataset[Batch]):
         self.spec = spec
         self.augmentation = augmentation
         self.seed = seed
+        self.features: FeatureCache | None = None
+        self.with_images = True
         self._takes_pictures = augmentation is not None and augmentation.takes_pictures
         self.cache: PixelCache | None = None
         if cache is True or (cache == "auto" and self._decoded_bytes() <= AUTO_CACHE_BYTES):
@@ -62,12 +71,16 @@ class ImageDataset(Dataset[Batch]):
 
     def __getitem__(self, key: int | Key) -> Batch:
         """Return one uint8 image (C, H, W) and its label, a scalar int64 tensor."""
-        images, labels = self.__getitems__([key])
+        images, labels = self.batch([key])
         return images[0], labels[0]
 
-    def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
-        """Return a whole batch: uint8 images (B, C, H, W) and int64 labels (B,). A bare index stands for epoch 0."""
-        pairs = [(0, key) if isinstance(key, int) else key for key in keys]
+    def __getitems__(self, keys: Sequence[int | Key]) -> Batch | CachedBatch:
+        """Return a whole batch: of :meth:`batch`, with :attr:`features` of :meth:`cached_batch`."""
+        return self.batch(keys) if self.features is None else self.cached_batch(self.features, keys)
+
+    def batch(self, keys: Sequence[int | Key]) -> Batch:
+        """Return uint8 images (B, C, H, W) and int64 labels (B,). A bare index stands for epoch 0."""
+        pairs = self._pairs(keys)
         indices = np.array([index for _, index in pairs], dtype=np.int64)
         labels = torch.from_numpy(self.source.labels[indices])
         if self.augmentation is None:
@@ -76,10 +89,24 @@ class ImageDataset(Dataset[Batch]):
         images = self._pictures(indices) if self.augmentation.takes_pictures else self._inputs(indices)
         return self.augmentation(images, seeds), labels
 
+    def cached_batch(self, features: FeatureCache, keys: Sequence[int | Key]) -> CachedBatch:
+        """Return images or ``None``, labels, and every feature (B, ...) by name as stored."""
+        rows = np.array([view * len(self) + index for view, index in self._pairs(keys)], dtype=np.int64)
+        if self.with_images:
+            return *self.batch(keys), features.batch(rows)
+        return None, torch.from_numpy(self.source.labels[rows % len(self)]), features.batch(rows)
+
+    def _pairs(self, keys: Sequence[int | Key]) -> list[Key]:
+        pairs = [(0, key) if isinstance(key, int) else key for key in keys]
+        if self.features is None:
+            return pairs
+        return [(epoch % self.features.views, index) for epoch, index in pairs]
+
     def without_augmentation(self) -> ImageDataset:
-        """Return the same images as evaluation sees them, sharing what is cached."""
+        """Return the same images as evaluation sees them, sharing what is decoded."""
         plain = copy.copy(self)
         plain.augmentation = None
+        plain.features = None
         return plain
 
     def _inputs(self, indices: np.ndarray) -> np.ndarray:

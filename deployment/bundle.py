@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .codec import UniformCodec
 from .files import BundleError, read_verified
 from .manifest import Manifest, PartitionSpec, part_arguments, read_manifest
 from .parity import Parity, Tolerance, compare
@@ -108,7 +107,7 @@ class Bundle:
             codec = self.manifest.codecs[index] if index < len(self.manifest.codecs) else None
             expected = {item.name: self.sample[f"{name}.{item.name}"] for item in spec.outputs}
             actual = self.partitions[name](part_arguments(received, codec))
-            levels = codec.levels if isinstance(codec, UniformCodec) else 0
+            levels = codec.levels if codec else 0
             parity |= compare(expected, actual, f"partition {name}", Tolerance.across_processors(levels))
             if codec:
                 received = codec.decode(codec.encode(expected))

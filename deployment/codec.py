@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,16 @@ class Codec(abc.ABC):
     def settings(self) -> dict[str, Tensor]:
         """Extra inputs of the sending partition by name, such as the number of levels; they may change at run time."""
 
+    @property
+    def levels(self) -> int:
+        """Number of levels of the integer codes that a sending partition is told to make; 0 where it is told none."""
+        return 0
+
+    @property
+    def lossless(self) -> bool:
+        """Whether what arrives is exactly what was sent."""
+        return True
+
     @abc.abstractmethod
     def encode(self, tensors: Mapping[str, Tensor]) -> list[bytes]:
         """Turn the tensors named in ``sends`` of B samples into B payloads; :class:`CodecError` if they do not fit."""
@@ -68,11 +78,11 @@ class Codec(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class UniformCodec(Codec):
-    """Packed integer codes of the uniform affine quantiser, with the range where each sample has its own.
+class CodesCodec(Codec):
+    """Integer codes of the uniform affine quantiser, with the range where each sample has its own.
 
-    A payload is ``[low, high as little-endian float32, unless the range is fixed] + packed codes``, so every payload
-    of a codec has the same length.
+    A payload is ``[low, high as little-endian float32, unless the range is fixed] + body``; a subclass says what the
+    body is.
 
     Args:
         shape: Shape of one sample's codes, without the batch.
@@ -82,15 +92,8 @@ class UniformCodec(Codec):
 
     Raises:
         ValueError: An argument is out of range; the message names it and its value.
-
-    Example:
-        >>> codec = UniformCodec(shape=(3,), bits=4, low=0.0, high=1.5)
-        >>> codes = torch.tensor([[1, 2, 15]], dtype=torch.int32)
-        >>> codec.encode({"codes": codes, "low": torch.zeros(1), "high": torch.full((1,), 1.5)})[0].hex()
-        '12f0'
     """
 
-    kind: ClassVar[str] = "uniform"
     sends: ClassVar[tuple[str, ...]] = ("codes", "low", "high")
     delivers: ClassVar[tuple[str, ...]] = ("codes", "low", "high", "levels")
 
@@ -98,6 +101,14 @@ class UniformCodec(Codec):
     bits: int
     low: float | None = None
     high: float | None = None
+
+    @abc.abstractmethod
+    def pack(self, codes: npt.NDArray[np.uint16], ranges: npt.NDArray[np.float32]) -> list[bytes]:
+        """Turn the codes (B, N) of B samples with their ranges (B, 2) into B bodies."""
+
+    @abc.abstractmethod
+    def unpack(self, bodies: Sequence[bytes], ranges: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+        """Turn B bodies with their ranges (B, 2) into codes (B, N); :class:`CodecError` if one is damaged."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", _checked_shape(self.shape))
@@ -121,11 +132,6 @@ class UniformCodec(Codec):
         """The number of levels, as an int64 scalar."""
         return {"levels": torch.tensor(self.levels, dtype=torch.int64)}
 
-    @property
-    def payload_bytes(self) -> int:
-        """Length of every payload in bytes, range parameters included."""
-        return packed_bytes(math.prod(self.shape), self.bits) + (_RANGE_BYTES if self.low is None else 0)
-
     def encode(self, tensors: Mapping[str, Tensor]) -> list[bytes]:
         """Turn codes int (B, *shape) with low and high float32 (B,) into one payload per sample.
 
@@ -135,27 +141,29 @@ class UniformCodec(Codec):
         """
         codes, low, high = _named(tensors, self.sends)
         _check_batch_shape("codes", codes, self.shape)
-        packed = pack_rows(checked_codes(codes.flatten(1), self.bits), self.bits)
+        values = checked_codes(codes.flatten(1), self.bits)
         ranges = self._checked_ranges(low, high, len(codes))
-        if self.low is None:
-            packed = np.concatenate([ranges.view(np.uint8), packed], axis=1)
-        return [row.tobytes() for row in packed]
+        bodies = self.pack(values, ranges)
+        if self.low is not None:
+            return bodies
+        return [row.astype("<f4").tobytes() + body for row, body in zip(ranges, bodies, strict=True)]
 
     def decode(self, payloads: Sequence[bytes]) -> dict[str, Tensor]:
         """Turn B payloads into codes int32 (B, *shape), low and high float32 (B,), and levels, an int64 scalar.
 
         Raises:
-            CodecError: A payload has the wrong length, non-zero padding, or a range that is not finite or upside down.
+            CodecError: A payload is damaged, or has a range that is not finite or upside down.
         """
-        rows = _rows(payloads, self.payload_bytes)
+        self.check_lengths(payloads)
         batch = len(payloads)
-        if self.low is None:
-            ranges = np.ascontiguousarray(rows[:, :_RANGE_BYTES]).view("<f4").astype(np.float32)
-            rows = rows[:, _RANGE_BYTES:]
-            _check_ranges(ranges)
+        if self.low is not None:
+            ranges, bodies = np.tile(np.array([self.low, self.high], np.float32), (batch, 1)), payloads
         else:
-            ranges = np.tile(np.array([self.low, self.high], np.float32), (batch, 1))
-        codes = torch.from_numpy(unpack_rows(rows, math.prod(self.shape), self.bits))
+            heads = b"".join(payload[:_RANGE_BYTES] for payload in payloads)
+            ranges = np.frombuffer(heads, "<f4").astype(np.float32).reshape(batch, 2)
+            bodies = [payload[_RANGE_BYTES:] for payload in payloads]
+            _check_ranges(ranges)
+        codes = torch.from_numpy(self.unpack(bodies, ranges))
         return {
             "codes": codes.view(batch, *self.shape),
             "low": torch.from_numpy(ranges[:, 0].copy()),
@@ -163,13 +171,19 @@ class UniformCodec(Codec):
             **self.settings,
         }
 
-    def with_bits(self, bits: int) -> UniformCodec:
-        """Return this codec at another width, 2 to 16; ranges stay."""
+    def check_lengths(self, payloads: Sequence[bytes]) -> None:
+        """Raise :class:`CodecError` where a payload cannot have its length."""
+        for index, payload in enumerate(payloads):
+            if self.low is None and len(payload) < _RANGE_BYTES:
+                raise CodecError(f"payload {index} has {len(payload)} bytes, its range alone {_RANGE_BYTES}: cut short")
+
+    def with_bits(self, bits: int) -> Self:
+        """Return this codec at another width, 2 to 16; all else stays."""
         return dataclasses.replace(self, bits=bits)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; ``low`` and ``high`` are null where each sample sends its own range."""
-        return {"kind": self.kind, "shape": list(self.shape), "bits": self.bits, "low": self.low, "high": self.high}
+        return {"kind": self.kind, **dataclasses.asdict(self), "shape": list(self.shape)}
 
     def _checked_ranges(self, low: Tensor, high: Tensor, batch: int) -> npt.NDArray[np.float32]:
         for name, tensor in (("low", low), ("high", high)):
@@ -188,6 +202,47 @@ class UniformCodec(Codec):
                     f"{fixed.tolist()}; it is not sent, so the two must agree"
                 )
         return ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformCodec(CodesCodec):
+    """Codes packed densely, ``bits`` bits each, so that every payload of a codec has the same length.
+
+    Args:
+        shape: Shape of one sample's codes, without the batch.
+        bits: Width of a code, 2 to 16.
+        low: Lower end of the range all samples share; with ``high``. ``None`` sends each sample's own range.
+        high: Upper end of that range.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it and its value.
+
+    Example:
+        >>> codec = UniformCodec(shape=(3,), bits=4, low=0.0, high=1.5)
+        >>> codes = torch.tensor([[1, 2, 15]], dtype=torch.int32)
+        >>> codec.encode({"codes": codes, "low": torch.zeros(1), "high": torch.full((1,), 1.5)})[0].hex()
+        '12f0'
+    """
+
+    kind: ClassVar[str] = "uniform"
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of every payload in bytes, range parameters included."""
+        return packed_bytes(math.prod(self.shape), self.bits) + (_RANGE_BYTES if self.low is None else 0)
+
+    def check_lengths(self, payloads: Sequence[bytes]) -> None:
+        """Raise :class:`CodecError` unless every payload has ``payload_bytes``."""
+        _rows(payloads, self.payload_bytes)
+
+    def pack(self, codes: npt.NDArray[np.uint16], ranges: npt.NDArray[np.float32]) -> list[bytes]:
+        """Pack the codes (B, N) of each sample on their own."""
+        return [row.tobytes() for row in pack_rows(codes, self.bits)]
+
+    def unpack(self, bodies: Sequence[bytes], ranges: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+        """Read the codes (B, N) back; :class:`CodecError` if the padding is not zero."""
+        count = math.prod(self.shape)
+        return unpack_rows(_rows(bodies, packed_bytes(count, self.bits)), count, self.bits)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .bundle import Bundle
-from .codec import Codec, UniformCodec
+from .codec import Codec
 from .files import BundleError
 from .manifest import part_arguments
 from .packing import MIN_BITS, CodecError
@@ -58,7 +58,7 @@ def parity_gate(bundle: Bundle, modules: Sequence[nn.Module], images: Tensor) ->
             more than one step; it fails at another batch size; or a sample's outputs depend on its neighbours.
     """
     codecs = bundle.manifest.codecs
-    coarse = [codec.with_bits(MIN_BITS) if isinstance(codec, UniformCodec) else codec for codec in codecs]
+    coarse = [codec.with_bits(MIN_BITS) if codec.levels else codec for codec in codecs]
     parity = Parity()
     for batch in (images, images[:1], 255 - images[-1:]):
         parity |= _run(bundle, modules, codecs, batch)
@@ -82,7 +82,7 @@ def _run(bundle: Bundle, modules: Sequence[nn.Module], codecs: Sequence[Codec], 
     for index, (name, module) in enumerate(zip(bundle.manifest.route, modules, strict=True)):
         codec = codecs[index] if index < len(codecs) else None
         where = f"partition {name} with a batch of {len(images)}"
-        if isinstance(codec, UniformCodec):
+        if codec and codec.levels:
             where += f" at {codec.bits} bits"
         arguments = part_arguments(received, codec)
         partition = bundle.partitions[name]
@@ -101,15 +101,19 @@ def _run(bundle: Bundle, modules: Sequence[nn.Module], codecs: Sequence[Codec], 
 def through_bytes(codec: Codec, outputs: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Encode and decode a partition's outputs.
 
+    What a lossy codec does to codes is no difference between partitions: both sides of the gate are fed what arrived.
+
     Raises:
-        ParityError: The codec cannot send them, or what arrives is not what was sent.
+        ParityError: The codec cannot send them, or what arrives is not what was sent, of a lossy codec in dtype, shape
+            and range.
     """
     try:
         received = codec.decode(codec.encode(outputs))
     except CodecError as error:
         raise ParityError(f"{where} emits what its codec cannot send: {error}") from error
     sent = {name: outputs[name] for name in codec.sends}
-    compare(sent, received, f"the bytes of {where}", Tolerance(steps=0, share=0.0))
+    tolerance = Tolerance(steps=0, share=0.0) if codec.lossless else Tolerance(steps=codec.levels, share=1.0)
+    compare(sent, received, f"the bytes of {where}", tolerance)
     return received
 
 
@@ -118,7 +122,7 @@ def _check_alone(
 ) -> None:
     """Check that the first sample's outputs are the same alone as in its batch, up to float noise."""
     alone = run_module(module, first_sample(arguments), list(outputs), name)
-    tolerance = Tolerance.across_processors(codec.levels if isinstance(codec, UniformCodec) else 0)
+    tolerance = Tolerance.across_processors(codec.levels if codec else 0)
     try:
         compare(first_sample(outputs), alone, f"partition {name}", tolerance)
     except ParityError as error:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from architectures.entropy_bottleneck import EntropyBottleneck
 from architectures.naming import did_you_mean
 
 Batch = tuple[Tensor, Tensor]
@@ -37,8 +38,11 @@ class Task(pl.LightningModule, abc.ABC):
         monitor: Metric that a plateau scheduler watches.
         lr_scales: Layer-wise rates: a factor on the learning rate by prefix of the parameters' names inside
             ``network``; the longest prefix wins. A factor of 0 is refused: freeze such a part instead.
-        decay_norms_and_biases: Whether weight decay also applies to parameters of one dimension or none.
+        decay_norms_and_biases: Whether weight decay also applies to parameters of one dimension or none, and to those of
+            a learned prior.
         compile: Compile the network's parts in place with ``torch.compile``.
+        channels_last: Keep the weights of convolutions, and with them all maps, channels last in memory, which CPUs and
+            tensor cores in half precision run faster.
         seed: Seed of the randomness inside a training step (dropout, drop-path, noise), which depends on
             (seed, epoch, batch, rank) alone, so that a resumed run repeats it.
 
@@ -58,6 +62,7 @@ class Task(pl.LightningModule, abc.ABC):
         lr_scales: Mapping[str, float] | None = None,
         decay_norms_and_biases: bool = False,
         compile: bool = False,  # noqa: A002
+        channels_last: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -78,8 +83,9 @@ class Task(pl.LightningModule, abc.ABC):
             {"seed": seed, "lr_scales": self.lr_scales, "decay_norms_and_biases": decay_norms_and_biases}, logger=False
         )
         self._check_lr_scales()
-        for module in self.frozen_modules():
-            module.requires_grad_(False)
+        self.freeze()
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         if compile:
             for module in self.compiled_modules():
                 module.compile()
@@ -115,6 +121,24 @@ class Task(pl.LightningModule, abc.ABC):
 
     # --- training --------------------------------------------------------------------------------------------------
 
+    def freeze(self) -> None:
+        """Leave gradients to what learns.
+
+        Another stage of the run may have frozen other parts; what the network itself keeps fixed stays so.
+        """
+        if not hasattr(self.network, "learnable"):
+            self.network.learnable = frozenset(n for n, p in self.network.named_parameters() if p.requires_grad)  # type: ignore[assignment]
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name in self.network.learnable)  # type: ignore[operator]
+        for module in self.frozen_modules():
+            module.requires_grad_(False)
+
+    def setup(self, stage: str) -> None:
+        """Freeze before the optimizer is built."""
+        if stage == "fit":
+            self.freeze()
+            self.network.train()  # what a stage before left in eval mode would alarm Lightning
+
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images (B, C, H, W) to logits (B, classes)."""
         return self.network(images)
@@ -137,7 +161,11 @@ class Task(pl.LightningModule, abc.ABC):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Reseed from (seed, epoch, batch, rank), so that a resumed step draws what an uninterrupted one drew."""
-        key = f"{self.seed}/{self.current_epoch}/{batch_idx}/{self.global_rank}".encode()
+        self.reseed(self.current_epoch, batch_idx)
+
+    def reseed(self, *place: int | str) -> None:
+        """Seed torch's generators from the task's seed, a place in the run, and the rank."""
+        key = "/".join(map(str, (self.seed, *place, self.global_rank))).encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little"))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -178,9 +206,10 @@ class Task(pl.LightningModule, abc.ABC):
             ValueError: Nothing is trainable, or ``lr_scales`` is used with an optimizer that names no rate.
         """
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        priors = {p for m in self.network.modules() if isinstance(m, EntropyBottleneck) for p in m.parameters()}
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
-                decays = self.decay_norms_and_biases or parameter.ndim > 1
+                decays = self.decay_norms_and_biases or (parameter.ndim > 1 and parameter not in priors)
                 groups.setdefault((self._lr_scale(name), decays), []).append(parameter)
         if not groups:
             raise ValueError(f"{type(self).__name__} has nothing to train: every parameter of the network is frozen")
@@ -232,7 +261,10 @@ class Task(pl.LightningModule, abc.ABC):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure the network on a test batch."""
         images, labels = batch
-        logits = self(images).float()
+        self.measure_test(self(images).float(), labels)
+
+    def measure_test(self, logits: Tensor, labels: Tensor) -> None:
+        """Add the logits (B, classes) of a test batch to what is measured."""
         self.test_metrics.update(logits, labels)
         self.test_per_class.update(logits, labels)
 

@@ -4,37 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_modules.base import Batch
+from architectures.split import SplitNetwork
 from lightning_modules.split import SplitTask
+from lightning_modules.terms import FeatureTerm
 
 
 class HeadDistillation(SplitTask):
     """Head-network distillation: the student's head learns to mimic the teacher's (Matsubara et al. 2019, eq. 6).
 
     Encoder, quantiser and decoder alone are trained; the student's tail is the teacher's and stays frozen. In training
-    neither tail runs. Without a teacher the task evaluates only.
+    neither tail runs.
 
     Args:
+        network: The split network to train.
         *args: As of :class:`~lightning_modules.split.SplitTask`.
         objective: Compares the features (B, ...) of student and teacher at the split.
         **kwargs: As of :class:`~lightning_modules.split.SplitTask`.
     """
 
-    def __init__(self, *args: Any, objective: nn.Module, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.objective = objective
-
-    def frozen_modules(self) -> list[nn.Module]:
-        """The tail, and in the form ``insert`` the head before the bottleneck."""
-        return [m for m in (self.network.head, self.network.tail) if m is not None]
-
-    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the distance between the two heads' features."""
-        images, _ = batch
-        student = self.network.features(images, at=[self.split])
-        with torch.no_grad():
-            teacher = self.teacher.features(images, at=[self.split])
-        return {"head": self.objective(student[self.split], teacher[self.split])}
+    def __init__(self, network: SplitNetwork, *args: Any, objective: nn.Module, **kwargs: Any) -> None:
+        terms = {"head": FeatureTerm(objective, at=network.split)}
+        super().__init__(network, *args, terms=terms, **kwargs)

@@ -1,73 +1,228 @@
-"""The base of split training: a split network, its teacher, and the bytes it sends."""
+"""The base of split training: a split network, its teacher, its objective's terms, and the bytes it sends."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 
-from architectures.split import SplitNetwork
-from architectures.stages import Stages, cut
+from architectures.modes import evaluating
+from architectures.naming import did_you_mean
+from architectures.split import HEAD, PARTS, SplitNetwork
+from architectures.stages import LOGITS, CutError, Stages, cut
+from architectures.switchable import draw_width
+from datamodules import ImageDataModule
 from deployment import zstd_bytes
 from lightning_modules.base import Batch, Task
 from lightning_modules.teacher import Teacher
+from lightning_modules.terms import Seen, Term
+
+TEACHER = "teacher."
+BOTTLENECK = ("encoder", "quantizer", "decoder")
 
 
 class SplitTask(Task):
-    """Trains a :class:`~architectures.split.SplitNetwork`, with or without a frozen teacher.
+    """Trains a :class:`~architectures.split.SplitNetwork` on a sum of weighted terms, with or without a frozen teacher.
 
-    Testing also packs every sample's representation and reports the bytes: ``test/payload_bytes`` as sent,
+    Student and teacher run once a step, no further than the terms ask. Testing goes through real bytes: every sample's
+    representation is encoded, decoded and then classified. It reports ``test/payload_bytes`` as sent,
     ``test/payload_zstd_bytes`` after zstd level 1, and the payload's ratio to the uint8 input, to the float32 feature
-    at the cut, and to the image file (below 1 means fewer bytes).
+    at the cut, and to the image file (below 1 means fewer bytes); for a network of several widths also
+    ``test/bits4/acc`` and ``test/bits4/payload_bytes`` of each.
 
     Args:
         network: The split network to train.
         *args: As of :class:`~lightning_modules.base.Task`.
+        terms: The objective's terms by name; a method says them.
         teacher: Frozen teacher that maps the same images to logits; cut at the network's own names, so that both give
-            features under the same names.
+            features under the same names. Left aside where no term asks for it; without one where a term does, the
+            task evaluates only.
+        train: Parts that learn: of ``head``, ``encoder``, ``quantizer``, ``decoder``, ``tail``, or ``bottleneck`` for
+            the middle three; ``None`` takes the method's own. The others are frozen, running statistics included.
+        extra_terms: More terms by name, such as a reconstruction beside distillation.
+        feature_cache: ``use``: whether to compute once what frozen parts make of the training images, the head's output
+            and the teacher's; and ``directory``, ``dtype`` and ``views`` of
+            :meth:`~datamodules.ImageDataModule.cache_features`.
         **kwargs: As of :class:`~lightning_modules.base.Task`.
 
     Raises:
-        CutError: The teacher cannot be cut where the student is.
+        CutError: A term names a layer that the student or the teacher lacks.
         TypeError: ``network`` is not a split network.
+        ValueError: ``train`` names an unknown part, or none that learns from the terms; a term stands there twice; the
+            teacher's outputs differ in shape from the student's.
     """
 
+    trains: ClassVar[tuple[str, ...]] = BOTTLENECK
     network: SplitNetwork
     _teacher: Teacher | None
 
-    def __init__(self, network: SplitNetwork, *args: Any, teacher: Teacher | None = None, **kwargs: Any) -> None:
-        if not isinstance(network, SplitNetwork):
-            raise TypeError(f"{type(self).__name__} trains a SplitNetwork, got {type(network).__name__}")
-        if teacher is not None:
-            sample = torch.randn(2, *network.image_shape, generator=torch.Generator().manual_seed(0))
-            teacher = Teacher(cut(teacher.network, at=network.names, sample=sample), teacher.path, teacher.sha256)
-        self.__dict__["_teacher"] = teacher
+    def __new__(cls, network: SplitNetwork | None = None, *args: Any, **kwargs: Any) -> SplitTask:
+        """Refuse anything else than a split network before a method looks at its parts; a copy gives nothing."""
+        if network is not None and not isinstance(network, SplitNetwork):
+            raise TypeError(f"{cls.__name__} trains a SplitNetwork, got {type(network).__name__}")
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        network: SplitNetwork,
+        *args: Any,
+        terms: Mapping[str, Term],
+        teacher: Teacher | None = None,
+        train: Sequence[str] | None = None,
+        extra_terms: Mapping[str, Term] | None = None,
+        feature_cache: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if both := sorted(terms.keys() & (extra_terms or {}).keys()):
+            raise ValueError(f"extra_terms names {both[0]!r}, which is the method's own term; name it otherwise")
+        terms = {**terms, **(extra_terms or {})}
+        self.__dict__["trained_parts"] = _parts(self.trains if train is None else train, network)
         super().__init__(network, *args, **kwargs)
+        self.terms = nn.ModuleDict(terms)
+        self.feature_cache = dict(feature_cache or {})
         self.split = network.split
+        self.bits = network.bits
+        self.student_outputs = _union(term.student for term in terms.values())
+        self.teacher_outputs = _union(term.teacher for term in terms.values())
+        self._check_trained()
+        self.__dict__["_teacher"] = self._matching(teacher) if self.teacher_outputs else None
         self.test_payload = MetricCollection(
             {"payload_bytes": MeanMetric(), "payload_zstd_bytes": MeanMetric()}, compute_groups=False
         )
+        self.test_widths = nn.ModuleDict({f"bits{bits}": self._width_metrics() for bits in network.widths})
+
+    # --- objective --------------------------------------------------------------------------------------------------
 
     @property
     def teacher(self) -> Stages:
-        """The frozen teacher, cut at the same names as the student."""
+        """The frozen teacher, cut at the names that the terms compare."""
         if self._teacher is None:
             raise ValueError(f"{type(self).__name__} needs a teacher; give teacher.ckpt_path")
         return cast(Stages, self._teacher.network)
 
+    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the weighted terms of the objective by name."""
+        seen = self.see(batch)
+        losses: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            losses |= cast(Term, term).named(name, seen)
+        return losses
+
+    def see(self, batch: Batch) -> Seen:
+        """Run student and teacher on a batch, each once and no further than the terms ask."""
+        images, labels, *cached = batch
+        frozen: dict[str, Tensor] = cached[0] if cached else {}
+        student = self.network.features(images, self.student_outputs, head=frozen.get(HEAD))
+        if cached:
+            teacher = {name: frozen[TEACHER + name] for name in self.teacher_outputs}
+        else:
+            teacher = self._teach(images)
+        return Seen(labels, student, teacher)
+
+    def _teach(self, images: Tensor) -> dict[str, Tensor]:
+        if not self.teacher_outputs:
+            return {}
+        with torch.no_grad():
+            return self.teacher.features(images, self.teacher_outputs)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """The parts of the network that are not trained."""
+        parts = {name: getattr(self.network, name) for name in PARTS}
+        return [part for name, part in parts.items() if part is not None and name not in self.trained_parts]
+
     def compiled_modules(self) -> list[nn.Module]:
-        """The parts that run one by one: encoder, decoder, the stages of the tail and of the teacher."""
+        """The parts that run one by one: encoder, decoder, the stages of the tail."""
         network = self.network
         parts = [network.head, network.encoder, network.decoder, *network.tail]
-        return [p for p in parts if p is not None] + (list(self.teacher) if self._teacher else [])
+        return [p for p in parts if p is not None]
+
+    def _check_trained(self) -> None:
+        reached = {"head", "encoder"} if self.student_outputs else set()
+        if any(name in self.student_outputs for name in (*self.network.names, LOGITS)):
+            reached |= {"quantizer", "decoder"}
+        if any(name in self.student_outputs for name in (*self.network.names[1:], LOGITS)):
+            reached.add("tail")
+        if hasattr(self.network.quantizer, "likelihoods"):
+            reached.add("quantizer")
+        if idle := [name for name in self.trained_parts if name not in reached]:
+            raise ValueError(
+                f"train={list(self.trained_parts)}: no term of {type(self).__name__} reaches the {idle[0]}, which would "
+                f"learn nothing; leave it out, or add a term behind it"
+            )
+
+    def _matching(self, teacher: Teacher | None) -> Teacher | None:
+        """Cut the teacher where it is compared, and hold its outputs against the student's."""
+        if teacher is None:
+            return None
+        network = self.network
+        sample = torch.randn(2, *network.image_shape, generator=torch.Generator().manual_seed(0))
+        at = [name for name in network.names if name in self.teacher_outputs]
+        stages = cut(teacher.network, at=at, sample=sample)
+        with torch.no_grad(), evaluating(network), evaluating(stages):
+            ours = network.features(sample, self.student_outputs)
+            theirs = stages.features(sample, self.teacher_outputs)
+        for name, value in theirs.items():
+            if name in ours and ours[name].shape != value.shape:
+                what = "logits; it has another number of classes" if name == LOGITS else f"a feature at {name!r}"
+                raise ValueError(
+                    f"the teacher gives {tuple(value.shape[1:])} {what}, the student {tuple(ours[name].shape[1:])}: "
+                    "they cannot be compared; train the teacher for the same classes and image size, or compare "
+                    "elsewhere"
+                )
+        stages.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        return Teacher(stages, teacher.path, teacher.sha256)
+
+    # --- frozen features --------------------------------------------------------------------------------------------
+
+    def _cache_frozen(self) -> None:
+        settings = {key: value for key, value in self.feature_cache.items() if key != "use"}
+        caches_head = self._freezes_head()
+        if not caches_head and not self.teacher_outputs:
+            raise ValueError(
+                f"feature_cache.use=true: {type(self).__name__} with train={list(self.trained_parts)} has no frozen "
+                "part before what it trains; freeze the head, or leave the cache out"
+            )
+        if caches_head:
+            cast(nn.Module, self.network.head).eval()
+        data = cast(ImageDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        data.cache_features(
+            self.frozen_features, self._frozen_digest(), images=not caches_head, device=self.device, **settings
+        )
+
+    def frozen_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return what frozen parts make of images (B, C, H, W) and the terms ask for: a head's output, the teacher's."""
+        found = {HEAD: cast(nn.Module, self.network.head)(images)} if self._freezes_head() else {}
+        return found | {TEACHER + name: value for name, value in self._teach(images).items()}
+
+    def _freezes_head(self) -> bool:
+        return self.network.head is not None and "head" not in self.trained_parts
+
+    def _frozen_digest(self) -> str:
+        """Digest of all that :meth:`frozen_features` depends on: cuts, outputs, weights and running statistics."""
+        digest = hashlib.sha256(json.dumps([self.network.names, self.teacher_outputs, self._freezes_head()]).encode())
+        states = [self.network.head] if self._freezes_head() else []
+        for module in [*states, *([self.teacher] if self.teacher_outputs else [])]:
+            digest.update(str(module).encode())
+            for name, value in cast(nn.Module, module).state_dict().items():
+                digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    # --- teacher and checkpoints ------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Bring the teacher to the student's device and precision; Lightning does not know of it."""
+        """Bring the teacher to the student's device and precision, of which Lightning does not know; fill the cache."""
         if self._teacher is not None:
             self._teacher.to(self.device)
             self.trainer.precision_plugin.convert_module(self._teacher.network)
+        if self.feature_cache.get("use"):
+            self._cache_frozen()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which teacher the student learns from."""
@@ -79,12 +234,49 @@ class SplitTask(Task):
         if self._teacher is not None and "teacher" in checkpoint:
             self._teacher.check(checkpoint["teacher"])
 
+    # --- widths -----------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Reseed, and draw the step's width where one network is trained for several."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.network.widths:
+            self.network.set_bits(draw_width(self.network.widths, self.seed, self.current_epoch, batch_idx))
+
+    def on_validation_epoch_start(self) -> None:
+        """Validate at the width that the config names."""
+        if self.network.widths:
+            self.network.set_bits(self.bits)
+
+    def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Reseed, so that a noisy channel does the same to the same images."""
+        self.reseed("evaluation", batch_idx)
+
+    def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Reseed, so that a noisy channel does the same to the same images."""
+        self.reseed("evaluation", batch_idx)
+
+    # --- bytes ------------------------------------------------------------------------------------------------------
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure accuracy and the bytes sent on a test batch."""
-        super().test_step(batch, batch_idx)
-        payloads = self.network.codec.encode(self.network.codes(batch[0]))
-        for name, length in (("payload_bytes", len), ("payload_zstd_bytes", zstd_bytes)):
-            self.test_payload[name].update(torch.tensor([float(length(p)) for p in payloads], device=self.device))
+        """Measure accuracy and the bytes sent on a test batch, through the bytes."""
+        images, labels = batch
+        for name, metrics in self.test_widths.items():
+            self.network.set_bits(int(name.removeprefix("bits")))
+            logits, payloads = self.through_bytes(images)
+            metrics["acc"].update(logits, labels)  # type: ignore[index,union-attr]
+            metrics["payload_bytes"].update(self._lengths(payloads))  # type: ignore[index,union-attr]
+        if self.network.widths:
+            self.network.set_bits(self.bits)
+        logits, payloads = self.through_bytes(images)
+        self.measure_test(logits, labels)
+        self.test_payload["payload_bytes"].update(self._lengths(payloads))
+        self.test_payload["payload_zstd_bytes"].update(self._lengths(payloads, zstd_bytes))
+
+    def through_bytes(self, images: Tensor) -> tuple[Tensor, list[bytes]]:
+        """Encode images (B, C, H, W) to payloads, decode them, and return logits (B, classes) and the payloads."""
+        codec = self.network.codec
+        payloads = codec.encode(self.network.codes(images))
+        return self.network.receive(codec.decode(payloads)).float(), payloads
 
     def on_test_epoch_end(self) -> None:
         """Log accuracy, bytes and their ratios."""
@@ -93,8 +285,39 @@ class SplitTask(Task):
         self.test_payload.reset()
         sizes = self.network.sizes() | self._file_bytes()
         ratios: dict[str, Tensor] = {f"payload_to_{n}": measured["payload_bytes"] / size for n, size in sizes.items()}
+        for width, metrics in self.test_widths.items():
+            for name, metric in metrics.items():  # type: ignore[operator,union-attr]
+                measured[f"{width}/{name}"] = metric.compute()
+                metric.reset()
         self.log_dict({f"test/{name}": value for name, value in (measured | ratios).items()}, sync_dist=True)
+
+    def _lengths(self, payloads: Sequence[bytes], length: Any = len) -> Tensor:
+        return torch.tensor([float(length(payload)) for payload in payloads], device=self.device)
+
+    def _width_metrics(self) -> nn.ModuleDict:
+        accuracy = MulticlassAccuracy(len(self.class_names), average="micro")
+        return nn.ModuleDict({"acc": accuracy, "payload_bytes": MeanMetric()})
 
     def _file_bytes(self) -> dict[str, float]:
         data: Any = getattr(self.trainer, "datamodule", None)
         return {"file": data.image_file_bytes("test")} if hasattr(data, "image_file_bytes") else {}
+
+
+def _union(names: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for group in names for name in group))
+
+
+def _parts(train: Sequence[str], network: SplitNetwork) -> tuple[str, ...]:
+    """Return the parts that ``train`` names, in the order in which they run."""
+    if isinstance(train, str):
+        raise ValueError(f"train is a list of parts, got the string {train!r}; write train=[{train}]")
+    known = (*PARTS, "bottleneck")
+    for name in train:
+        if name not in known:
+            raise ValueError(f"train names {name!r}, but the parts are {', '.join(known)}." + did_you_mean(name, known))
+    wanted = {part for name in train for part in (BOTTLENECK if name == "bottleneck" else (name,))}
+    parts = tuple(name for name in PARTS if name in wanted and getattr(network, name) is not None)
+    learning = [name for name in parts if next(getattr(network, name).parameters(), None) is not None]
+    if not learning:
+        raise ValueError(f"train={list(train)} trains nothing: none of these parts has parameters in this network")
+    return parts

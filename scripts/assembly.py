@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from architectures import Backbone, SplitNetwork
 from datamodules import ImageDataModule
-from deployment import ImageInput
+from deployment import FLOAT_BITS, ImageInput, check_bits
 from lightning_modules import Task, Teacher
 from lightning_modules.callbacks.metadata import KEY, SCHEMA
 from scripts.terminal import CONF
@@ -47,15 +47,21 @@ class Restored(NamedTuple):
 
 
 class Assembly(NamedTuple):
-    """What a training run is made of."""
+    """What a training run is made of, but for its tasks.
+
+    Attributes:
+        data: The images.
+        network: What is trained.
+        teaching: Further arguments of every task: the ``teacher`` of a split network, or nothing.
+    """
 
     data: ImageDataModule
     network: nn.Module
-    task: Task
+    teaching: dict[str, Any]
 
 
 def assemble(cfg: DictConfig) -> Assembly:
-    """Build data → backbone → teacher → network → task from a composed config.
+    """Build data → backbone → teacher → network from a composed config.
 
     Raises:
         ValueError: The parts do not fit each other; the message says which and how to mend it.
@@ -64,8 +70,7 @@ def assemble(cfg: DictConfig) -> Assembly:
     if "teacher" not in cfg:
         backbone = instantiate(cfg.backbone, num_classes=data.num_classes)
         data.configure_input(_with_native_statistics(backbone, data))
-        network = build_network(cfg, backbone.network, data.input)
-        return Assembly(data, network, build_task(cfg, network, data.class_names))
+        return Assembly(data, build_network(cfg, backbone.network, data.input), {})
     backbone, teacher, image_input = _student_and_teacher(cfg, data)
     data.configure_input(image_input)
     if data.input != image_input:
@@ -73,8 +78,7 @@ def assemble(cfg: DictConfig) -> Assembly:
             f"the teacher was trained on the input {image_input}, but the data overrides make it {data.input}; "
             "leave data.image_size, mean, std and interpolation as the teacher had them"
         )
-    network = build_network(cfg, backbone, image_input)
-    return Assembly(data, network, build_task(cfg, network, data.class_names, teacher=teacher))
+    return Assembly(data, build_network(cfg, backbone, image_input), {"teacher": teacher})
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -128,8 +132,9 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False) ->
     if bits is not None and not isinstance(network, SplitNetwork):
         raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
     other_bits = False
-    if isinstance(network, SplitNetwork) and bits is not None and bits != config.codec.bits:
-        network.set_bits(bits)
+    if isinstance(network, SplitNetwork) and bits is not None and bits != network.bits:
+        if network.bits != FLOAT_BITS or check_bits(bits) == FLOAT_BITS:
+            network.set_bits(bits)  # else `bundling.recalibrate` finds a range first
         config.codec.bits = config.network.codec.bits = bits
         other_bits = True
     return Restored(config, network.eval(), image_input, metadata["class_names"], file_sha256(path), other_bits)

@@ -86,14 +86,30 @@ def example_input(data: ImageDataModule) -> str:
 
 
 def recalibrate(restored: Restored, data: ImageDataModule, cfg: DictConfig) -> None:
-    """Measure the decoder's BatchNorm statistics again where ``codec.bits`` overrides the trained width."""
-    network = restored.network
-    if not restored.other_bits or not isinstance(network, SplitNetwork) or cfg.recalibrate.batches == 0:
+    """Fit a network to another width of codes than it was trained with, where ``codec.bits`` asks for one.
+
+    One trained in float gets a range for its codes; the decoder's BatchNorm statistics are measured again, unless the
+    network was trained for that width too.
+
+    Raises:
+        ValueError: A range is needed, but ``recalibrate.batches`` is 0.
+    """
+    network, count = restored.network, cfg.recalibrate.batches
+    if not restored.other_bits or not isinstance(network, SplitNetwork):
+        return
+    bits = restored.config.codec.bits
+    to_fit = network.bits != bits
+    if to_fit and not count:
+        raise ValueError(f"codec.bits={bits}: a network trained in float needs recalibrate.batches of at least 1")
+    if not count or bits in network.widths:
         return
     data.prepare_data()
     data.setup("fit")
-    layers = recalibrate_batchnorm(network, network.decoder, _batches(data, cfg.recalibrate.batches))
-    console.print(f"{layers} BatchNorm layers of the decoder measured again at {cfg.codec.bits} bits", highlight=False)
+    if to_fit:
+        low, high = network.calibrate(_batches(data, count), bits, method=cfg.recalibrate.range)
+        console.print(f"codes of {bits} bits from {low:.4g} to {high:.4g}, by {cfg.recalibrate.range}", highlight=False)
+    layers = recalibrate_batchnorm(network, network.decoder, _batches(data, count))
+    console.print(f"{layers} BatchNorm layers of the decoder measured again at {bits} bits", highlight=False)
 
 
 def _batches(data: ImageDataModule, count: int) -> Iterator[Tensor]:

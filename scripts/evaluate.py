@@ -7,9 +7,9 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from architectures import profile
+from architectures import SplitNetwork, profile
 from lightning_modules.callbacks.tracking import recorded_outcome
-from scripts.assembly import build_task, instantiate_each, restore, restore_data
+from scripts.assembly import Restored, build_task, instantiate_each, plain, restore, restore_data
 from scripts.bundling import recalibrate
 from scripts.terminal import CONF, friendly, next_command, profile_rows, results_table, start, table
 
@@ -21,6 +21,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     restored = restore(cfg.ckpt_path, bits=cfg.codec.bits, trusted=cfg.trust_checkpoint)
     data = restore_data(restored, cfg.data)
+    if cfg.get("channel") is not None:
+        set_channel(restored, cfg.channel)
     recalibrate(restored, data, cfg)
     task = build_task(restored.config, restored.network, restored.class_names)
     loggers = instantiate_each(cfg.get("logger"))
@@ -35,6 +37,17 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     table("Cost per image", profile_rows(costs), ("part", "MACs", "parameters"))
     next_command(f"python scripts/export.py ckpt_path={cfg.ckpt_path}")
     return metrics
+
+
+def set_channel(restored: Restored, channel: DictConfig) -> None:
+    """Put another link between the parts than the one trained with.
+
+    Raises:
+        ValueError: The network is not split, or the link cannot carry what it sends.
+    """
+    if not isinstance(restored.network, SplitNetwork):
+        raise ValueError(f"channel={channel.kind} has no meaning: the checkpoint's network is not split")
+    restored.network.set_channel(plain(channel))
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")

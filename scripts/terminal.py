@@ -35,7 +35,7 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     def run(cfg: DictConfig) -> Any:
         quiet()
         try:
-            if missing := sorted(OmegaConf.missing_keys(cfg)):
+            if missing := missing_values(cfg):
                 raise ValueError(
                     f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value; "
                     f"add {' '.join(f'{key}=…' for key in missing)}"
@@ -47,6 +47,17 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             fail(error)
 
     return run
+
+
+def missing_values(cfg: DictConfig) -> list[str]:
+    """Keys of a config that still have no value, in order; values that lean on them are left out."""
+
+    def search(node: Any, at: str) -> list[str]:
+        if isinstance(node, dict):
+            return [key for name, value in node.items() for key in search(value, f"{at}.{name}" if at else str(name))]
+        return [at] if node == "???" else []
+
+    return sorted(search(OmegaConf.to_container(cfg), ""))
 
 
 def start(main: Callable[[], Any]) -> None:

@@ -11,12 +11,12 @@ from hydra.utils import get_object
 # A class by its own name, at the end of lower-case modules; and the one function that makes backbones.
 ROOMS = ("architectures", "datamodules", "lightning_modules", "losses")
 OURS = re.compile(rf"({'|'.join(ROOMS)})(\.[a-z]\w*)*\.[A-Z]\w*")
-TORCH = re.compile(r"torch\.optim(\.lr_scheduler)?\.[A-Z]\w*")
+TORCH = re.compile(r"torch\.(optim(\.lr_scheduler)?\.[A-Z]\w*|nn\.[A-Z]\w*Loss)")
 FACTORY = "architectures.backbones.create_backbone"
 
 
 def check_targets(config: Any, path: str, trusted: bool) -> None:
-    """Refuse a checkpoint whose config names code that is neither Cleave's nor one of torch's optimizers.
+    """Refuse a checkpoint whose config names code that is neither Cleave's nor one of torch's optimizers or losses.
 
     ``weights_only=True`` keeps a file's tensors from running code; this keeps its config from it.
 

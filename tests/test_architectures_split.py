@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from architectures import CutError, DevicePart, SplitNetwork, create_backbone, cut, profile
+from architectures.quantizer import Unquantized
 from deployment import ImageInput
 
 SAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -40,9 +41,8 @@ def test_forward_is_the_chain_of_its_parts(form, bits):
     x = SAMPLE if network.head is None else network.head(SAMPLE)
     z = network.encoder(x)
     assert tuple(z.shape[1:]) == network.shape
-    z = z if network.quantizer is None else network.quantizer(z)
-    assert torch.equal(network(SAMPLE), network.tail(network.decoder(z)))
-    assert (network.quantizer is None) == (bits == 32)
+    assert torch.equal(network(SAMPLE), network.tail(network.decoder(network.quantizer(z))))
+    assert isinstance(network.quantizer, Unquantized) == (bits == 32)
     assert (network.head is None) == (form == "replace")
 
 
@@ -66,8 +66,7 @@ def test_codes_decode_to_what_forward_uses():
         network.eval()
         payloads = network.codec.encode(network.codes(SAMPLE))
         received = network.codec.decode(payloads)
-        z = received["z"] if codec["bits"] == 32 else network.quantizer.decode(*received.values())
-        torch.testing.assert_close(network.tail(network.decoder(z)), network(SAMPLE), atol=0, rtol=0)
+        torch.testing.assert_close(network.receive(received), network(SAMPLE), atol=0, rtol=0)
         values = 8 * 16 * 16
         expected = values * codec["bits"] // 8 + (8 if codec.get("range") == "sample" else 0)
         assert {len(p) for p in payloads} == {expected}
@@ -96,7 +95,7 @@ def test_the_width_can_change_after_training():
     assert {len(p) for p in network.codec.encode(network.codes(SAMPLE))} == {8 * 16 * 16 // 4}
     network.set_bits(32)
     assert torch.equal(network(SAMPLE), network.tail(network.decoder(network.encode(SAMPLE))))
-    with pytest.raises(ValueError, match="no range"):
+    with pytest.raises(ValueError, match="knows no range"):
         network.set_bits(8)
     with pytest.raises(ValueError, match="bits"):
         network.set_bits(1)

@@ -243,7 +243,7 @@ def repeat_partition(**changes):
         (set_in("route", value=["head"]), "tail are not on the route"),
         (set_in("route", value=["tail", "head"]), "partition tail, number 1 of the route, takes"),
         (set_in("codecs", value=[]), "a route of 2 partitions needs 1 codecs, got 0"),
-        (set_in("codecs", 0, "kind", value="entropy"), "unknown codec kind 'entropy'"),
+        (set_in("codecs", 0, "kind", value="morse"), "unknown codec kind 'morse'"),
         (set_in("codecs", 0, "bits", value=1), "bits must be 2 to 16"),
         (set_in("codecs", 0, "shape", value=[4, 4]), r"head emits codes of shape .*its codec sends \(4, 4\)"),
         (set_in("codecs", 0, value=7), "a codec needs a kind"),

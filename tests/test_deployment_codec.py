@@ -287,7 +287,7 @@ def test_codecs_round_trip_through_json(codec):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "entropy", "shape": [3]}, "unknown codec kind 'entropy'; known are uniform, float32"),
+        ({"kind": "morse", "shape": [3]}, "unknown codec kind 'morse'; known are uniform, float32"),
         ({"shape": [3]}, "needs a kind, one of uniform, float32"),
         (["uniform"], "needs a kind"),
         ({"kind": ["uniform"]}, "needs a kind"),

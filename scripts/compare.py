@@ -1,0 +1,122 @@
+"""Compare runs, bundles and baselines: accuracy over payload bytes, and the trade-off with parameters on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+from pytorch_lightning import loggers as pl_loggers
+
+from architectures.naming import did_you_mean
+from lightning_modules.callbacks.tracking import log_artifact, recorded_outcome
+from scripts.assembly import instantiate_each, plain
+from scripts.collect import collect, reference_accuracy
+from scripts.rate_accuracy import Setting, settings, trade_offs
+from scripts.rate_plots import rate_plot, tradeoff_plot
+from scripts.rate_tables import print_tables
+from scripts.report_csv import write_csv
+from scripts.results import Point
+from scripts.terminal import CONF, console, friendly, start
+
+
+def compare(cfg: DictConfig) -> dict[str, Path]:
+    """Collect the points, print them, write tables and plots, and return the files written by their names."""
+    output = Path(cfg.output or cfg.paths.output_dir)
+    check_output(output)
+    points = of_backbone(collect([cfg.inputs] if isinstance(cfg.inputs, str) else cfg.inputs or []), cfg.backbone.name)
+    reference = None if cfg.reference is None else reference_accuracy(cfg.reference)
+    known = settings(points)
+    loggers = instantiate_each(cfg.get("logger"))
+    for logger in loggers:
+        logger.log_hyperparams(plain(cfg))
+    print_tables(known, reference)
+    files = write_report(output, points, reference, title=cfg.title, log_x=cfg.log_x)
+    for logger in loggers:
+        log_report(logger, known, files)
+    for file in files.values():
+        console.print(f"Written: {file}", soft_wrap=True, highlight=False, markup=False)
+    return files
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output folder that could not be made; :class:`NotADirectoryError` names the file in its way."""
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"output={output} must be a folder, but {there} is a file; give another output=DIR")
+
+
+def of_backbone(points: Sequence[Point], name: str | None) -> list[Point]:
+    """Return the points of one backbone, or all of them; ValueError where there are none of it."""
+    if name is None:
+        return list(points)
+    if chosen := [point for point in points if point.backbone == name]:
+        return chosen
+    known = sorted({point.backbone for point in points if point.backbone})
+    raise ValueError(
+        f"no point is of backbone.name={name}; there are {', '.join(known) or 'none with a backbone'}."
+        + did_you_mean(str(name), known)
+    )
+
+
+def write_report(
+    output: Path, points: Sequence[Point], reference: float | None, *, title: str | None = None, log_x: bool = True
+) -> dict[str, Path]:
+    """Write ``rate_accuracy`` and, where parameters are known, ``tradeoff``, each as CSV and PNG.
+
+    Args:
+        output: The folder, made where it is missing.
+        points: What was measured; the first table keeps every point, the second the means over seeds.
+        reference: Accuracy of the unsplit network.
+        title: Above the plots.
+        log_x: Whether the axis of bytes is logarithmic.
+    """
+    known = settings(points)
+    rows = [row for group in trade_offs(known).values() for row in group]
+    pictures = {"rate_accuracy.png": rate_plot(known, reference, title, log_x)}
+    tables = {"rate_accuracy.csv": [dataclasses.asdict(p) for p in sorted(points, key=_order)]}
+    if rows:
+        pictures["tradeoff.png"] = tradeoff_plot(known, title, log_x)
+        tables["tradeoff.csv"] = [{**dataclasses.asdict(row.setting), "front": int(row.front)} for row in rows]
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("tradeoff.png", "tradeoff.csv"):  # those of an earlier report would contradict this one
+        (output / name).unlink(missing_ok=True)
+    for name, table in tables.items():
+        write_csv(output / name, table)
+    for name, picture in pictures.items():
+        (output / name).write_bytes(picture)
+    return {name: output / name for name in sorted({*tables, *pictures})}
+
+
+def _order(point: Point) -> tuple[Any, ...]:
+    return point.kind != "run", point.method, point.payload_bytes, point.label, str(point.seed)
+
+
+def log_report(logger: Any, known: Sequence[Setting], files: dict[str, Path]) -> None:
+    """Give a logger the best accuracy of each method; W&B also gets the plots, the settings and the CSV files."""
+    best = {s.method: s.accuracy for s in sorted(known, key=lambda s: s.accuracy)}
+    logger.log_metrics({f"best_accuracy/{method}": accuracy for method, accuracy in best.items()})
+    if isinstance(logger, pl_loggers.WandbLogger) and not logger.experiment.disabled:
+        rows = [list(dataclasses.asdict(s).values()) for s in known]
+        logger.log_table("settings", [field.name for field in dataclasses.fields(Setting)], rows)
+        for name, file in files.items():
+            if file.suffix == ".png":
+                logger.log_image(file.stem, [str(file)])
+            else:
+                log_artifact(logger.experiment, file, kind="report", name=name.removesuffix(".csv"))
+    logger.finalize("success")
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="compare")
+@friendly
+def main(cfg: DictConfig) -> None:
+    """Compare what was measured."""
+    with recorded_outcome():
+        compare(cfg)
+
+
+if __name__ == "__main__":
+    start(main)
