@@ -115,7 +115,8 @@ class EntropyBottleneck(nn.Module):
                 f"got shape {tuple(z.shape)}"
             )
         if not self.training:
-            return self.decode(self.encode(z))
+            # A frozen prior hands gradients on to an encoder that still learns; the value is what the codes decode to.
+            return self.decode(self.encode(z)) + (z - z.detach())
         z = z.to(self.matrices[0].dtype)
         return z + torch.rand_like(z) - 0.5
 

@@ -131,13 +131,13 @@ class UniformQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             levels = torch.full((), 2**self.bits, dtype=torch.int64, device=z.device)
-            if not self.training:
-                return self.decode(*self.encode(z, levels), levels)
-            self._observe(z.detach())
+            if self.training:
+                self._observe(z.detach())
             low, high = self._range(z)
             step = ((high - low) / (levels - 1)).clamp_min(_TINY)
             position = torch.minimum(((z - low) / step).clamp_min(0), (levels - 1).float())
-            code = position + (position.round() - position).detach()
+            # In this order the sum is the code in every bit: eval mode gives exactly what the codes decode to.
+            code = position.round().detach() + (position - position.detach())
             return low + code * step
 
     def encode(self, z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,7 +232,7 @@ class Unquantized(nn.Module):
             ValueError: A coding of integer codes is asked for.
         """
         if coding != "packed" or quality is not None:
-            raise ValueError(f"codec.coding={coding} codes integers, but codec.bits=32 sends float32; choose 2 to 16 bits")
+            raise ValueError(f"codec.coding={coding} codes integers, but codec.bits=32 sends float32; use 2 to 16 bits")
         return FloatCodec(shape)
 
     def with_bits(self, bits: int) -> Unquantized:
@@ -273,10 +273,15 @@ def build_quantizer(settings: Mapping[str, Any], shape: tuple[int, ...], axis: i
     """
     arguments = dict(settings)
     kind = arguments.pop("kind", "uniform")
-    kinds: dict[str, Callable[..., nn.Module]] = {"uniform": UniformQuantizer, "entropy": EntropyBottleneck}
+    kinds: dict[str, Callable[..., Quantizer]] = {"uniform": UniformQuantizer, "entropy": EntropyBottleneck}
     if kind not in kinds:
         raise ValueError(f"codec.kind must be one of {', '.join(kinds)}, got {kind!r}." + did_you_mean(kind, kinds))
     if kind == "entropy":
+        known = ("filters", "init_scale")
+        if unknown := [name for name in arguments if name not in known]:
+            raise ValueError(
+                f"codec.{unknown[0]} has no meaning for codec.kind=entropy, which takes {', '.join(known)}"
+            )
         arguments |= {"channels": shape[axis], "axis": axis}
     bits = arguments.get("bits", 8)
     if kind == "uniform" and check_bits(bits) == FLOAT_BITS:

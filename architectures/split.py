@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from architectures.bottleneck import FORMS, VECTOR_LAYOUTS, build_bottleneck
 from architectures.calibration import calibrate_range
 from architectures.channels import build_channel
+from architectures.entropy_bottleneck import EntropyBottleneck
 from architectures.gaussian import GaussianEncoder, make_gaussian
 from architectures.macs import count_macs, count_params
 from architectures.modes import evaluating
 from architectures.naming import did_you_mean
-from architectures.quantizer import UniformQuantizer, build_quantizer
+from architectures.quantizer import Quantizer, UniformQuantizer, build_quantizer
 from architectures.stages import LOGITS, CutError, Stages, cut
 from architectures.switchable import select, switchable
-from deployment import Codec
+from deployment import FLOAT_BITS, Codec, check_bits
 
 HEAD = "head"
 LIKELIHOODS = "likelihoods"
@@ -46,8 +47,8 @@ class SplitNetwork(nn.Module):
             (:func:`~architectures.gaussian.make_gaussian`). ``None`` with the form ``none``.
         codec: What turns the representation into bytes. ``kind`` ``uniform`` (default): ``bits`` (2 to 16, or 32 for
             float), ``range`` and ``momentum`` of :class:`~architectures.quantizer.UniformQuantizer`, ``coding`` and
-            ``quality`` of :func:`deployment.code_codec`, and ``widths``, several bits to train one network for. ``kind``
-            ``entropy``: a learned prior, :class:`~architectures.entropy_bottleneck.EntropyBottleneck`.
+            ``quality`` of :func:`deployment.code_codec`, and ``widths``, several bits to train one network for.
+            ``kind`` ``entropy``: a learned prior, :class:`~architectures.entropy_bottleneck.EntropyBottleneck`.
         channel: Settings of :func:`~architectures.channels.build_channel`: what the link does to the representation.
         observe: Further layers of the tail that :meth:`features` can return.
 
@@ -64,6 +65,12 @@ class SplitNetwork(nn.Module):
         ValueError: A bottleneck, codec or channel argument is out of range.
     """
 
+    head: nn.Module | None
+    encoder: nn.Module
+    quantizer: Quantizer
+    decoder: nn.Module
+    tail: Any
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -78,6 +85,8 @@ class SplitNetwork(nn.Module):
     ) -> None:
         super().__init__()
         observe = [name for name in observe if name != at]
+        if taken := [name for name in (at, *observe) if name in (HEAD, LOGITS, LIKELIHOODS, MEAN, LOG_VARIANCE)]:
+            raise ValueError(f"{taken[0]!r} names an output of every split network; cut at a layer of another name")
         stages, feature = _cut(backbone, at, observe, sample, form)
         self.split = at
         self.names = (at, *observe)
@@ -95,9 +104,9 @@ class SplitNetwork(nn.Module):
         if variance is not None:
             self.encoder = make_gaussian(self.encoder, variance)
         coding = dict(codec or {})
-        how = {key: coding.pop(key, None) for key in ("coding", "quality")}
-        self.coding = {key: value for key, value in how.items() if value is not None}
-        self.widths = tuple(sorted(coding.pop("widths", None) or ()))
+        ours = () if coding.get("kind") == "entropy" else ("coding", "quality", "widths")
+        self.coding = {key: value for key in ours if (value := coding.pop(key, None)) is not None}
+        self.widths = tuple(sorted(self.coding.pop("widths", ())))
         self.quantizer = build_quantizer(coding, self.shape, axis=-1 if stages.layouts[0] in VECTOR_LAYOUTS else 0)
         self.codec  # noqa: B018 what cannot be coded is refused here
         self.tail = nn.Sequential(*(stages[i] for i in range(1, len(stages))))
@@ -130,7 +139,7 @@ class SplitNetwork(nn.Module):
             CutError: This network has no such feature.
         """
         wanted = list(at)
-        self._check_names(wanted)
+        self.check_names(wanted)
         found: dict[str, Tensor] = {}
         x: Any = images
         if self.head is not None:
@@ -139,7 +148,7 @@ class SplitNetwork(nn.Module):
         if any(name in wanted for name in (*self.names, LOGITS, LIKELIHOODS)):
             z_hat = self.quantizer(z)
             if LIKELIHOODS in wanted:
-                found[LIKELIHOODS] = self.quantizer.likelihoods(z_hat)
+                found[LIKELIHOODS] = cast(EntropyBottleneck, self.quantizer).likelihoods(z_hat)
             found |= self._run_tail(z_hat, z.dtype, wanted)
         return {name: found[name] for name in wanted}
 
@@ -171,7 +180,7 @@ class SplitNetwork(nn.Module):
         if self.channel is not None:  # before the cast: half precision no longer tells fine codes apart
             z_hat = self.channel(z_hat, self.quantizer)
         if self.widths:
-            self._select(self.bits)
+            self._select(self.width)
         return self.decoder(z_hat.to(dtype))
 
     @property
@@ -182,12 +191,13 @@ class SplitNetwork(nn.Module):
             names += (HEAD,)
         if isinstance(self.encoder, GaussianEncoder):
             names += (MEAN, LOG_VARIANCE)
-        if hasattr(self.quantizer, "likelihoods"):
+        if isinstance(self.quantizer, EntropyBottleneck):
             names += (LIKELIHOODS,)
         return names
 
-    def _check_names(self, wanted: Sequence[str]) -> None:
-        for name in wanted:
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise CutError unless :meth:`features` knows every name; worth a call before training."""
+        for name in names:
             if name in self.available:
                 continue
             hints = {
@@ -198,7 +208,7 @@ class SplitNetwork(nn.Module):
             }
             raise CutError(
                 f"this split network has no feature {name!r}; it has {', '.join(self.available)}."
-                + hints.get(name, did_you_mean(name, self.available) + " Add it to split.observe.")
+                + hints.get(name, did_you_mean(name, self.available) + " split.observe adds layers.")
             )
 
     # --- bytes ------------------------------------------------------------------------------------------------------
@@ -222,8 +232,13 @@ class SplitNetwork(nn.Module):
         return self.tail(self._arrived(self.quantizer.receive(*tensors), weight.dtype))
 
     @property
-    def bits(self) -> int:
-        """Width of a code at present; 32 where the representation is not quantised."""
+    def width(self) -> int:
+        """:attr:`bits` of a network whose codes have a width."""
+        return cast(int, self.quantizer.bits)
+
+    @property
+    def bits(self) -> int | None:
+        """Width of a code at present; 32 where the representation is not quantised, ``None`` under a learned prior."""
         return self.quantizer.bits
 
     def set_bits(self, bits: int) -> None:
@@ -233,9 +248,14 @@ class SplitNetwork(nn.Module):
         widths: see :func:`~architectures.recalibrate.recalibrate_batchnorm`.
 
         Raises:
-            ValueError: ``bits`` is out of range, the network was built without a quantiser, which has no range, or its
-                prior knows no widths.
+            ValueError: ``bits`` is out of range, the network was built without a quantiser, which has no range, its
+                prior knows no widths, or ``bits`` is 32 and the network was trained for several widths.
         """
+        if self.widths and check_bits(bits) == FLOAT_BITS:
+            raise ValueError(
+                f"codec.bits={bits}: this network was trained for codec.widths={list(self.widths)} and has no "
+                "BatchNorm for float; choose 2 to 16"
+            )
         self.quantizer = self.quantizer.with_bits(bits)
 
     def calibrate(self, batches: Iterable[Tensor], bits: int, method: str = "mse") -> tuple[float, float]:
@@ -271,7 +291,7 @@ class SplitNetwork(nn.Module):
     def _make_switchable(self) -> None:
         if not self.widths:
             return
-        if not isinstance(self.quantizer, UniformQuantizer) or self.bits not in self.widths:
+        if not isinstance(self.quantizer, UniformQuantizer) or self.width not in self.widths:
             raise ValueError(
                 f"codec.bits={self.bits} must be one of codec.widths={list(self.widths)}: it is the one validated"
             )

@@ -242,6 +242,8 @@ def _write_parts(
         )
         sample |= {f"{part.name}.{name}": tensor for name, tensor in outputs.items()}
         received = through_bytes(codec, outputs, f"partition {part.name}") if codec else {}
+        if codec and not codec.lossless:
+            sample |= {f"{part.name}.delivered.{name}": received[name] for name in codec.sends}
     return specs, sample
 
 

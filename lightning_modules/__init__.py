@@ -11,7 +11,16 @@ from lightning_modules.knowledge_distillation import KnowledgeDistillation
 from lightning_modules.reconstruction import Reconstruction
 from lightning_modules.split import SplitTask
 from lightning_modules.teacher import Teacher
-from lightning_modules.terms import FeaturesTerm, FeatureTerm, GaussianTerm, LabelTerm, LogitsTerm, RateTerm, Term
+from lightning_modules.terms import (
+    FeaturesTerm,
+    FeatureTerm,
+    GaussianTerm,
+    LabelTerm,
+    LogitsTerm,
+    RateTerm,
+    ReconstructionTerm,
+    Term,
+)
 
 __all__ = [
     "Classification",
@@ -28,6 +37,7 @@ __all__ = [
     "LogitsTerm",
     "RateTerm",
     "Reconstruction",
+    "ReconstructionTerm",
     "SplitTask",
     "Task",
     "Teacher",

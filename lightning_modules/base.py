@@ -38,8 +38,8 @@ class Task(pl.LightningModule, abc.ABC):
         monitor: Metric that a plateau scheduler watches.
         lr_scales: Layer-wise rates: a factor on the learning rate by prefix of the parameters' names inside
             ``network``; the longest prefix wins. A factor of 0 is refused: freeze such a part instead.
-        decay_norms_and_biases: Whether weight decay also applies to parameters of one dimension or none, and to those of
-            a learned prior.
+        decay_norms_and_biases: Whether weight decay also applies to parameters of one dimension or none, and to those
+            of a learned prior.
         compile: Compile the network's parts in place with ``torch.compile``.
         channels_last: Keep the weights of convolutions, and with them all maps, channels last in memory, which CPUs and
             tensor cores in half precision run faster.
@@ -83,9 +83,9 @@ class Task(pl.LightningModule, abc.ABC):
             {"seed": seed, "lr_scales": self.lr_scales, "decay_norms_and_biases": decay_norms_and_biases}, logger=False
         )
         self._check_lr_scales()
-        self.freeze()
+        self.freeze_parts()
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        network.to(memory_format=self.memory_format)
         if compile:
             for module in self.compiled_modules():
                 module.compile()
@@ -121,7 +121,7 @@ class Task(pl.LightningModule, abc.ABC):
 
     # --- training --------------------------------------------------------------------------------------------------
 
-    def freeze(self) -> None:
+    def freeze_parts(self) -> None:
         """Leave gradients to what learns.
 
         Another stage of the run may have frozen other parts; what the network itself keeps fixed stays so.
@@ -136,7 +136,7 @@ class Task(pl.LightningModule, abc.ABC):
     def setup(self, stage: str) -> None:
         """Freeze before the optimizer is built."""
         if stage == "fit":
-            self.freeze()
+            self.freeze_parts()
             self.network.train()  # what a stage before left in eval mode would alarm Lightning
 
     def forward(self, images: Tensor) -> Tensor:

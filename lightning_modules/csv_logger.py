@@ -21,7 +21,7 @@ class CSVLogger(loggers.CSVLogger):
         """Write what was logged since the last time."""
         writer = self.experiment
         file = Path(writer.metrics_file_path)
-        if not writer.metrics_keys and file.is_file():
+        if file.is_file():
             with file.open(newline="") as lines:
                 writer.metrics_keys = next(csv.reader(lines), [])
         super().save()

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from architectures.entropy_bottleneck import EntropyBottleneck
+from architectures.gaussian import GaussianEncoder
 from architectures.modes import evaluating
 from architectures.naming import did_you_mean
-from architectures.split import HEAD, PARTS, SplitNetwork
+from architectures.quantizer import UniformQuantizer
+from architectures.split import HEAD, LIKELIHOODS, PARTS, SplitNetwork
 from architectures.stages import LOGITS, CutError, Stages, cut
 from architectures.switchable import draw_width
 from datamodules import ImageDataModule
@@ -60,6 +63,7 @@ class SplitTask(Task):
 
     trains: ClassVar[tuple[str, ...]] = BOTTLENECK
     network: SplitNetwork
+    trained_parts: tuple[str, ...]
     _teacher: Teacher | None
 
     def __new__(cls, network: SplitNetwork | None = None, *args: Any, **kwargs: Any) -> SplitTask:
@@ -81,17 +85,23 @@ class SplitTask(Task):
     ) -> None:
         if both := sorted(terms.keys() & (extra_terms or {}).keys()):
             raise ValueError(f"extra_terms names {both[0]!r}, which is the method's own term; name it otherwise")
+        for name in extra_terms or {}:
+            if not name.isidentifier() or name == "loss":  # metrics are named after terms
+                raise ValueError(f"extra_terms names {name!r}; a term's name is one word, such as kd, but not loss")
         terms = {**terms, **(extra_terms or {})}
         self.__dict__["trained_parts"] = _parts(self.trains if train is None else train, network)
         super().__init__(network, *args, **kwargs)
         self.terms = nn.ModuleDict(terms)
         self.feature_cache = dict(feature_cache or {})
         self.split = network.split
-        self.bits = network.bits
+        self.bits = network.width if network.widths else None
         self.student_outputs = _union(term.student for term in terms.values())
         self.teacher_outputs = _union(term.teacher for term in terms.values())
+        network.check_names(self.student_outputs)
         self._check_trained()
         self.__dict__["_teacher"] = self._matching(teacher) if self.teacher_outputs else None
+        if kwargs.get("compile") and self._teacher is not None:
+            self.teacher.compile()
         self.test_payload = MetricCollection(
             {"payload_bytes": MeanMetric(), "payload_zstd_bytes": MeanMetric()}, compute_groups=False
         )
@@ -116,13 +126,11 @@ class SplitTask(Task):
 
     def see(self, batch: Batch) -> Seen:
         """Run student and teacher on a batch, each once and no further than the terms ask."""
+        cached: list[dict[str, Tensor]]
         images, labels, *cached = batch
-        frozen: dict[str, Tensor] = cached[0] if cached else {}
+        frozen = cached[0] if cached else {}
         student = self.network.features(images, self.student_outputs, head=frozen.get(HEAD))
-        if cached:
-            teacher = {name: frozen[TEACHER + name] for name in self.teacher_outputs}
-        else:
-            teacher = self._teach(images)
+        teacher = {name: frozen[TEACHER + name] for name in self.teacher_outputs} if cached else self._teach(images)
         return Seen(labels, student, teacher)
 
     def _teach(self, images: Tensor) -> dict[str, Tensor]:
@@ -137,10 +145,11 @@ class SplitTask(Task):
         return [part for name, part in parts.items() if part is not None and name not in self.trained_parts]
 
     def compiled_modules(self) -> list[nn.Module]:
-        """The parts that run one by one: encoder, decoder, the stages of the tail."""
+        """The parts that run one by one: head, encoder, decoder, the stages of the tail."""
         network = self.network
-        parts = [network.head, network.encoder, network.decoder, *network.tail]
-        return [p for p in parts if p is not None]
+        # A stochastic encoder is asked for its distribution, not called.
+        encoder = network.encoder.children() if isinstance(network.encoder, GaussianEncoder) else [network.encoder]
+        return [part for part in (network.head, *encoder, network.decoder, *network.tail) if part is not None]
 
     def _check_trained(self) -> None:
         reached = {"head", "encoder"} if self.student_outputs else set()
@@ -148,12 +157,16 @@ class SplitTask(Task):
             reached |= {"quantizer", "decoder"}
         if any(name in self.student_outputs for name in (*self.network.names[1:], LOGITS)):
             reached.add("tail")
-        if hasattr(self.network.quantizer, "likelihoods"):
-            reached.add("quantizer")
+        learned_prior = isinstance(self.network.quantizer, EntropyBottleneck)
+        if learned_prior and LIKELIHOODS not in self.student_outputs:
+            reached.discard("quantizer")
         if idle := [name for name in self.trained_parts if name not in reached]:
+            fix = "leave it out, or add a term behind it"
+            if idle[0] == "quantizer" and learned_prior:
+                fix = "only a rate teaches its prior: add a RateTerm, use method=entropic, or leave it out"
             raise ValueError(
-                f"train={list(self.trained_parts)}: no term of {type(self).__name__} reaches the {idle[0]}, which would "
-                f"learn nothing; leave it out, or add a term behind it"
+                f"train={list(self.trained_parts)}: no term of {type(self).__name__} reaches the {idle[0]}, which "
+                f"would learn nothing; {fix}"
             )
 
     def _matching(self, teacher: Teacher | None) -> Teacher | None:
@@ -163,19 +176,23 @@ class SplitTask(Task):
         network = self.network
         sample = torch.randn(2, *network.image_shape, generator=torch.Generator().manual_seed(0))
         at = [name for name in network.names if name in self.teacher_outputs]
-        stages = cut(teacher.network, at=at, sample=sample)
+        try:
+            stages = cut(teacher.network, at=at, sample=sample)
+        except CutError as error:
+            raise CutError(f"the teacher cannot be compared at {', '.join(at)}: {error}") from error
         with torch.no_grad(), evaluating(network), evaluating(stages):
             ours = network.features(sample, self.student_outputs)
             theirs = stages.features(sample, self.teacher_outputs)
         for name, value in theirs.items():
             if name in ours and ours[name].shape != value.shape:
-                what = "logits; it has another number of classes" if name == LOGITS else f"a feature at {name!r}"
+                what, fix = f"feature at {name!r}", "a teacher of the same family and width, or another layer"
+                if name == LOGITS:
+                    what, fix = "logits", "a teacher that was trained on the same classes"
                 raise ValueError(
-                    f"the teacher gives {tuple(value.shape[1:])} {what}, the student {tuple(ours[name].shape[1:])}: "
-                    "they cannot be compared; train the teacher for the same classes and image size, or compare "
-                    "elsewhere"
+                    f"the shape of the teacher's {what} is {tuple(value.shape[1:])}, of the student's "
+                    f"{tuple(ours[name].shape[1:])}: they cannot be compared; take {fix}"
                 )
-        stages.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        stages.to(memory_format=self.memory_format)
         return Teacher(stages, teacher.path, teacher.sha256)
 
     # --- frozen features --------------------------------------------------------------------------------------------
@@ -188,15 +205,16 @@ class SplitTask(Task):
                 f"feature_cache.use=true: {type(self).__name__} with train={list(self.trained_parts)} has no frozen "
                 "part before what it trains; freeze the head, or leave the cache out"
             )
-        if caches_head:
-            cast(nn.Module, self.network.head).eval()
-        data = cast(ImageDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
-        data.cache_features(
-            self.frozen_features, self._frozen_digest(), images=not caches_head, device=self.device, **settings
-        )
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ImageDataModule):
+            raise ValueError("feature_cache.use=true needs a data module of Cleave's, whose images it can go through")
+        with evaluating(self.network):  # for now alone: Lightning has yet to look at the modes
+            data.cache_features(
+                self.frozen_features, self._frozen_digest(), images=not caches_head, device=self.device, **settings
+            )
 
     def frozen_features(self, images: Tensor) -> dict[str, Tensor]:
-        """Return what frozen parts make of images (B, C, H, W) and the terms ask for: a head's output, the teacher's."""
+        """Return what the terms ask for and frozen parts make of images (B, C, H, W): head's output, teacher's."""
         found = {HEAD: cast(nn.Module, self.network.head)(images)} if self._freezes_head() else {}
         return found | {TEACHER + name: value for name, value in self._teach(images).items()}
 
@@ -211,7 +229,7 @@ class SplitTask(Task):
             digest.update(str(module).encode())
             for name, value in cast(nn.Module, module).state_dict().items():
                 digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     # --- teacher and checkpoints ------------------------------------------------------------------------------------
@@ -244,7 +262,7 @@ class SplitTask(Task):
 
     def on_validation_epoch_start(self) -> None:
         """Validate at the width that the config names."""
-        if self.network.widths:
+        if self.bits is not None:
             self.network.set_bits(self.bits)
 
     def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -257,15 +275,28 @@ class SplitTask(Task):
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
+    def on_test_start(self) -> None:
+        """Refuse to measure codes whose range nobody has measured.
+
+        Raises:
+            ValueError: The quantiser's range still waits for its first training batch.
+        """
+        quantizer = self.network.quantizer
+        if isinstance(quantizer, UniformQuantizer) and quantizer.range != "sample" and not quantizer.initialized:
+            raise ValueError(
+                f"codec.range={quantizer.range} is measured in training, which this network has not seen; train it, or "
+                "use codec.range=sample"
+            )
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure accuracy and the bytes sent on a test batch, through the bytes."""
         images, labels = batch
         for name, metrics in self.test_widths.items():
             self.network.set_bits(int(name.removeprefix("bits")))
             logits, payloads = self.through_bytes(images)
-            metrics["acc"].update(logits, labels)  # type: ignore[index,union-attr]
-            metrics["payload_bytes"].update(self._lengths(payloads))  # type: ignore[index,union-attr]
-        if self.network.widths:
+            metrics["acc"].update(logits, labels)  # type: ignore[index]
+            metrics["payload_bytes"].update(self._lengths(payloads))  # type: ignore[index]
+        if self.bits is not None:
             self.network.set_bits(self.bits)
         logits, payloads = self.through_bytes(images)
         self.measure_test(logits, labels)
@@ -286,7 +317,7 @@ class SplitTask(Task):
         sizes = self.network.sizes() | self._file_bytes()
         ratios: dict[str, Tensor] = {f"payload_to_{n}": measured["payload_bytes"] / size for n, size in sizes.items()}
         for width, metrics in self.test_widths.items():
-            for name, metric in metrics.items():  # type: ignore[operator,union-attr]
+            for name, metric in metrics.items():  # type: ignore[operator]
                 measured[f"{width}/{name}"] = metric.compute()
                 metric.reset()
         self.log_dict({f"test/{name}": value for name, value in (measured | ratios).items()}, sync_dist=True)

@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from architectures import SplitNetwork, export_parts, recalibrate_batchnorm
+from architectures.calibration import METHODS
+from architectures.naming import did_you_mean
 from datamodules import Digits, ImageDataModule
 from datamodules.sources import FileSource
 from deployment import Bundle, export_bundle
@@ -85,31 +87,45 @@ def example_input(data: ImageDataModule) -> str:
     return source.name(0) if isinstance(source, FileSource) else "IMAGE"
 
 
-def recalibrate(restored: Restored, data: ImageDataModule, cfg: DictConfig) -> None:
+def recalibrate(restored: Restored, data: ImageDataModule, settings: DictConfig) -> str | None:
     """Fit a network to another width of codes than it was trained with, where ``codec.bits`` asks for one.
 
     One trained in float gets a range for its codes; the decoder's BatchNorm statistics are measured again, unless the
-    network was trained for that width too.
+    network was trained for several widths: those of the nearest serve.
+
+    Args:
+        restored: The network, and whether it has another width now.
+        data: Gives the training images.
+        settings: ``batches`` and ``range`` of ``conf/evaluate.yaml``'s ``recalibrate``.
+
+    Returns:
+        What was done, in words; ``None`` where the network stays as it was trained.
 
     Raises:
-        ValueError: A range is needed, but ``recalibrate.batches`` is 0.
+        ValueError: A setting is out of range, or a range is needed, but ``batches`` is 0.
     """
-    network, count = restored.network, cfg.recalibrate.batches
-    if not restored.other_bits or not isinstance(network, SplitNetwork):
-        return
+    network, count, method = restored.network, settings.batches, settings.range
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"recalibrate.batches must be a whole number of at least 0, got {count!r}")
+    if method not in METHODS:
+        close = did_you_mean(str(method), METHODS)
+        raise ValueError(f"recalibrate.range must be one of {', '.join(METHODS)}, got {method!r}.{close}")
+    if not restored.other_bits or not isinstance(network, SplitNetwork) or network.widths:
+        return None
     bits = restored.config.codec.bits
     to_fit = network.bits != bits
     if to_fit and not count:
         raise ValueError(f"codec.bits={bits}: a network trained in float needs recalibrate.batches of at least 1")
-    if not count or bits in network.widths:
-        return
+    if not count:
+        return "not recalibrated"
     data.prepare_data()
     data.setup("fit")
     if to_fit:
-        low, high = network.calibrate(_batches(data, count), bits, method=cfg.recalibrate.range)
-        console.print(f"codes of {bits} bits from {low:.4g} to {high:.4g}, by {cfg.recalibrate.range}", highlight=False)
+        low, high = network.calibrate(_batches(data, count), bits, method=method)
+        console.print(f"codes of {bits} bits from {low:.4g} to {high:.4g}, by {method}", highlight=False)
     layers = recalibrate_batchnorm(network, network.decoder, _batches(data, count))
     console.print(f"{layers} BatchNorm layers of the decoder measured again at {bits} bits", highlight=False)
+    return f"calibrated by {method}" if to_fit else "recalibrated"
 
 
 def _batches(data: ImageDataModule, count: int) -> Iterator[Tensor]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from deployment import read_manifest
 from deployment.manifest import MANIFEST
+from scripts.measured import measured_points
+from scripts.recipe import Stage
 from scripts.report_csv import read_csv
 from scripts.results import RESULTS, Point, check_accuracy, read_results
 
@@ -33,23 +38,6 @@ def collect(inputs: Iterable[str | Path]) -> list[Point]:
     return list(dict.fromkeys(points))
 
 
-def reference_accuracy(path: str | Path) -> float:
-    """Return the accuracy of the unsplit network, from its run folder, bundle or ``results.json``.
-
-    Raises:
-        FileNotFoundError: The path does not exist, or the folder holds no results.
-        ValueError: It holds several points, or one without accuracy.
-    """
-    rows = [row for file in find(Path(str(path))) for row in read(file)]
-    if len(rows) != 1:
-        raise ValueError(f"reference={path} holds {len(rows)} points; give the results of one unsplit network")
-    ((where, values),) = rows
-    try:
-        return check_accuracy(values.get("accuracy"))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
 def find(path: Path) -> list[Path]:
     """Return the files with results at or below a path, in the order of their names."""
     if not path.exists():
@@ -70,32 +58,47 @@ def find(path: Path) -> list[Path]:
 def read(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """Read a file's points as (where, values) pairs, not yet checked."""
     if file.name == MANIFEST:
-        return [(str(file), bundle_values(file.parent))]
+        return [(str(file), values) for values in bundle_values(file)]
     return read_csv(file) if file.suffix == ".csv" else read_results(file)
 
 
-def bundle_values(directory: Path) -> dict[str, Any]:
-    """Return what a bundle's manifest says of its one point: what was tested, and the cost of its first partition."""
-    manifest = read_manifest(directory)
-    device, metrics, config = manifest.partition(manifest.route[0]), manifest.metrics, manifest.config
-    target = _entry(config, "method", "_target_") or directory.name
-    method = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", target.rpartition(".")[2]).lower()
-    bits, epochs = _entry(config, "codec", "bits"), _entry(config, "trainer", "max_epochs")
-    return {
-        "method": method,
-        "label": method if bits is None else f"{method} {bits} bits",
-        "accuracy": metrics.get("test/acc"),
-        "payload_bytes": metrics.get("test/payload_bytes"),
-        "payload_zstd_bytes": metrics.get("test/payload_zstd_bytes"),
-        "encoder_macs": device.macs,
-        "encoder_params": device.params,
-        "epochs": None if epochs == -1 else epochs,
-        "bits": bits,
-        "seed": config.get("seed"),
-        "backbone": _entry(config, "backbone", "name"),
-    }
+def bundle_values(file: Path) -> list[dict[str, Any]]:
+    """Return what a bundle's manifest says was tested, for every width, and what its first partition costs.
+
+    An unsplit network has an accuracy alone.
+
+    Raises:
+        ValueError: The manifest is damaged, or its config is not one of train.py.
+    """
+    manifest = read_manifest(file.parent)
+    device, config = manifest.partition(manifest.route[0]), OmegaConf.create(manifest.config)
+    cost = {"encoder": {"macs": device.macs or 0, "params": device.params}}
+    try:
+        # The config is that of a recipe's last stage, which knows the others by their names.
+        method = " → ".join(config.stages) if config.get("stages") else Stage(None, config, None).method
+        known = {"epochs": None, "seconds": None, "checkpoint": None}
+        points = measured_points(config, method, manifest.metrics, cost, **known)
+    except (OmegaConfBaseException, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: metrics and config do not say what was measured: {error}") from error
+    if not points:
+        return [{"method": method, "accuracy": manifest.metrics.get("test/acc")}]
+    return [{**dataclasses.asdict(point), "encoder_macs": device.macs} for point in points]
 
 
-def _entry(config: dict[str, Any], group: str, key: str) -> Any:
-    found = config.get(group)
-    return found.get(key) if isinstance(found, dict) else None
+def reference_accuracy(source: str | float) -> float:
+    """Return the accuracy of the unsplit network: a number, or what its bundle or ``results.json`` says.
+
+    Raises:
+        FileNotFoundError: The path does not exist, or the folder holds no results.
+        ValueError: It holds several points, or one without accuracy, or the accuracy is not from 0 to 1.
+    """
+    rows: list[tuple[str, dict[str, Any]]] = [("reference", {"accuracy": source})]
+    if isinstance(source, str):
+        rows = [row for file in find(Path(source)) for row in read(file)]
+    if len(rows) != 1:
+        raise ValueError(f"reference={source} holds {len(rows)} points; give the results of one unsplit network")
+    ((where, values),) = rows
+    try:
+        return check_accuracy(values.get("accuracy"))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

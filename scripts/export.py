@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from architectures import SplitNetwork
 from deployment import check_target
 from lightning_modules.callbacks.tracking import WandbTracking, log_artifact, recorded_outcome, wandb_run
 from scripts.assembly import build_task, instantiate_each, plain, restore, restore_data
@@ -22,7 +23,9 @@ def export(cfg: DictConfig) -> Path:
     check_target(cfg.bundle, cfg.overwrite)
     restored = restore(cfg.ckpt_path, bits=cfg.codec.bits, trusted=cfg.trust_checkpoint)
     data = restore_data(restored, cfg.data)
-    recalibrate(restored, data, cfg)
+    recalibrate(restored, data, cfg.recalibrate)
+    if isinstance(restored.network, SplitNetwork):
+        restored.network.set_channel(None)  # a bundle is measured through its bytes, which its runtime delivers whole
     loggers = instantiate_each(cfg.get("logger"))
     trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(
         callbacks=[WandbTracking()], logger=loggers, enable_checkpointing=False
@@ -35,11 +38,14 @@ def export(cfg: DictConfig) -> Path:
     trainer.test(task, datamodule=data, verbose=False)
     metrics = dict(trainer.callback_metrics)
     results_table(f"{cfg.ckpt_path} on test", metrics)
+    config = plain(restored.config)
+    if restored.other_bits:
+        config["recalibrate"] = plain(cfg.recalibrate)
     bundle = write_bundle(
         restored.network,
         data,
         Path(cfg.bundle),
-        config=plain(restored.config),
+        config=config,
         metrics=metrics,
         sample=cfg.sample,
         overwrite=cfg.overwrite,

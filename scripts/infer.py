@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hydra
@@ -26,6 +26,7 @@ def infer(cfg: DictConfig) -> list[str]:
     pipeline = Pipeline(bundle, bits=cfg.bits)
     rows: list[tuple[str, ...]] = []
     predicted: list[str] = []
+    lengths: list[int] = []
     seconds: dict[str, float] = {}
     for names, images, labels in batches(cfg, pipeline):
         # TorchScript profiles its first two runs and compiles; that is not what a device would measure.
@@ -34,15 +35,33 @@ def infer(cfg: DictConfig) -> list[str]:
         result = pipeline.run(images)
         for part, spent in timings(result):
             seconds[part] = seconds.get(part, 0.0) + spent
+        lengths += result.payload_bytes
         confidences, indices = (values.tolist() for values in result.logits.softmax(1).max(1))
         for i, name in enumerate(names):
             predicted.append(bundle.class_names[indices[i]])
             rows.append((name, predicted[-1], labels[i], f"{confidences[i]:.3f}", f"{result.payload_bytes[i]:,}"))
     header = ("image", "prediction", "label", "confidence", "payload bytes")
     table(f"{len(rows)} images through {cfg.bundle}", rows, header)
+    if pipeline.codecs:
+        console.print(f"Payload: {length_words(lengths)}. {width_words(pipeline)}", soft_wrap=True, highlight=False)
     per_image = [(part, f"{1000 * spent / len(rows):.3f}") for part, spent in seconds.items()]
     table(f"Milliseconds per image, batches of {min(cfg.batch_size, len(rows))}", per_image)
     return predicted
+
+
+def length_words(lengths: Sequence[int]) -> str:
+    """Say how many bytes were sent per image."""
+    if min(lengths) == max(lengths):
+        return f"{lengths[0]:,} bytes an image"
+    return f"{sum(lengths) / len(lengths):,.1f} bytes an image on average, {min(lengths):,} to {max(lengths):,}"
+
+
+def width_words(pipeline: Pipeline) -> str:
+    """Say at which widths the codes were sent, and how to ask for another."""
+    widths = [codec.bits for codec in pipeline.codecs if codec.levels]
+    if not widths:
+        return "There is no other width."
+    return f"Codes of {' and '.join(map(str, widths))} bits; another width: add bits={4 if 4 not in widths else 8}"
 
 
 def timings(result: Result) -> Iterator[tuple[str, float]]:
@@ -96,7 +115,6 @@ def image_files(path: Path) -> list[Path]:
 def main(cfg: DictConfig) -> None:
     """Run a bundle."""
     infer(cfg)
-    console.print("Another width of the codes: add bits=4 (2 to 16).", highlight=False)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def measured_points(
         return []
     device = [cost[part] for part in ("head", "encoder") if part in cost]
     widths = sorted({int(key.split("/")[1].removeprefix("bits")) for key in metrics if key.startswith("test/bits")})
-    keys = [(f"test/bits{bits}/", bits) for bits in widths] or [("test/", cfg.codec.get("bits"))]
+    keys = [(f"test/bits{bits}/", bits) for bits in widths]
+    if (tested := cfg.codec.get("bits")) not in widths:
+        keys.append(("test/", tested))
     found = []
     for prefix, bits in keys:
         zstd = metrics.get(f"{prefix}payload_zstd_bytes")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from architectures.naming import did_you_mean
 from lightning_modules.callbacks.metadata import KEY
-from scripts.assembly import plain, read_checkpoint
+from scripts.assembly import plain
+from scripts.terminal import USER_ERRORS, unwrapped
 
 NAME = re.compile(r"\w[\w-]*")
+KNOWN = ("method", "trainer")
 
 
 class Stage(NamedTuple):
@@ -35,50 +39,92 @@ class Stage(NamedTuple):
         target = str(self.config.method._target_).rpartition(".")[2]
         return re.sub(r"(?<!^)(?=[A-Z])", " ", target).capitalize()
 
+    @property
+    def number(self) -> int:
+        """Its place among the stages of the recipe, from 1."""
+        return 1 if self.name is None else list(self.config.stages).index(self.name) + 1
 
-def stages(cfg: DictConfig) -> list[Stage]:
-    """Return the stages that a config describes, those before the checkpoint to resume from left out.
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Name the stage in a mistake of its user's."""
+        try:
+            yield
+        except USER_ERRORS as error:
+            if self.name is None:
+                raise
+            raise ValueError(f"stages.{self.name}: {unwrapped(error)}") from error
+
+
+def stages(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> list[Stage]:
+    """Return the stages that a run goes through, those before the checkpoint to resume from left out.
+
+    With ``train=false`` nothing but what the checkpoint is of, or else the last stage, remains to be tested.
+
+    Args:
+        cfg: The run's config.
+        checkpoint: What ``cfg.ckpt_path`` holds.
 
     Raises:
-        ValueError: A recipe has no stage, a stage's name or setting is unknown, or the checkpoint is of none of them.
+        ValueError: A recipe has no stage, a stage's name or setting is unknown, or the checkpoint is of another method
+            or recipe.
     """
     if cfg.get("stages") is None:
-        return [Stage(None, OmegaConf.create(plain(cfg)), cfg.ckpt_path)]
-    names = list(cfg.stages)
-    if not names:
-        raise ValueError("stages is empty: a recipe needs at least one, such as experiment=bottlefit has")
-    found = [Stage(name, stage_config(cfg, name), None) for name in names]
-    if not cfg.ckpt_path:
-        return found
-    saved = read_checkpoint(cfg.ckpt_path)[KEY]["config"].get("stage")
-    if saved not in names:
+        if "_target_" not in cfg.method:
+            raise ValueError("method has no _target_; choose method=head_distillation, experiment=bottlefit or another")
+        found = [Stage(None, OmegaConf.create(plain(cfg)), cfg.ckpt_path)]
+    elif not isinstance(cfg.stages, DictConfig) or not cfg.stages:
         raise ValueError(
-            f"the checkpoint {cfg.ckpt_path} is of {f'stage {saved!r}' if saved else 'a run without stages'}, "
-            f"but this recipe has {', '.join(names)}; resume with the recipe it was made by"
+            f"stages={cfg.stages} names no stage; use a recipe such as experiment=bottlefit, or add one or more by "
+            "+objective@stages.NAME.method=knowledge_distillation"
         )
-    rest = found[names.index(saved) :]
-    return [rest[0]._replace(ckpt_path=cfg.ckpt_path), *rest[1:]]
+    else:
+        found = [Stage(name, stage_config(cfg, name), None) for name in map(str, cfg.stages)]
+    if checkpoint is None:
+        return found if cfg.train else found[-1:]
+    rest = found[_place(found, checkpoint[KEY]["config"], cfg.ckpt_path) :]
+    rest[0] = rest[0]._replace(ckpt_path=cfg.ckpt_path)
+    return rest if cfg.train else rest[:1]
+
+
+def _place(found: list[Stage], saved: Mapping[str, Any], path: str) -> int:
+    """Return which of the stages a checkpoint is of."""
+    names = [stage.name for stage in found]
+    name, theirs = saved.get("stage"), list(saved.get("stages") or [])
+    here = f"this run is the recipe {', '.join(map(str, names))}" if names[0] else "this run is no recipe"
+    if name not in names or (name and theirs[: theirs.index(name) + 1] != names[: names.index(name) + 1]):
+        there = f"stage {name!r} of the recipe {', '.join(theirs)}" if name else "a run without stages"
+        raise ValueError(f"the checkpoint {path} is of {there}, but {here}; resume with what it was made by")
+    place = names.index(name)
+    ours, theirs = found[place].config.method._target_, saved["method"]["_target_"]
+    if ours != theirs:
+        at = f"stages.{name}.method" if name else "method"
+        raise ValueError(f"the checkpoint {path} was made by {at}._target_={theirs}, but here it is {ours}")
+    return place
 
 
 def stage_config(cfg: DictConfig, name: str) -> DictConfig:
     """Return the resolved config of one stage: its ``method`` and ``trainer`` over the run's."""
-    if not NAME.fullmatch(str(name)):
+    if not NAME.fullmatch(name):
         raise ValueError(f"stages.{name}: a stage's name is made of letters, digits, _ and -, as its folder is")
-    known = ("method", "trainer")
     cfg = copy.deepcopy(cfg)
-    settings = cfg.stages[name]
+    settings = cfg.stages[name] if isinstance(cfg.stages[name], DictConfig) else {}
     for key in settings:
-        if key not in known:
-            raise ValueError(f"stages.{name}.{key} has no meaning; a stage has {', '.join(known)}."
-                             + did_you_mean(str(key), known))  # fmt: skip
-    if "_target_" not in settings.get("method", {}):
-        raise ValueError(f"stages.{name}.method has no _target_: name an objective, /objective@stages.{name}.method: …")
+        if key not in KNOWN:
+            raise ValueError(
+                f"stages.{name}.{key} has no meaning: a stage has {' and '.join(KNOWN)}, such as "
+                f"stages.{name}.trainer.max_epochs." + did_you_mean(str(key), KNOWN)
+            )
+    if "_target_" not in (settings.get("method") or {}):
+        raise ValueError(
+            f"stages.{name}.method has no _target_: name an objective, such as "
+            f"+objective@stages.{name}.method=knowledge_distillation"
+        )
     with open_dict(cfg):
         cfg.paths.checkpoints = str(Path(cfg.paths.checkpoints) / name)
         config = OmegaConf.create(plain(cfg))
-        for key in known:
-            if key in settings:
+        for key in KNOWN:
+            if settings.get(key) is not None:
                 config[key] = OmegaConf.merge(config[key], config.stages[name][key])
         config.stage = name
-        config.stages = list(cfg.stages)
+        config.stages = [str(other) for other in cfg.stages]
     return config

@@ -81,10 +81,16 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", r"The number of training batches .* is smaller than the logging interval")
 
 
-def fail(error: BaseException) -> None:
-    """Print an error, unwrapped from Hydra's instantiation, and leave with exit status 1."""
+def unwrapped(error: BaseException) -> BaseException:
+    """Return what a call of Hydra's raised in place of Hydra's own words around it."""
     while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def fail(error: BaseException) -> None:
+    """Print an error, unwrapped from Hydra's instantiation, and leave with exit status 1."""
+    error = unwrapped(error)
     if isinstance(error, HydraException) and error.__cause__ is not None:
         error = type(error)(f"{error}\n{error.__cause__}")
     print(f"{type(error).__name__}: {error}", file=sys.stderr)

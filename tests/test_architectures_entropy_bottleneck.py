@@ -475,3 +475,11 @@ def test_another_number_of_channels_is_refused():
 def test_there_is_no_width_to_choose():
     with pytest.raises(ValueError, match="codec.bits=4: a learned prior has no width of codes"):
         EntropyBottleneck(3).with_bits(4)
+
+
+def test_a_frozen_prior_hands_gradients_to_an_encoder_that_learns():
+    prior = EntropyBottleneck(channels=2).eval().requires_grad_(False)
+    z = (3 * torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0))).requires_grad_(True)
+    assert torch.equal(prior(z), prior.decode(prior.encode(z)))
+    prior(z).sum().backward()
+    assert torch.equal(z.grad, torch.ones_like(z))

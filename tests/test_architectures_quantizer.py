@@ -31,7 +31,7 @@ def test_equals_the_float64_reference(kind, bits):
         differing = codes[i].numpy() != expected
         assert np.abs(codes[i].numpy() - expected).max() <= 1  # float32 noise at a rounding edge
         assert differing.mean() <= (0.02 if bits == 16 else 0)
-        np.testing.assert_allclose(quantizer(z)[i].numpy()[~differing], values[~differing], atol=2e-6)
+        np.testing.assert_allclose(quantizer(z)[i].detach().numpy()[~differing], values[~differing], atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", RANGES)
@@ -132,3 +132,17 @@ def test_bits_out_of_range_are_refused(bits):
 def test_other_bad_arguments_are_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
         UniformQuantizer(8, **arguments)
+
+
+@pytest.mark.parametrize("kind", RANGES)
+def test_a_frozen_quantizer_hands_gradients_to_an_encoder_that_learns(kind):
+    quantizer = UniformQuantizer(bits=3, range=kind).train()
+    z = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    quantizer(z)
+    quantizer.eval().requires_grad_(False)
+    z.requires_grad_(True)
+    levels = torch.tensor(8)
+    assert torch.equal(quantizer(z), quantizer.decode(*quantizer.encode(z, levels), levels))
+    quantizer(z).sum().backward()
+    inside = (z > quantizer._range(z)[0]) & (z < quantizer._range(z)[1])
+    assert torch.equal(z.grad[inside], torch.ones(int(inside.sum())))

@@ -177,6 +177,7 @@ def test_resuming_with_another_teacher_is_refused():
 
 def test_without_a_teacher_it_tests_but_does_not_train():
     task = build()
+    task.network.quantizer.set_range(-1.0, 1.0)
     alone = HeadDistillation(task.network, NAMES, ADAM, objective=HeadDistillationLoss())
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.test(alone, batches(), verbose=False)

@@ -180,26 +180,27 @@ def test_keys_that_are_missing_are_null_and_unknown_ones_are_left_alone(tmp_path
     assert point == Point("hnd", "hnd", 0.8, 256)
 
 
+CONFIG = {
+    "method": {"_target_": "lightning_modules.HeadDistillation"},
+    "backbone": {"name": "resnet20"},
+    "split": {"at": "layer2"},
+    "bottleneck": {"channels": 4},
+    "codec": {"bits": 4},
+    "seed": 3,
+}
+TESTED = {"test/acc": 0.5, "test/payload_bytes": 32.0, "test/payload_zstd_bytes": 40.0}
+
+
 def test_a_bundle_gives_its_tested_accuracy_bytes_and_the_cost_of_its_device_partition(tmp_path):
-    config = {
-        "method": {"_target_": "lightning_modules.HeadDistillation"},
-        "backbone": {"name": "resnet20"},
-        "codec": {"bits": 4},
-        "trainer": {"max_epochs": 6},
-        "seed": 3,
-    }
-    metrics = {"test/acc": 0.5, "test/payload_bytes": 32.0, "test/payload_zstd_bytes": 40.0}
-    bundle = make_bundle(tmp_path / "runs/bundle", config=config, metrics=metrics)
-    head = bundle.manifest.partition("head")
+    head = make_bundle(tmp_path / "runs/bundle", config=CONFIG, metrics=TESTED).manifest.partition("head")
     expected = Point(
-        method="head_distillation",
-        label="head_distillation 4 bits",
+        method="Head distillation",
+        label="layer2, 4 channels, 4 bits",
         accuracy=0.5,
         payload_bytes=32.0,
         payload_zstd_bytes=40.0,
         encoder_macs=1728,
         encoder_params=head.params,
-        epochs=6,
         bits=4,
         seed=3,
         backbone="resnet20",
@@ -211,9 +212,32 @@ def test_a_bundle_gives_its_tested_accuracy_bytes_and_the_cost_of_its_device_par
     assert collect([tmp_path / "runs"]) == [run()]
 
 
+def test_a_bundle_of_several_widths_gives_a_point_for_each(tmp_path):
+    widths = {f"test/bits{b}/{k}": v for b in (4, 8) for k, v in (("acc", b / 10), ("payload_bytes", 8.0 * b))}
+    make_bundle(tmp_path / "bundle", config={**CONFIG, "stages": ["head", "finetune"]}, metrics=TESTED | widths)
+    found = [(p.method, p.bits, p.accuracy, p.payload_bytes) for p in collect([tmp_path / "bundle"])]
+    assert found == [("head → finetune", 4, 0.4, 32.0), ("head → finetune", 8, 0.8, 64.0)]
+
+
+@pytest.mark.parametrize(
+    ("config", "metrics"),
+    [
+        ({}, TESTED),
+        ({**CONFIG, "split": None}, TESTED),
+        (CONFIG, {"test/payload_bytes": 32.0}),
+        (CONFIG, {**TESTED, "test/acc": 50.0}),
+        (CONFIG, {**TESTED, "test/payload_bytes": None}),
+    ],
+)
+def test_a_bundle_that_does_not_say_what_was_measured_is_named(tmp_path, config, metrics):
+    make_bundle(tmp_path / "bundle", config=config, metrics=metrics)
+    with pytest.raises(ValueError, match=r"bundle/manifest\.json: metrics and config do not say what was measured"):
+        collect([tmp_path / "bundle"])
+
+
 def test_an_unsplit_bundle_is_a_reference_and_no_point(tmp_path):
-    make_bundle(tmp_path / "bundle", "whole", metrics={"test/acc": 0.875})
-    assert reference_accuracy(tmp_path / "bundle") == 0.875
+    make_bundle(tmp_path / "bundle", "whole", config=CONFIG, metrics={"test/acc": 0.875})
+    assert reference_accuracy(f"{tmp_path}/bundle") == 0.875
     with pytest.raises(ValueError, match=r"manifest\.json: has no payload_bytes; .*reference=FILE"):
         collect([tmp_path / "bundle"])
 
@@ -301,12 +325,15 @@ def test_paths_without_results_say_what_was_looked_for(tmp_path):
         collect([tmp_path])
 
 
-def test_a_reference_is_one_point(tmp_path):
-    assert reference_accuracy(written(tmp_path / "t.json", payload_bytes=None)) == 0.8
+def test_a_reference_is_one_accuracy(tmp_path):
+    assert reference_accuracy(0.881) == 0.881
+    assert reference_accuracy(str(written(tmp_path / "t.json", payload_bytes=None))) == 0.8
     with pytest.raises(ValueError, match="holds 2 points"):
-        reference_accuracy(results(tmp_path, run(), run(0.9)))
+        reference_accuracy(str(results(tmp_path, run(), run(0.9))))
     with pytest.raises(ValueError, match=r"t\.json, point 1.*: has no accuracy"):
-        reference_accuracy(written(tmp_path / "t.json", accuracy=None))
+        reference_accuracy(str(written(tmp_path / "t.json", accuracy=None)))
+    with pytest.raises(ValueError, match=r"reference: accuracy must be a number from 0 to 1, got 88\.1"):
+        reference_accuracy(88.1)
 
 
 def test_results_that_are_not_json_are_not_written(tmp_path):
@@ -468,7 +495,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(sweep):
         ({"inputs": None}, "inputs is empty"),
         ({"inputs": []}, "inputs is empty"),
         ({"reference": "{}/nowhere"}, "there is no .*nowhere"),
-        ({"reference": 0.88}, "there is no 0.88"),
+        ({"reference": 88}, "reference: accuracy must be a number from 0 to 1, got 88"),
     ],
 )
 def test_what_cannot_be_reported_is_refused_before_anything_is_written(sweep, overrides, told):
@@ -479,11 +506,6 @@ def test_what_cannot_be_reported_is_refused_before_anything_is_written(sweep, ov
     with pytest.raises((ValueError, OSError), match=told):
         compare(cfg)
     assert sorted(sweep.rglob("*")) == before
-
-
-def test_missing_inputs_are_named(tmp_path):
-    told = run_script("compare", folder=tmp_path / "hydra", code=1)
-    assert told == "ValueError: inputs has no value; add inputs=…\n"
 
 
 def test_w_and_b_gets_plots_settings_and_tables(sweep, monkeypatch):

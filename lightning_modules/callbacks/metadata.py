@@ -28,6 +28,9 @@ class CheckpointMetadata(Callback):
         config: The resolved config as plain containers.
         class_names: Names of the classes in the order of the logits.
         image_input: How an image becomes the network's input.
+
+    Attributes:
+        before: What each earlier stage of a recipe came to, as plain containers.
     """
 
     def __init__(self, config: Mapping[str, Any], class_names: Sequence[str], image_input: ImageInput) -> None:
@@ -37,6 +40,7 @@ class CheckpointMetadata(Callback):
             "class_names": list(class_names),
             "image_input": image_input.to_dict(),
         }
+        self.before: list[dict[str, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that what will be saved can be loaded.
@@ -57,7 +61,7 @@ class CheckpointMetadata(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the metadata."""
-        checkpoint[KEY] = self.metadata
+        checkpoint[KEY] = {**self.metadata, "before": self.before}
 
 
 def check_loadable(values: Mapping[str, Any], prefix: str = "") -> None:

@@ -56,15 +56,17 @@ class WandbTracking(Callback):
 
     Args:
         predictions: Rows of the prediction table, images at even distances through the test set; 0 for none.
+        stage: Name of the recipe's stage, an alias of its checkpoint: ``checkpoint-ID:head``.
 
     Raises:
         ValueError: ``predictions`` is negative.
     """
 
-    def __init__(self, predictions: int = 32) -> None:
+    def __init__(self, predictions: int = 32, stage: str | None = None) -> None:
         if predictions < 0:
             raise ValueError(f"predictions must be 0 or a number of rows, got {predictions}")
         self.predictions = predictions
+        self.aliases = ("latest", "best") if stage is None else ("latest", "best", stage)
 
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -74,8 +76,7 @@ class WandbTracking(Callback):
         if path and (run := wandb_run(trainer)):
             score = checkpoint.best_model_score
             metadata = {"monitor": checkpoint.monitor, "score": None if score is None else float(score)}
-            aliases = ("latest", "best")
-            log_artifact(run, Path(path), kind="model", name="checkpoint", aliases=aliases, metadata=metadata)
+            log_artifact(run, Path(path), kind="model", name="checkpoint", aliases=self.aliases, metadata=metadata)
 
     @rank_zero_only
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

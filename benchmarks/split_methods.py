@@ -1,0 +1,162 @@
+"""Every objective of split training on one data set, with one encoder budget, beside image codecs at equal bytes.
+
+A ResNet-20 is fine-tuned on the images, then split at layer2 with at most 70,000 parameters on the device, and trained
+by each method for the same number of epochs: 6, or 4 + 4 for recipes of two stages. Validation and test are the two
+halves of ``test/``, since the pretrained weights have seen all of ``train/``. A run that is there is not repeated, one
+that was interrupted is resumed.
+
+    python benchmarks/split_methods.py --data DIR --weights resnet20.th [--only head_distillation …] [--report FILE.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.collect import collect
+from scripts.compare import write_report
+from scripts.rate_accuracy import interpolate, settings
+from scripts.results import RESULTS
+from scripts.terminal import table
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = 70_000
+EPOCHS = ["trainer.max_epochs=6"]
+STAGES = ["+stages.head.trainer.max_epochs=4", "+stages.finetune.trainer.max_epochs=4"]
+# What was pretrained learns at a tenth of the rate of what was not.
+END_TO_END = ["+method.lr_scales.tail=0.1"]
+FINE_TUNE = ["+stages.finetune.method.optimizer.lr=1e-3", "+stages.finetune.method.lr_scales.tail=0.3"]
+LAYERS = "{layer2: 1.0, layer3: 1.0}"
+INSERTED = ["split.form=insert", "bottleneck.stride=2", "bottleneck.width=12", "bottleneck.depth=0"]
+METHODS: dict[str, list[str]] = {
+    "cross_entropy": ["method=cross_entropy", *EPOCHS, *END_TO_END],
+    "knowledge_distillation": ["method=knowledge_distillation", *EPOCHS, *END_TO_END],
+    "reconstruction": ["method=reconstruction", *EPOCHS, *INSERTED],
+    "head_distillation": ["method=head_distillation", *EPOCHS],
+    "generalized_head_distillation": [
+        "method=generalized_head_distillation", f"method.objective.weights={LAYERS}", *EPOCHS,
+    ],
+    "bottlefit": ["experiment=bottlefit", f"compare={LAYERS}", *STAGES, *FINE_TUNE],
+    "information_bottleneck": ["method=information_bottleneck", *EPOCHS, *END_TO_END],
+    "entropic_student": ["experiment=entropic_student", f"compare={LAYERS}", "beta=200", *STAGES, *FINE_TUNE],
+    "bottlefit_128": ["experiment=bottlefit", f"compare={LAYERS}", *STAGES, *FINE_TUNE, "codec.bits=2"],
+    "entropic_student_128": ["experiment=entropic_student", f"compare={LAYERS}", "beta=800", *STAGES, *FINE_TUNE],
+}  # fmt: skip
+ENTROPIC = ("entropic_student", "entropic_student_128")
+
+
+def main() -> None:
+    args = arguments()
+    folder = args.output.absolute()
+    teacher = folder / "teacher/checkpoints/best.ckpt"
+    common = [
+        "data=image_folder", f"data.root={args.data.absolute()}", "data.val_from=test", "data.augment=crop_flip",
+        "data.batch_size=128", "backbone=cifar", "backbone.name=resnet20", f"trainer={args.trainer}",
+        f"trainer.precision={args.precision}", f"seed={args.seed}", "callbacks.progress=null",
+        "+trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+    sgd = ["method.optimizer._target_=torch.optim.SGD", "method.optimizer.lr=0.02", "+method.optimizer.momentum=0.9"]
+    run(
+        "train", folder / "teacher", args.threads, *common, *sgd, "method.optimizer.weight_decay=1e-4",
+        "trainer.max_epochs=3", f"backbone.weights={args.weights.absolute()}", done="checkpoints/done",
+    )  # fmt: skip
+    run("image_codecs", folder / "codecs", args.threads, f"ckpt_path={teacher}")
+    split = [
+        f"teacher.ckpt_path={teacher}", "split.at=layer2", "bottleneck.stride=4", "bottleneck.width=56",
+        "bottleneck.decoder_width=96", "method.optimizer.lr=3e-3", "method.channels_last=true",
+    ]  # fmt: skip
+    for name in args.only or METHODS:
+        codes = [] if name in ENTROPIC else ["codec.bits=4", "codec.range=learned"]
+        run("train", folder / name, args.threads, METHODS[name][0], *common, *split, *codes, *METHODS[name][1:])
+    report(folder, args.report)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with train/<class>/*.jpg and test/<class>/*.jpg"
+    )
+    parser.add_argument("--weights", type=Path, required=True, help="pretrained weights of the CIFAR ResNet-20")
+    parser.add_argument("--output", type=Path, default=Path("logs/split_methods"))
+    parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument("--trainer", default="cpu", choices=("cpu", "gpu", "default"))
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", type=Path, help="write the table as Markdown to this file")
+    return parser.parse_args()
+
+
+def run(script: str, folder: Path, threads: int, *overrides: str, done: str = RESULTS) -> None:
+    """Run a script unless its result is there, from its last checkpoint where it was interrupted."""
+    if (folder / done).exists():
+        return
+    saved = sorted(folder.glob("checkpoints/**/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    resume = [f"ckpt_path={saved[-1]}"] if saved and script == "train" else []
+    print(f"{script} {folder.name}{' (resumed)' if resume else ''} …", flush=True)
+    command = [sys.executable, str(ROOT / f"scripts/{script}.py"), *overrides, *resume, f"hydra.run.dir={folder}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output.txt").open("a") as log:
+        status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if status:
+        sys.exit(f"{script} failed with exit status {status}; see {folder / 'output.txt'}")
+    (folder / done).touch()
+
+
+def report(folder: Path, file: Path | None) -> None:
+    """Print what is there so far, beside image codecs interpolated to equal bytes; write it as Markdown if asked."""
+    points = collect([folder])
+    codecs = {
+        name: [p for p in points if p.method.lower().startswith(name) and p.kind == "baseline"]
+        for name in ("jpeg", "webp")
+    }
+    teacher = next(p.accuracy for p in points if p.label == "raw uint8 input")
+    runs = sorted((s for s in settings(points) if s.kind == "run"), key=lambda s: -s.accuracy)
+    if over := [s for s in runs if (s.encoder_params or 0) > BUDGET]:
+        sys.exit(
+            f"{over[0].method} has {over[0].encoder_params:,} parameters on the device, over the {BUDGET:,} allowed"
+        )
+    header = (
+        "method", "accuracy", "bytes", "after zstd", "JPEG at equal bytes", "WebP at equal bytes", "device MACs",
+        "device parameters", "epochs", "training seconds",
+    )  # fmt: skip
+    rows = [
+        (
+            s.method, percent(s.accuracy), f"{s.payload_bytes:.1f}", f"{s.payload_zstd_bytes or 0:.1f}",
+            *(percent(interpolate(codecs[name], s.payload_bytes)) for name in ("jpeg", "webp")),
+            f"{s.encoder_macs or 0:,}", f"{s.encoder_params or 0:,}", str(s.epochs or ""),
+            f"{s.train_seconds or 0:.0f}",
+        )
+        for s in runs
+    ]  # fmt: skip
+    table(f"ResNet-20 split at layer2; the unsplit teacher has {percent(teacher)}", rows, header)
+    write_report(folder / "report", points, teacher, title="ResNet-20 on CIFAR-10 (JPEG), split at layer2")
+    if file:
+        lines = [
+            f"Unsplit teacher: {percent(teacher)}.",
+            "",
+            line(header),
+            line(["---"] * len(header)),
+            *map(line, rows),
+        ]
+        file.write_text("\n".join(lines) + "\n")
+    print(f"Plots and tables: {folder / 'report'}")
+
+
+def percent(share: float | None) -> str:
+    """Format a share of 1; what was not measured is a dash."""
+    return "–" if share is None else f"{100 * share:.2f} %"
+
+
+def line(cells: Sequence[str]) -> str:
+    """Return a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

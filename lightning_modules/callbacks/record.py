@@ -1,0 +1,54 @@
+"""How far a fit came and how well."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Timer
+
+
+class FitRecord(Timer):
+    """Epochs, steps, seconds and score of a fit, also of one that ran in processes of its own.
+
+    From those Lightning brings back little more than the weights, so the figures lie in memory that all share.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values = torch.full((4,), math.nan, dtype=torch.float64).share_memory_()
+
+    @property
+    def epochs(self) -> int:
+        """Epochs trained, those before a resume included."""
+        return int(self._values[0])
+
+    @property
+    def steps(self) -> int:
+        """Steps that the loggers have seen, those of the stages before included."""
+        return int(self._values[1])
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of training, validation included, those before a resume too."""
+        return float(self._values[2])
+
+    @property
+    def score(self) -> float | None:
+        """The monitored metric of the best checkpoint; validation accuracy after the last epoch where none is kept."""
+        value = float(self._values[3])
+        return None if math.isnan(value) else value
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the figures down."""
+        checkpoint: Any = trainer.checkpoint_callback
+        loop: Any = trainer.fit_loop
+        score: Any = getattr(checkpoint, "best_model_score", None)
+        if score is None:
+            score = trainer.callback_metrics.get("val/acc", math.nan)
+        # Not `current_epoch`, which lags behind in a fit that was resumed after its early stop.
+        epochs, steps = loop.epoch_progress.current.processed, loop.epoch_loop._batches_that_stepped
+        figures = (epochs, steps, self.time_elapsed(), float(score))
+        self._values.copy_(torch.tensor(figures, dtype=torch.float64))

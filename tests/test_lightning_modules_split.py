@@ -1,0 +1,766 @@
+"""What holds for every method of split training, whatever its objective."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import zstandard
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from architectures import CutError, EntropyBottleneck, SwitchableBatchNorm2d, create_backbone
+from architectures.split import PARTS
+from architectures.switchable import draw_width
+from datamodules import Digits
+from datamodules.sources import ImageSource
+from lightning_modules import (
+    CrossEntropy,
+    Entropic,
+    FeatureTerm,
+    GeneralizedHeadDistillation,
+    HeadDistillation,
+    InformationBottleneck,
+    KnowledgeDistillation,
+    LabelTerm,
+    LogitsTerm,
+    RateTerm,
+    Reconstruction,
+    ReconstructionTerm,
+    SplitTask,
+    Teacher,
+)
+from losses import (
+    GeneralizedHeadDistillationLoss,
+    HeadDistillationLoss,
+    KnowledgeDistillationLoss,
+    RateLoss,
+    ReconstructionLoss,
+)
+
+from .split_tasks import (
+    ENTROPY,
+    OBJECTIVES,
+    VARIANCE,
+    Logged,
+    backbone,
+    batch,
+    batches,
+    build,
+    changed,
+    evaluate,
+    fit,
+    snapshot,
+    split_network,
+    teacher,
+    trainer_of,
+)
+
+BOTTLENECK = ("encoder", "quantizer", "decoder")
+INSERT: dict[str, Any] = {"form": "insert"}
+NONE = {"form": "none"}
+WIDTHS = {"codec": {"bits": 4, "widths": [2, 4]}}
+NOISY = {"channel": {"kind": "gaussian_noise", "snr_db": 10}}
+CONSTANT = {"bottleneck": {"channels": 3, "width": 8, "variance": 0.01}}
+
+
+def ranged(kind: str) -> dict[str, Any]:
+    return {"codec": {"bits": 4, "range": kind}}
+
+
+# method, network, train (None: the method's own), and the parts that must then learn
+CASES: dict[str, tuple[type[SplitTask], dict[str, Any], list[str] | None, tuple[str, ...]]] = {
+    "ce_replace": (CrossEntropy, {}, None, PARTS),
+    "ce_insert": (CrossEntropy, INSERT, None, PARTS),
+    "ce_none": (CrossEntropy, NONE | ranged("learned"), None, PARTS),
+    "ce_bottleneck": (CrossEntropy, INSERT, ["bottleneck"], BOTTLENECK),
+    "ce_bottleneck_replace": (CrossEntropy, ranged("learned"), ["bottleneck"], BOTTLENECK),
+    "ce_tail": (CrossEntropy, INSERT, ["tail"], ("tail",)),
+    "ce_float": (CrossEntropy, {"codec": {"bits": 32}}, ["encoder", "decoder"], ("encoder", "decoder")),
+    "ce_frozen_range": (CrossEntropy, ranged("learned"), ["encoder", "decoder"], ("encoder", "decoder")),
+    "ce_frozen_prior": (CrossEntropy, ENTROPY, ["encoder", "decoder"], ("encoder", "decoder")),
+    "ce_widths": (CrossEntropy, WIDTHS, None, PARTS),
+    "ce_noisy_link": (CrossEntropy, INSERT | NOISY, ["bottleneck"], BOTTLENECK),
+    "kd_replace": (KnowledgeDistillation, {}, None, PARTS),
+    "kd_insert": (KnowledgeDistillation, INSERT, None, PARTS),
+    "kd_server": (KnowledgeDistillation, ranged("learned"), ["decoder", "tail"], ("decoder", "tail")),
+    "kd_server_entropy": (KnowledgeDistillation, ENTROPY, ["decoder", "tail"], ("decoder", "tail")),
+    "kd_server_variance": (KnowledgeDistillation, VARIANCE, ["decoder", "tail"], ("decoder", "tail")),
+    "reconstruction": (Reconstruction, INSERT, None, BOTTLENECK),
+    "reconstruction_learned": (Reconstruction, INSERT | ranged("learned"), None, BOTTLENECK),
+    "reconstruction_variance": (Reconstruction, INSERT | VARIANCE, None, BOTTLENECK),
+    "hnd_replace": (HeadDistillation, {}, None, BOTTLENECK),
+    "hnd_insert": (HeadDistillation, INSERT, None, BOTTLENECK),
+    "hnd_sample": (HeadDistillation, ranged("sample"), None, BOTTLENECK),
+    "hnd_decoder": (HeadDistillation, ranged("learned"), ["decoder"], ("decoder",)),
+    "hnd_widths": (HeadDistillation, WIDTHS, None, BOTTLENECK),
+    "ghnd_replace": (GeneralizedHeadDistillation, {}, None, BOTTLENECK),
+    "ghnd_insert": (GeneralizedHeadDistillation, INSERT, None, BOTTLENECK),
+    "ghnd_widths": (GeneralizedHeadDistillation, WIDTHS, None, BOTTLENECK),
+    "vib_replace": (InformationBottleneck, VARIANCE, None, PARTS),
+    "vib_insert": (InformationBottleneck, INSERT | VARIANCE, None, PARTS),
+    "vib_constant": (InformationBottleneck, INSERT | CONSTANT, ["bottleneck"], BOTTLENECK),
+    "entropic_replace": (Entropic, ENTROPY, None, BOTTLENECK),
+    "entropic_insert": (Entropic, INSERT | ENTROPY, None, BOTTLENECK),
+}
+
+
+class Modes(pl.Callback):
+    """Whether every part had its mode, at the first step of each epoch."""
+
+    def __init__(self, learning: tuple[str, ...]) -> None:
+        self.learning = learning
+        self.right: list[bool] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: SplitTask, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            parts = {name: part for name in PARTS if (part := getattr(module.network, name)) is not None}
+            modes = {name: {m.training for m in part.modules()} for name, part in parts.items()}
+            right = all(found == {name in self.learning} for name, found in modes.items())
+            frozen = module._teacher is None or not any(m.training for m in module.teacher.modules())
+            self.right.append(right and frozen)
+
+
+def learnable(part: nn.Module) -> set[str]:
+    """Names of the parameters and running statistics of a part; a prior's support follows from its parameters."""
+    support = {
+        f"{n}.{b}".lstrip(".")
+        for n, m in part.named_modules()
+        if isinstance(m, EntropyBottleneck)
+        for b in ("low", "high")
+    }
+    return set(part.state_dict()) - support
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_frozen_stays_bitwise_and_what_is_trained_changes(case: str) -> None:
+    method, settings, train, learning = CASES[case]
+    task = build(method, settings, train=train)
+    parts = {name: part for name in PARTS if (part := getattr(task.network, name)) is not None}
+    before = {name: snapshot(part) for name, part in parts.items()}
+    taught = None if task._teacher is None else snapshot(task.teacher)
+    modes = Modes(learning)
+    # Two further epochs where each width must be drawn.
+    trainer = fit(task, [modes], epochs=4 if task.network.widths else 2)
+    assert set(modes.right) == {True}
+    assert len(modes.right) == trainer.max_epochs
+    for name, part in parts.items():
+        moved = changed(before[name], part)
+        if name in learning:
+            assert moved >= learnable(part), name
+        else:
+            assert moved == set(), name
+            assert not any(p.requires_grad or p.grad is not None for p in part.parameters()), name
+    optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert optimized == {id(p) for name in learning if name in parts for p in parts[name].parameters()}
+    if taught is not None:
+        assert changed(taught, task.teacher) == set()
+        assert not any(p.requires_grad or p.grad is not None for p in task.teacher.parameters())
+
+
+def test_every_method_has_its_cases() -> None:
+    assert {case[0] for case in CASES.values()} == set(OBJECTIVES)
+
+
+def test_a_second_stage_thaws_what_the_first_froze() -> None:
+    first = build(HeadDistillation)
+    second = CrossEntropy(first.network, first.class_names, first.optimizer_factory, objective=nn.CrossEntropyLoss())
+    first.freeze_parts()
+    tail = snapshot(first.network.tail)
+    fit(first, epochs=1)
+    assert changed(tail, first.network.tail) == set()
+    fit(second, epochs=1)
+    assert changed(tail, first.network.tail) == set(tail)
+
+
+# --- what runs ----------------------------------------------------------------------------------------------------
+
+
+def counted(task: SplitTask) -> dict[str, int]:
+    """Calls of each part in one training step; ``tail0`` and ``teacher0`` are stages."""
+    network, calls = task.network, {}
+    encoder = network.encoder.mean if hasattr(network.encoder, "mean") else network.encoder
+    watched = {"head": network.head, "encoder": encoder, "quantizer": network.quantizer, "decoder": network.decoder}
+    watched |= {f"tail{i}": stage for i, stage in enumerate(network.tail)}
+    if task._teacher is not None:
+        watched |= {f"teacher{i}": stage for i, stage in enumerate(task.teacher)}
+    for name, part in watched.items():
+        if part is not None:
+            part.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls.get(name, 0) + 1))
+    task.set_modes()
+    task.training_loss(batch())
+    return calls
+
+
+ALONE = ("encoder", "quantizer", "decoder")
+TAILS = ("tail0", "tail1")
+
+
+@pytest.mark.parametrize(
+    ("method", "extra", "expected"),
+    [
+        (CrossEntropy, {}, (*ALONE, *TAILS)),
+        (KnowledgeDistillation, {}, (*ALONE, *TAILS, "teacher0")),
+        (Reconstruction, {}, ("head", *ALONE)),
+        (HeadDistillation, {}, (*ALONE, "teacher0")),
+        (GeneralizedHeadDistillation, {}, (*ALONE, "tail0", "teacher0", "teacher1")),
+        (InformationBottleneck, {}, (*ALONE, *TAILS)),
+        (Entropic, {}, (*ALONE, "teacher0")),
+        (CrossEntropy, {"l2": lambda: FeatureTerm(HeadDistillationLoss(), "layer3")}, (*ALONE, *TAILS, "teacher0")),
+        (
+            HeadDistillation,
+            {"kd": lambda: LogitsTerm(KnowledgeDistillationLoss())},
+            (*ALONE, *TAILS, "teacher0", "teacher1"),
+        ),
+        (Reconstruction, {"ce": lambda: LabelTerm(nn.CrossEntropyLoss())}, ("head", *ALONE, *TAILS)),
+    ],
+)
+def test_nothing_runs_twice_nor_further_than_a_term_needs(
+    method: type[SplitTask], extra: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    settings = {"extra_terms": {name: term() for name, term in extra.items()}, "teacher": teacher()}
+    assert counted(build(method, **settings)) == dict.fromkeys(expected, 1)
+
+
+def test_a_teacher_that_no_term_asks_for_is_left_aside() -> None:
+    task = build(CrossEntropy, teacher=teacher())
+    assert task._teacher is None
+    checkpoint: dict[str, Any] = {}
+    task.on_save_checkpoint(checkpoint)
+    assert checkpoint == {}
+
+
+# --- terms --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_the_loss_that_is_minimised_is_the_sum_of_what_is_logged(method: type[SplitTask]) -> None:
+    extra = {
+        "labels": LabelTerm(nn.CrossEntropyLoss(), 0.3),
+        "far": FeatureTerm(HeadDistillationLoss(), "layer3", 0.01),
+    }
+    task, logged = build(method, teacher=teacher(), extra_terms=extra), Logged()
+    task.set_modes()
+    terms = set(copy.deepcopy(task).training_loss(batch()))
+    fit(task, [logged])
+    assert len(logged.steps) == 6
+    assert terms > {"labels", "far"}
+    for step in logged.steps:
+        assert step["loss"] == step["returned"]
+        assert step.keys() == terms | {"loss", "returned"}
+        assert step["loss"] == pytest.approx(sum(step[name] for name in terms), rel=1e-5)
+
+
+def test_a_single_term_is_logged_once() -> None:
+    logged = Logged()
+    fit(build(HeadDistillation), [logged], epochs=1)
+    assert all(step.keys() == {"loss", "returned"} for step in logged.steps)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_a_copy_of_a_task_computes_the_same_with_the_same_teacher(method: type[SplitTask]) -> None:
+    task = build(method)
+    task.set_modes()
+    twin = copy.deepcopy(task)
+    found = []
+    for each in (task, twin):
+        torch.manual_seed(0)
+        found.append({name: value.item() for name, value in each.training_loss(batch()).items()})
+    assert found[0] == found[1]
+    assert twin._teacher is task._teacher
+    assert not {p.data_ptr() for p in task.parameters()} & {p.data_ptr() for p in twin.parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+@pytest.mark.parametrize("method", [CrossEntropy, GeneralizedHeadDistillation])
+def test_compiled_parts_give_the_same_losses(method: type[SplitTask], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, compiled = Logged(), Logged()
+    fit(build(method), [plain], epochs=1)
+    compile_module = nn.Module.compile
+    parts = []
+
+    def eagerly(module: nn.Module) -> None:
+        parts.append(module)
+        compile_module(module, backend="eager")  # the default one takes a C++ compiler and minutes
+
+    monkeypatch.setattr(nn.Module, "compile", eagerly)
+    task = build(method, compile=True)
+    keys = set(task.state_dict())
+    fit(task, [compiled], epochs=1, limit_val_batches=0)
+    assert compiled.losses() == pytest.approx(plain.losses(), rel=1e-4)
+    assert parts == [task.network.encoder, task.network.decoder, *task.network.tail]
+    assert set(task.state_dict()) == keys
+    assert not [name for name in keys if "_orig_mod" in name]
+
+
+# --- same seed, same numbers --------------------------------------------------------------------------------------
+
+STOCHASTIC: dict[str, tuple[type[SplitTask], dict[str, Any]]] = {
+    "vib": (InformationBottleneck, VARIANCE),
+    "entropic": (Entropic, ENTROPY),
+    "packet_loss": (CrossEntropy, {"channel": {"kind": "packet_loss", "rate": [0.1, 0.5], "packet_bytes": 4}}),
+    "gaussian_noise": (HeadDistillation, NOISY),
+    "bit_errors": (CrossEntropy, {"channel": {"kind": "bit_errors", "rate": 0.1}}),
+    "widths": (GeneralizedHeadDistillation, WIDTHS),
+}
+
+
+def run(method: type[SplitTask], network: dict[str, Any], disturb: int) -> tuple[Any, ...]:
+    task, logged = build(method, network, seed=3), Logged()
+    torch.manual_seed(disturb)  # whatever ran before must not matter
+    trainer = fit(task, [logged])
+    measured = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    torch.manual_seed(disturb)
+    return logged.steps, measured, snapshot(task.network), evaluate(task)
+
+
+@pytest.mark.parametrize("case", STOCHASTIC)
+def test_same_seed_same_numbers(case: str) -> None:
+    (steps, measured, weights, tested), again = (run(*STOCHASTIC[case], disturb) for disturb in (1, 2))
+    assert again[0] == steps
+    assert again[1] == measured
+    assert again[3] == tested
+    assert all(torch.equal(value, again[2][name]) for name, value in weights.items())
+    logged, (method, network) = Logged(), STOCHASTIC[case]
+    fit(build(method, network, seed=4), [logged], limit_val_batches=0)
+    assert logged.steps != steps
+
+
+# --- several widths -----------------------------------------------------------------------------------------------
+
+
+class Bits(pl.Callback):
+    """The width at each training step and each validation batch."""
+
+    def __init__(self) -> None:
+        self.trained: list[int] = []
+        self.validated: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: SplitTask, *_: Any) -> None:
+        self.trained.append(module.network.bits)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, module: SplitTask, *_: Any) -> None:
+        self.validated.append(module.network.bits)
+
+
+@pytest.mark.parametrize("method", [CrossEntropy, GeneralizedHeadDistillation])
+def test_each_step_trains_one_width_and_its_batchnorm_alone(method: type[SplitTask]) -> None:
+    task, bits = build(method, WIDTHS, seed=5), Bits()
+    fit(task, [bits], epochs=4)
+    expected = [draw_width((2, 4), 5, epoch, step) for epoch in range(4) for step in range(3)]
+    assert bits.trained == expected
+    assert {2, 4} == set(expected)
+    assert set(bits.validated) == {4}
+    for part in (task.network.decoder, task.network.tail):
+        norms = [m for m in part.modules() if isinstance(m, SwitchableBatchNorm2d)]
+        assert len(norms) >= 2
+        for norm in norms:
+            seen = {int(width): layer.num_batches_tracked.item() for width, layer in norm.sets.items()}
+            trained = part is task.network.decoder or method is CrossEntropy
+            assert seen == {width: expected.count(width) if trained else 0 for width in (2, 4)}
+    assert not any(isinstance(m, SwitchableBatchNorm2d) for m in task.network.encoder.modules())
+
+
+@pytest.mark.parametrize("coding", [{}, {"coding": "tiled_jpeg", "quality": 20}], ids=["packed", "jpeg"])
+def test_every_width_is_tested_through_its_own_bytes(coding: dict[str, Any]) -> None:
+    task = build(CrossEntropy, {"codec": {"bits": 4, "widths": [2, 4, 6]} | coding})
+    fit(task, epochs=6)
+    measured = evaluate(task)
+    assert task.network.bits == 4
+    network = task.network.eval()
+    images, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    logits = {}
+    for bits in (2, 4, 6):
+        network.set_bits(bits)
+        with torch.no_grad():
+            payloads = network.codec.encode(network.codes(images))
+            logits[bits] = network.receive(network.codec.decode(payloads))
+            assert torch.equal(logits[bits], network(images)) == (coding == {})
+        accuracy = (logits[bits].argmax(1) == labels).double().mean().item()
+        assert measured[f"test/bits{bits}/acc"] == pytest.approx(accuracy)
+        assert measured[f"test/bits{bits}/payload_bytes"] == pytest.approx(np.mean([len(p) for p in payloads]))
+        assert coding or {len(p) for p in payloads} == {3 * 4 * 4 * bits // 8}
+    assert len({tuple(value.flatten().tolist()) for value in logits.values()}) == 3
+    assert measured["test/acc"] == measured["test/bits4/acc"]
+    assert measured["test/payload_bytes"] == measured["test/bits4/payload_bytes"]
+    assert measured["test/loss"] == pytest.approx(F.cross_entropy(logits[4], labels).item(), rel=1e-5)
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
+
+CODINGS: dict[str, dict[str, Any]] = {
+    "packed": {"bits": 4},
+    "sample": {"bits": 3, "range": "sample"},
+    "learned": {"bits": 5, "range": "learned"},
+    "packed_zstd": {"bits": 4, "coding": "packed_zstd"},
+    "sparse": {"bits": 4, "coding": "sparse"},
+    "tiled_png": {"bits": 4, "coding": "tiled_png"},
+    "tiled_jpeg": {"bits": 8, "coding": "tiled_jpeg", "quality": 30},
+    "tiled_webp": {"bits": 8, "coding": "tiled_webp", "quality": 30},
+    "float": {"bits": 32},
+    "entropy": {"kind": "entropy"},
+}
+FIXED = {"packed": 24, "sample": 18 + 8, "learned": 30, "float": 4 * 48}
+
+
+def received(delivered: dict[str, Tensor], network: Any) -> Tensor:
+    """De-quantise what a codec delivers, from the definition."""
+    if "codes" not in delivered:
+        return next(iter(delivered.values())).double()
+    codes = delivered["codes"].double()
+    if "levels" not in delivered:
+        return codes
+    low, high = (delivered[end].double().view(-1, 1, 1, 1) for end in ("low", "high"))
+    return low + codes * (high - low) / (delivered["levels"].item() - 1)
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_testing_goes_through_the_bytes(coding: str) -> None:
+    task = build(CrossEntropy, {"codec": CODINGS[coding]})
+    fit(task, epochs=1)
+    measured = evaluate(task)
+    network, logits, exact, payloads = task.network.eval(), [], [], []
+    with torch.no_grad():
+        for images, _ in batches():
+            sent = network.codec.encode(network.codes(images))
+            payloads += sent
+            # One payload at a time: none may lean on its neighbours.
+            z = torch.cat([received(network.codec.decode([payload]), network) for payload in sent])
+            logits.append(network.tail(network.decoder(z.float())))
+            exact.append(network(images))
+            torch.testing.assert_close(task.through_bytes(images)[0], logits[-1], rtol=1e-4, atol=1e-5)
+    labels = torch.cat([labels for _, labels in batches()])
+    found, unharmed = torch.cat(logits), torch.cat(exact)
+    assert measured["test/acc"] == pytest.approx((found.argmax(1) == labels).double().mean().item())
+    assert measured["test/loss"] == pytest.approx(F.cross_entropy(found, labels).item(), rel=1e-4)
+    assert ((found - unharmed).abs().max() > 1e-2) == (CODINGS[coding].get("quality") is not None)
+    lengths = [len(payload) for payload in payloads]
+    assert len(lengths) == len(labels)
+    assert measured["test/payload_bytes"] == pytest.approx(np.mean(lengths))
+    zstd = [len(zstandard.ZstdCompressor(level=1).compress(payload)) for payload in payloads]
+    assert measured["test/payload_zstd_bytes"] == pytest.approx(np.mean(zstd))
+    assert measured["test/payload_to_input"] == pytest.approx(np.mean(lengths) / 64)
+    assert measured["test/payload_to_feature"] == pytest.approx(np.mean(lengths) / (4 * 32 * 4 * 4))
+    if coding in FIXED:
+        assert set(lengths) == {FIXED[coding]}
+    elif coding != "packed_zstd":  # so short that zstd only frames it
+        assert len(set(lengths)) > 1
+
+
+def test_the_link_also_harms_what_is_tested() -> None:
+    lossy = {"channel": {"kind": "packet_loss", "rate": 0.9, "packet_bytes": 4, "when": "eval"}}
+    task = build(CrossEntropy, lossy)
+    fit(task, epochs=1)
+    harmed = evaluate(task)
+    task.network.set_channel(None)
+    whole = evaluate(task)
+    assert harmed["test/loss"] != whole["test/loss"]
+    assert harmed["test/payload_bytes"] == whole["test/payload_bytes"]
+    labels = torch.cat([labels for _, labels in batches()])
+    with torch.no_grad():
+        logits = torch.cat([task.network.eval()(images) for images, _ in batches()])
+    assert whole["test/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+# --- frozen features ----------------------------------------------------------------------------------------------
+
+
+class Few(Digits):
+    """The first few digits alone: four batches of training."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"batch_size": 16, "augment": "none"} | options)
+
+    def load_splits(self) -> dict[str, ImageSource]:
+        return {name: source.subset(np.arange(64)) for name, source in super().load_splits().items()}
+
+
+class Calls(pl.Callback):
+    """How often head and teacher ran within training steps, and whether each batch held images."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.training = False
+        self.images: list[bool] = []
+
+    def _count(self, *_: Any) -> None:
+        self.count += self.training
+
+    def on_train_start(self, trainer: pl.Trainer, module: SplitTask) -> None:
+        frozen = [] if module.network.head is None else [module.network.head]
+        frozen += [] if module._teacher is None else [module.teacher[0]]
+        for part in frozen:
+            part.register_forward_hook(self._count)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: SplitTask, batch: Any, batch_idx: int) -> None:
+        self.training = True
+        self.images.append(batch[0] is not None)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.training = False
+
+
+def fit_digits(task: SplitTask, data: Digits | None = None, epochs: int = 2) -> tuple[list[float], Calls]:
+    logged, calls = Logged(), Calls()
+    trainer_of([logged, calls], epochs, limit_val_batches=0).fit(task, datamodule=Few() if data is None else data)
+    return logged.losses(), calls
+
+
+def cached(folder: Path, **settings: Any) -> dict[str, Any]:
+    return {"feature_cache": {"use": True, "directory": str(folder / "cache")} | settings}
+
+
+# What of a batch is frozen: a head's output makes the images needless, a teacher's alone does not.
+CACHED: dict[str, tuple[type[SplitTask], dict[str, Any], list[str] | None, bool]] = {
+    "reconstruction": (Reconstruction, INSERT, None, False),
+    "reconstruction_variance": (Reconstruction, INSERT | VARIANCE, None, False),
+    "hnd": (HeadDistillation, {}, None, True),
+    "hnd_insert": (HeadDistillation, INSERT, None, False),
+    "ghnd": (GeneralizedHeadDistillation, {}, None, True),
+    "kd": (KnowledgeDistillation, INSERT, None, True),
+    "kd_server": (KnowledgeDistillation, INSERT, ["decoder", "tail"], False),
+    "ce_bottleneck": (CrossEntropy, INSERT, ["bottleneck"], False),
+    "entropic": (Entropic, ENTROPY, None, True),
+}
+
+
+@pytest.mark.parametrize("case", CACHED)
+def test_cached_features_change_no_loss(case: str, tmp_path: Path) -> None:
+    method, network, train, with_images = CACHED[case]
+    expected, plain = fit_digits(build(method, network, train=train))
+    losses, calls = fit_digits(build(method, network, train=train, **cached(tmp_path)))
+    assert len(losses) == 8
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert plain.count >= 8
+    assert calls.count == (8 if case == "kd" else 0)  # there the head learns
+    assert set(calls.images) == {with_images}
+
+
+@pytest.mark.parametrize("method", [Reconstruction, HeadDistillation])
+def test_half_precision_features_are_close(method: type[SplitTask], tmp_path: Path) -> None:
+    def losses(**settings: Any) -> list[float]:
+        # In float, as the smallest difference may round to another code; slowly, as runs drift apart of themselves.
+        task = build(method, {"form": "insert", "codec": {"bits": 32}}, **settings)
+        task.optimizer_factory = functools.partial(torch.optim.AdamW, lr=1e-3)
+        return fit_digits(task)[0]
+
+    single, half = losses(), losses(**cached(tmp_path, dtype="float16"))
+    assert half != single
+    assert half == pytest.approx(single, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [Reconstruction, HeadDistillation])
+def test_views_serve_the_augmented_images_of_the_first_epochs(method: type[SplitTask], tmp_path: Path) -> None:
+    def data() -> Few:
+        return Few(augment="crop", seed=1)
+
+    expected, _ = fit_digits(build(method), data(), epochs=3)
+    losses, calls = fit_digits(build(method, **cached(tmp_path, views=2)), data(), epochs=3)
+    assert losses[:8] == pytest.approx(expected[:8], rel=1e-6)
+    assert losses[8] != pytest.approx(expected[8], rel=1e-3)
+    assert calls.count == 0
+    with pytest.raises(ValueError, match="give views=k"):
+        fit_digits(build(method, **cached(tmp_path)), data())
+
+
+@pytest.mark.parametrize("case", ["reconstruction", "hnd"])
+def test_a_changed_weight_or_statistic_never_meets_old_features(case: str, tmp_path: Path) -> None:
+    method, network, train, _ = CACHED[case]
+
+    def entries() -> int:
+        return len(list((tmp_path / "cache").iterdir()))
+
+    def task(change: str | None = None, **settings: Any) -> SplitTask:
+        made = build(method, network, train=train, **settings)
+        frozen = made.network.head if method is Reconstruction else made.teacher
+        names = {"weight": frozen.parameters(), "statistic": (b for n, b in frozen.named_buffers() if "mean" in n)}
+        with torch.no_grad():
+            if change is not None:
+                next(iter(names[change])).flatten()[0].add_(0.5)
+        return made
+
+    fit_digits(task(**cached(tmp_path)), epochs=1)
+    assert entries() == 1
+    fit_digits(task(**cached(tmp_path)), epochs=1)
+    assert entries() == 1
+    for number, change in enumerate(("weight", "statistic"), start=2):
+        losses, _ = fit_digits(task(change, **cached(tmp_path)), epochs=1)
+        assert entries() == number
+        assert losses == pytest.approx(fit_digits(task(change), epochs=1)[0], rel=1e-6)
+
+
+def test_trained_parts_do_not_make_the_cache_stale(tmp_path: Path) -> None:
+    task = build(Reconstruction, **cached(tmp_path))
+    for _ in range(2):
+        fit_digits(task, epochs=1)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("network", "train"), [({}, None), (INSERT, None), ({}, ["bottleneck"])])
+def test_a_cache_without_anything_frozen_is_refused(
+    network: dict[str, Any], train: list[str] | None, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"feature_cache\.use=true: CrossEntropy .* has no frozen part"):
+        fit_digits(build(CrossEntropy, network, train=train, **cached(tmp_path)))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_takes_a_data_module(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"feature_cache\.use=true needs a data module"):
+        fit(build(Reconstruction, **cached(tmp_path)))
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def ghnd(**weights: float) -> dict[str, Any]:
+    return {"objective": GeneralizedHeadDistillationLoss(weights)}
+
+
+def wide_teacher() -> Teacher:
+    """Layers of the same names as the student's, with features of other shapes."""
+    torch.manual_seed(0)
+    return Teacher(create_backbone("timm", "resnet10t", num_classes=10, in_channels=1).network)
+
+
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "layer_unknown_to_the_student": (
+        lambda: build(GeneralizedHeadDistillation, **ghnd(layer2=1.0, layer33=1.0)),
+        CutError,
+        r"no feature 'layer33'; it has layer2, layer3.* Did you mean 'layer3'.*split\.observe",
+    ),
+    "layer_unknown_to_the_backbone": (
+        lambda: split_network(observe=["layer33"]),
+        CutError,
+        "no layer 'layer33'.*Did you mean 'layer3'",
+    ),
+    "layer_unknown_to_the_teacher": (
+        lambda: build(HeadDistillation, teacher=teacher(backbone("vgg11_bn"))),
+        CutError,
+        "the teacher cannot be compared at layer2: .*no layer 'layer2'",
+    ),
+    "layer_before_the_split": (
+        lambda: split_network(observe=["layer1"]),
+        CutError,
+        r"\(layer1\) must stand behind the split at 'layer2'",
+    ),
+    "extra_layer_unknown": (
+        lambda: build(CrossEntropy, extra_terms={"l2": FeatureTerm(HeadDistillationLoss(), "layer4")}),
+        CutError,
+        "no feature 'layer4'",
+    ),
+    "features_of_other_shapes": (
+        lambda: build(HeadDistillation, teacher=wide_teacher()),
+        ValueError,
+        r"the teacher's feature at 'layer2' is \(\d+, 1, 1\), of the student's \(32, 4, 4\)",
+    ),
+    "features_of_other_shapes_further_on": (
+        lambda: build(GeneralizedHeadDistillation, **ghnd(layer3=1.0), teacher=wide_teacher()),
+        ValueError,
+        "teacher's feature at 'layer3'",
+    ),
+    "other_classes": (
+        lambda: build(KnowledgeDistillation, teacher=teacher(backbone(classes=5))),
+        ValueError,
+        r"the teacher's logits is \(5,\), of the student's \(10,\).*trained on the same classes",
+    ),
+    "other_classes_in_an_extra_term": (
+        lambda: build(
+            HeadDistillation,
+            teacher=teacher(backbone(classes=5)),
+            extra_terms={"kd": LogitsTerm(KnowledgeDistillationLoss())},
+        ),
+        ValueError,
+        "trained on the same classes",
+    ),
+    "train_nothing": (lambda: build(HeadDistillation, train=[]), ValueError, r"train=\[\] trains nothing"),
+    "train_what_has_no_parameters": (
+        lambda: build(CrossEntropy, train=["quantizer"]),
+        ValueError,
+        r"train=\['quantizer'\] trains nothing",
+    ),
+    "train_an_absent_head": (lambda: build(CrossEntropy, train=["head"]), ValueError, "trains nothing"),
+    "train_behind_the_last_term": (
+        lambda: build(HeadDistillation, train=["tail"]),
+        ValueError,
+        r"train=\['tail'\]: no term of HeadDistillation reaches the tail",
+    ),
+    "train_the_tail_of_a_reconstruction": (
+        lambda: build(Reconstruction, train=["bottleneck", "tail"]),
+        ValueError,
+        "reaches the tail",
+    ),
+    "train_an_unknown_part": (
+        lambda: build(CrossEntropy, train=["decodr"]),
+        ValueError,
+        "train names 'decodr', but the parts are .*Did you mean 'decoder'",
+    ),
+    "train_a_string": (
+        lambda: build(CrossEntropy, train="decoder"),
+        ValueError,
+        r"list of parts, got the string 'decoder'; write train=\[decoder\]",
+    ),
+    "extra_term_of_the_methods_name": (
+        lambda: build(CrossEntropy, extra_terms={"cross_entropy": LabelTerm(nn.CrossEntropyLoss())}),
+        ValueError,
+        "extra_terms names 'cross_entropy', which is the method's own term",
+    ),
+    "extra_term_of_a_layers_name": (
+        lambda: build(GeneralizedHeadDistillation, extra_terms={"head/layer2": LabelTerm(nn.CrossEntropyLoss())}),
+        ValueError,
+        "extra_terms names 'head/layer2'; a term's name is one word",
+    ),
+    "extra_term_of_the_sums_name": (
+        lambda: build(CrossEntropy, extra_terms={"loss": LabelTerm(nn.CrossEntropyLoss())}),
+        ValueError,
+        "extra_terms names 'loss'.*but not loss",
+    ),
+    "negative_weight": (lambda: LabelTerm(nn.CrossEntropyLoss(), weight=-0.5), ValueError, "at least 0, got -0.5"),
+    "infinite_weight": (lambda: LabelTerm(nn.CrossEntropyLoss(), float("inf")), ValueError, "at least 0, got inf"),
+    "negative_beta": (lambda: build(Entropic, beta=-1.0), ValueError, "at least 0, got -1.0"),
+    "reconstruction_without_a_head": (
+        lambda: build(Reconstruction, {}),
+        ValueError,
+        r"split\.form=insert, or method=head_distillation",
+    ),
+    "extra_reconstruction_without_a_head": (
+        lambda: build(CrossEntropy, extra_terms={"r": ReconstructionTerm(ReconstructionLoss(), "layer2")}),
+        CutError,
+        r"no feature 'head'.*split\.form=insert",
+    ),
+    "reconstruction_without_a_bottleneck": (lambda: build(Reconstruction, NONE), ValueError, "trains nothing"),
+    "entropic_without_a_prior": (lambda: build(Entropic, {}), CutError, "no feature 'likelihoods'.*codec=entropy"),
+    "rate_without_a_prior": (
+        lambda: build(CrossEntropy, extra_terms={"rate": RateTerm(RateLoss(64), 0.1)}),
+        CutError,
+        "codec=entropy",
+    ),
+    "vib_without_variance": (
+        lambda: build(InformationBottleneck, {}),
+        CutError,
+        r"no feature 'mean'.*bottleneck\.variance=learned",
+    ),
+    "whole_network": (
+        lambda: CrossEntropy(backbone(), ["a", "b"], torch.optim.SGD, objective=nn.CrossEntropyLoss()),
+        TypeError,
+        "CrossEntropy trains a SplitNetwork, got CifarResNet",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_told_before_training(case: str) -> None:
+    make, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_head_distillation_does_not_mind_a_teacher_of_other_classes() -> None:
+    task = build(HeadDistillation, teacher=teacher(backbone(classes=5)))
+    fit(task, epochs=1, limit_train_batches=1)

@@ -1,0 +1,211 @@
+"""A checkpoint evaluated and exported otherwise than it was trained: calibrated codes, another width, another link."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deployment import Pipeline, load_bundle
+from scripts.assembly import compose_config, restore
+from scripts.collect import collect
+from scripts.evaluate import evaluate
+from scripts.export import export
+from scripts.results import RESULTS, Point
+from scripts.terminal import quiet
+from scripts.train import train
+
+QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]
+SPLIT = ["method=cross_entropy", "backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8"]
+SPLIT += ["split.at=layer2", "bottleneck.channels=4", "bottleneck.width=8", "trainer.max_epochs=4"]
+SPLIT += ["method.optimizer.lr=1e-2", "logger=none", "callbacks.progress=null", *QUIET]
+LOSSY = ["channel=packet_loss", "channel.packet_bytes=4"]
+Trained = tuple[Path, dict[str, float]]
+
+
+def trained(folder: Path, teacher_file: Path, *overrides: str) -> Trained:
+    quiet()
+    given = [*SPLIT, f"teacher.ckpt_path={teacher_file}", *overrides]
+    metrics = train(compose_config("train", given, folder))
+    return folder / "checkpoints/best.ckpt", metrics
+
+
+@pytest.fixture(scope="module")
+def in_float(tmp_path_factory, teacher_file) -> Trained:
+    """A network that learned without a quantiser."""
+    checkpoint, metrics = trained(tmp_path_factory.mktemp("float"), teacher_file, "codec.bits=32")
+    assert metrics["test/acc"] > 0.6
+    assert metrics["test/payload_bytes"] == 4 * 64
+    return checkpoint, metrics
+
+
+@pytest.fixture(scope="module")
+def over_a_lossy_link(tmp_path_factory, teacher_file) -> Trained:
+    """A network whose representation lost packets in training, and does so in evaluation."""
+    return trained(tmp_path_factory.mktemp("lossy"), teacher_file, "codec.bits=4", *LOSSY, "channel.rate=0.3")
+
+
+def measure(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, float]:
+    return evaluate(compose_config("evaluate", [f"ckpt_path={checkpoint}", *QUIET, *overrides], folder))
+
+
+def write(checkpoint: Path, folder: Path, *overrides: str) -> Path:
+    given = [f"ckpt_path={checkpoint}", f"bundle={folder}/bundle", *QUIET, *overrides]
+    return export(compose_config("export", given, folder))
+
+
+def accuracy(bundle: Path) -> float:
+    """Of a bundle over the test images, image by image through bytes."""
+    from datamodules import Digits
+
+    data = Digits()
+    data.setup("test")
+    images, labels = data.sample_images("test", 10**6)
+    return float((Pipeline(load_bundle(bundle)).run(images).logits.argmax(1) == labels).float().mean())
+
+
+# --- codes for a network that learned in float -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["mse", "minmax", "percentile"])
+def test_calibrated_codes_of_8_bits_are_nearly_as_good_as_float(in_float, tmp_path, capsys, method):
+    checkpoint, metrics = in_float
+    found = measure(checkpoint, tmp_path, "codec.bits=8", f"recalibrate.range={method}", "recalibrate.batches=8")
+    assert found["test/payload_bytes"] == 64
+    assert found["test/acc"] == pytest.approx(metrics["test/acc"], abs=0.03)
+    assert f"by {method}" in capsys.readouterr().out
+    (point,) = collect([tmp_path])
+    assert point == Point(
+        method=f"Cross entropy, calibrated by {method}",
+        label="layer2, 4 channels, 8 bits",
+        accuracy=found["test/acc"],
+        payload_bytes=64.0,
+        payload_zstd_bytes=found["test/payload_zstd_bytes"],
+        encoder_macs=14_976,
+        encoder_params=972,
+        bits=8,
+        seed=0,
+        backbone="resnet20",
+        checkpoint=str(checkpoint),
+    )
+
+
+def test_few_bits_are_better_with_the_range_of_least_error(in_float, tmp_path):
+    checkpoint, _ = in_float
+    losses = {
+        method: measure(checkpoint, tmp_path, "codec.bits=2", f"recalibrate.range={method}")["test/loss"]
+        for method in ("mse", "minmax")
+    }
+    assert losses["mse"] < losses["minmax"]
+
+
+def test_a_calibrated_network_is_exported_as_it_was_evaluated(in_float, tmp_path, capsys):
+    checkpoint, _ = in_float
+    settings = ["codec.bits=4", "recalibrate.batches=8", "recalibrate.range=percentile"]
+    found = measure(checkpoint, tmp_path / "evaluate", *settings)
+    assert f"Next: python scripts/export.py ckpt_path={checkpoint} codec.bits=4" in capsys.readouterr().out
+    manifest = load_bundle(write(checkpoint, tmp_path, *settings)).manifest
+    assert manifest.metrics == pytest.approx(found, abs=1e-6)
+    assert accuracy(tmp_path / "bundle") == pytest.approx(found["test/acc"], abs=1e-6)
+    assert manifest.codecs[0].bits == 4
+    assert manifest.config["codec"]["bits"] == 4
+    assert manifest.config["recalibrate"] == {"batches": 8, "range": "percentile"}
+
+
+def test_a_network_of_codes_is_recalibrated_at_another_width(over_a_lossy_link, tmp_path):
+    checkpoint, _ = over_a_lossy_link
+    loss = {count: measure(checkpoint, tmp_path, "codec.bits=2", f"recalibrate.batches={count}") for count in (0, 20)}
+    assert loss[20]["test/loss"] < loss[0]["test/loss"]
+    assert [point.method for point in collect([tmp_path])] == ["Cross entropy, recalibrated"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["codec.bits=4", "recalibrate.batches=0"], r"codec\.bits=4: .*trained in float.*recalibrate\.batches"),
+        (["recalibrate.batches=-1"], r"recalibrate\.batches must be a whole number of at least 0, got -1"),
+        (["recalibrate.batches=2.5"], r"recalibrate\.batches must be a whole number of at least 0, got 2\.5"),
+        (["recalibrate.range=minimax"], r"recalibrate\.range must be one of .*'minimax'\. Did you mean 'minmax'"),
+        (["codec.bits=1"], r"bits must be 2 to 16, or 32 for float, got 1"),
+        (["codec.bits=17"], r"bits must be 2 to 16, or 32 for float, got 17"),
+        (["channel=bit_errors"], r"bit_errors.*codec\.bits=32"),
+        ([*LOSSY, "channel.rate=1.5"], r"channel\.rate"),
+        (["split=train"], "val or test"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(in_float, tmp_path, overrides, told):
+    with pytest.raises(ValueError, match=told):
+        measure(in_float[0], tmp_path, *overrides)
+    assert not (tmp_path / RESULTS).exists()
+
+
+def test_an_unsplit_network_has_neither_codes_nor_a_link(teacher_file, tmp_path):
+    for overrides, told in ((["codec.bits=4"], "codec.bits=4 .*not split"), (LOSSY, "channel=packet_loss .*not split")):
+        with pytest.raises(ValueError, match=told):
+            measure(teacher_file, tmp_path, *overrides)
+    assert "test/payload_bytes" not in measure(teacher_file, tmp_path)
+    assert not (tmp_path / RESULTS).exists()
+
+
+# --- the link ----------------------------------------------------------------------------------------------------
+
+
+def test_packets_are_lost_as_asked_for_and_alike_under_one_seed(in_float, tmp_path):
+    checkpoint, metrics = in_float
+    lossy = [*LOSSY, "channel.rate=0.5"]
+    lost, again = (measure(checkpoint, tmp_path / name, *lossy) for name in ("lost", "again"))
+    assert lost == again
+    assert lost["test/acc"] < metrics["test/acc"] - 0.05
+    assert lost["test/payload_bytes"] == metrics["test/payload_bytes"]
+    assert measure(checkpoint, tmp_path, *lossy, "seed=1")["test/loss"] != lost["test/loss"]
+    (point,) = collect([tmp_path / "lost"])
+    assert (point.method, point.accuracy) == ("Cross entropy, packet loss 0.5", lost["test/acc"])
+    for overrides in (["channel=none"], [*LOSSY, "channel.rate=0.0"], [*lossy, "channel.when=train"]):
+        assert measure(checkpoint, tmp_path, *overrides) == pytest.approx(metrics_of_the_test(metrics), abs=1e-6)
+
+
+def metrics_of_the_test(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name.startswith("test/")}
+
+
+def test_a_link_may_need_the_codes_that_calibration_gives(in_float, tmp_path):
+    found = {
+        rate: measure(in_float[0], tmp_path, "codec.bits=8", "channel=bit_errors", f"channel.rate={rate}")
+        for rate in (0.0, 0.2)
+    }
+    assert found[0.2]["test/acc"] < found[0.0]["test/acc"]
+    assert [point.method for point in collect([tmp_path])] == ["Cross entropy, calibrated by mse, bit errors 0.2"]
+
+
+def test_a_bundle_is_measured_over_a_perfect_link(over_a_lossy_link, tmp_path):
+    checkpoint, metrics = over_a_lossy_link
+    assert measure(checkpoint, tmp_path) == pytest.approx(metrics_of_the_test(metrics), abs=1e-6)
+    perfect = measure(checkpoint, tmp_path, "channel=none")
+    assert [point.method for point in collect([tmp_path])] == ["Cross entropy, perfect link"]
+    assert perfect["test/acc"] > metrics["test/acc"]
+    assert load_bundle(write(checkpoint, tmp_path)).manifest.metrics == pytest.approx(perfect, abs=1e-6)
+    assert accuracy(tmp_path / "bundle") == pytest.approx(perfect["test/acc"], abs=1e-6)
+
+
+def test_a_link_of_training_alone_changes_the_weights_and_no_evaluation(tmp_path, teacher_file):
+    short = ["debug=limit", "trainer.max_epochs=1"]
+    lossy = trained(tmp_path / "lossy", teacher_file, *short, *LOSSY, "channel.rate=0.5", "channel.when=train")
+    whole = trained(tmp_path / "whole", teacher_file, *short)
+    weights = [restore(checkpoint).network.decoder.state_dict() for checkpoint, _ in (lossy, whole)]
+    assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    limited = "+trainer.limit_test_batches=2"
+    for overrides in ([], ["channel=none"]):
+        found = measure(lossy[0], tmp_path, limited, *overrides)
+        assert found == pytest.approx(metrics_of_the_test(lossy[1]), abs=1e-6)
+
+
+def test_packets_of_an_entropy_coded_representation_are_counted_in_elements(tmp_path, teacher_file):
+    entropic = ["method=entropic", "method.objective.weights={layer2: 1.0}", "method.beta=1.0", "debug=limit"]
+    checkpoint, metrics = trained(tmp_path, teacher_file, *entropic, "trainer.max_epochs=1")
+    with pytest.raises(ValueError, match=r"give channel\.packet_elements and channel\.packet_bytes=null"):
+        measure(checkpoint, tmp_path, "channel=packet_loss")
+    elements = ["channel=packet_loss", "channel.packet_bytes=null", "channel.packet_elements=4", "channel.rate=0.5"]
+    found = measure(checkpoint, tmp_path, *elements, "+trainer.limit_test_batches=2")
+    assert found["test/loss"] != metrics["test/loss"]
+    for script in (measure, write):
+        with pytest.raises(ValueError, match=r"codec\.bits=4: a learned prior has no width of codes"):
+            script(checkpoint, tmp_path, "codec.bits=4")

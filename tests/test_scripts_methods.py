@@ -1,0 +1,268 @@
+"""Every method and every way to code, from training to the bytes of an exported bundle, on digits."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from deployment import (
+    Bundle,
+    Codec,
+    CodecError,
+    EntropyCodec,
+    ParityError,
+    Pipeline,
+    Result,
+    TiledImageCodec,
+    load_bundle,
+)
+from scripts.assembly import compose_config, restore, restore_data
+from scripts.collect import collect
+from scripts.evaluate import evaluate
+from scripts.export import export
+from scripts.infer import infer
+from scripts.terminal import quiet
+from scripts.train import train
+from scripts.trust import check_targets
+
+QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]
+SPLIT = ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8", "split.at=layer2"]
+SPLIT += ["bottleneck.channels=4", "bottleneck.width=8", "logger=none", "callbacks.progress=null", *QUIET]
+# One short epoch, and all of the test images.
+SHORT = ["debug=limit", "trainer.max_epochs=1", "trainer.limit_test_batches=1.0"]
+LAYERS = "method.objective.weights={layer2: 1.0, layer3: 0.5}"
+ENTROPIC = ["method=entropic", LAYERS, "method.beta=1.0", "method.optimizer.lr=1e-2"]
+ENTROPIC += ["trainer.limit_train_batches=8"]  # until codes differ
+HND = ["method=head_distillation", "codec.bits=4"]
+# What is trained, how it is coded, and the bytes it then sends; ``None`` where they vary from image to image.
+CASES: dict[str, tuple[list[str], float | None]] = {
+    "cross_entropy": (["method=cross_entropy"], 64),
+    "knowledge_distillation": (["method=knowledge_distillation", "codec.range=learned"], 64),
+    "reconstruction": (["method=reconstruction", "codec.bits=3"], 24),
+    "head_distillation": ([*HND, "codec.range=sample"], 8 + 32),
+    "generalized_head_distillation": (["method=generalized_head_distillation", LAYERS, "codec.bits=32"], 256),
+    "information_bottleneck": (["method=information_bottleneck"], 64),
+    "information_bottleneck_log_uniform": (["experiment=shao_vfe"], 64),
+    "entropic": (ENTROPIC, None),
+    "entropic_inserted": ([*ENTROPIC, "split.form=insert"], None),
+    "sparse": ([*HND, "codec.coding=sparse"], None),
+    "tiled_png": ([*HND, "codec.coding=tiled_png"], None),
+    "tiled_jpeg": ([*HND, "codec.coding=tiled_jpeg", "codec.quality=90"], None),
+    "packed_zstd": ([*HND, "codec.coding=packed_zstd"], None),
+}
+
+
+class Ran(NamedTuple):
+    """What a run left: its checkpoint, whose teacher is gone, what it measured, and its bundle."""
+
+    checkpoint: Path
+    metrics: dict[str, float]
+    bundle: Path
+    payload_bytes: float | None
+
+
+@pytest.fixture(scope="module", params=CASES)
+def ran(request, tmp_path_factory, teacher_file) -> Ran:
+    quiet()
+    folder = tmp_path_factory.mktemp(request.param)
+    overrides, payload_bytes = CASES[request.param]
+    shutil.copy(teacher_file, folder / "teacher.ckpt")
+    given = [*SPLIT, *SHORT, *overrides, f"teacher.ckpt_path={folder}/teacher.ckpt"]
+    metrics = train(compose_config("train", given, folder))
+    (folder / "teacher.ckpt").unlink()
+    checkpoint = folder / "checkpoints/best.ckpt"
+    bundle = export(compose_config("export", [f"ckpt_path={checkpoint}", f"bundle={folder}/bundle", *QUIET], folder))
+    return Ran(checkpoint, metrics, bundle, payload_bytes)
+
+
+def of_the_test(metrics: dict[str, Any]) -> dict[str, Any]:
+    found = {name: value for name, value in metrics.items() if name.startswith("test/")}
+    assert found
+    return found
+
+
+def through(bundle: Bundle, checkpoint: Path, bits: int | None = None) -> tuple[list[tuple[Tensor, Result]], float]:
+    """Run a bundle over the test images of a checkpoint: images and result of each batch, and the accuracy."""
+    data = restore_data(restore(checkpoint), compose_config("evaluate", [f"ckpt_path={checkpoint}"], Path.cwd()).data)
+    data.setup("test")
+    pipeline, found, right, count = Pipeline(bundle, bits=bits), [], 0, 0
+    for images, labels in data.test_dataloader():
+        result = pipeline.run(torch.as_tensor(images))
+        right += int((result.logits.argmax(1) == torch.as_tensor(labels)).sum())
+        count += len(labels)
+        found.append((torch.as_tensor(images), result))
+    return found, right / count
+
+
+def test_the_checkpoint_alone_gives_the_same_numbers(ran, tmp_path):
+    again = evaluate(compose_config("evaluate", [f"ckpt_path={ran.checkpoint}", *QUIET], tmp_path))
+    assert again == pytest.approx(of_the_test(ran.metrics), abs=1e-6)
+    assert again["test/payload_bytes"] > 0
+    if ran.payload_bytes is not None:
+        assert again["test/payload_bytes"] == ran.payload_bytes
+
+
+def test_the_bundle_gives_each_image_the_modules_logits_through_the_modules_bytes(ran):
+    bundle, restored = load_bundle(ran.bundle), restore(ran.checkpoint)
+    assert bundle.manifest.metrics == pytest.approx(of_the_test(ran.metrics), abs=1e-6)
+    assert bundle.manifest.parity["max_difference"] <= 1e-5
+    bundle.self_test()
+    network, lengths = restored.network, []
+    batches, accuracy = through(bundle, ran.checkpoint)
+    with torch.no_grad():
+        for images, result in batches:
+            codec = network.codec
+            payloads = codec.encode(network.codes(restored.image_input.normalize(images)))
+            assert result.payloads == [payloads]
+            torch.testing.assert_close(result.logits, network.receive(codec.decode(payloads)), atol=1e-5, rtol=1e-5)
+            lengths += result.payload_bytes
+    assert accuracy == pytest.approx(ran.metrics["test/acc"], abs=1e-6)
+    assert sum(lengths) / len(lengths) == pytest.approx(ran.metrics["test/payload_bytes"], rel=1e-5)
+    assert (len(set(lengths)) == 1) == (ran.payload_bytes is not None)
+
+
+class Damaging:
+    """A codec whose payloads are damaged on the way."""
+
+    def __init__(self, codec: Codec, damage: Any) -> None:
+        self.codec, self.damage = codec, damage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.codec, name)
+
+    def encode(self, tensors: dict[str, Tensor]) -> list[bytes]:
+        return [self.damage(payload) for payload in self.codec.encode(tensors)]
+
+
+def test_a_payload_that_is_cut_short_or_altered_is_refused(ran):
+    bundle = load_bundle(ran.bundle)
+    pipeline, (codec,), images = Pipeline(bundle), bundle.manifest.codecs, bundle.sample["images"]
+    damages = [lambda payload: payload[:-1], lambda payload: payload[: len(payload) // 2], lambda payload: b""]
+    if isinstance(codec, EntropyCodec):
+        damages += [lambda p, i=i: p[:i] + bytes([p[i] ^ 1]) + p[i + 1 :] for i in (0, -2, -1)]
+        damages += [lambda p: p + b"\0", lambda p: b"\0" + p]
+    pipeline.run(images)
+    for damage in damages:
+        pipeline.codecs = [Damaging(codec, damage)]
+        with pytest.raises(CodecError):
+            pipeline.run(images)
+
+
+@pytest.fixture(scope="module")
+def switchable(tmp_path_factory, teacher_file) -> Ran:
+    """A network of three widths that was trained until they differ."""
+    quiet()
+    folder = tmp_path_factory.mktemp("switchable")
+    given = ["method=cross_entropy", "codec.widths=[2,4,8]", "codec.bits=4", *SPLIT, "trainer.max_epochs=4"]
+    given += [f"teacher.ckpt_path={teacher_file}", "method.optimizer.lr=1e-2", "export=true"]
+    metrics = train(compose_config("train", given, folder))
+    assert metrics["test/acc"] == metrics["test/bits4/acc"] > 0.4
+    assert len({metrics[f"test/bits{bits}/acc"] for bits in (2, 4, 8)}) == 3
+    return Ran(folder / "checkpoints/best.ckpt", metrics, folder / "bundle", 32)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_width_runs_with_its_own_batchnorm_at_the_accuracy_in_the_manifest(switchable, bits):
+    bundle, metrics = load_bundle(switchable.bundle), switchable.metrics
+    accuracy = through(bundle, switchable.checkpoint, bits)[1]
+    assert accuracy == pytest.approx(metrics[f"test/bits{bits}/acc"], abs=1e-6)
+    assert accuracy == pytest.approx(bundle.manifest.metrics[f"test/bits{bits}/acc"], abs=1e-6)
+    assert metrics[f"test/bits{bits}/payload_bytes"] == 8 * bits
+    (codec,) = (codec.with_bits(bits) for codec in bundle.manifest.codecs)
+    outputs = bundle.partitions["device"]({"images": bundle.sample["images"], **codec.settings})
+    received = codec.decode(codec.encode(outputs))
+    logits = bundle.partitions["server"](received)["logits"]
+    network = restore(switchable.checkpoint, bits=bits).network
+    with torch.no_grad():
+        torch.testing.assert_close(logits, network.receive(received), atol=1e-5, rtol=1e-5)
+        network.set_bits(8 if bits == 2 else 2)  # the same codes, normalised by the statistics of another width
+        assert not torch.allclose(logits, network.receive(received), atol=1e-2)
+
+
+def test_a_width_between_those_trained_takes_the_nearest_ones_batchnorm_and_leaves_it_alone(switchable, tmp_path):
+    overrides = [f"ckpt_path={switchable.checkpoint}", "codec.bits=3", *QUIET]
+    again = evaluate(compose_config("evaluate", overrides, tmp_path))
+    assert again["test/payload_bytes"] == 24
+    assert [(p.bits, p.payload_bytes) for p in collect([tmp_path])] == [(2, 16), (4, 32), (8, 64), (3, 24)]
+    for bits in (2, 4, 8):
+        assert again[f"test/bits{bits}/acc"] == pytest.approx(switchable.metrics[f"test/bits{bits}/acc"], abs=1e-6)
+    found = through(load_bundle(switchable.bundle), switchable.checkpoint, 3)
+    assert found[1] == pytest.approx(again["test/acc"], abs=1e-6)
+    with pytest.raises(ValueError, match=r"codec\.bits=32.*codec\.widths=\[2, 4, 8\]"):
+        evaluate(compose_config("evaluate", [*overrides, "codec.bits=32"], tmp_path))
+
+
+def test_features_are_sent_without_a_bottleneck_and_without_training(tmp_path, teacher_file):
+    quiet()
+    given = ["method=cross_entropy", "split.form=none", "bottleneck=null", "codec.range=sample", "train=false"]
+    given += [o for o in SPLIT if not o.startswith("bottleneck")]
+    metrics = train(compose_config("train", [*given, "export=true", f"teacher.ckpt_path={teacher_file}"], tmp_path))
+    unsplit = evaluate(compose_config("evaluate", [f"ckpt_path={teacher_file}", *QUIET], tmp_path / "teacher"))
+    assert metrics["test/payload_bytes"] == 32 * 4 * 4 + 8
+    assert metrics["test/acc"] == pytest.approx(unsplit["test/acc"], abs=0.03)
+    bundle = load_bundle(tmp_path / "bundle")
+    bundle.self_test()
+    assert through(bundle, teacher_file)[1] == pytest.approx(metrics["test/acc"], abs=1e-6)
+
+
+def test_infer_says_how_long_payloads_of_any_length_are(ran, tmp_path, capsys):
+    capsys.readouterr()
+    predicted = infer(compose_config("infer", [f"bundle={ran.bundle}", "input=digits", "limit=8"], tmp_path))
+    printed = capsys.readouterr().out
+    lengths = Pipeline(load_bundle(ran.bundle)).run(digits(8)).payload_bytes
+    assert len(predicted) == 8
+    if len(set(lengths)) == 1:
+        assert f"Payload: {lengths[0]} bytes an image." in printed
+    else:
+        mean = f"{sum(lengths) / 8:,.1f} bytes an image on average, {min(lengths)} to {max(lengths)}."
+        assert f"Payload: {mean}" in printed
+    assert ("another width: add bits=" in printed) == bool(load_bundle(ran.bundle).manifest.codecs[0].levels)
+
+
+def digits(count: int) -> Tensor:
+    from datamodules import Digits
+
+    data = Digits()
+    data.setup("test")
+    return data.sample_images("test", count)[0]
+
+
+def test_a_codec_without_widths_refuses_bits(ran):
+    bundle = load_bundle(ran.bundle)
+    (codec,) = bundle.manifest.codecs
+    if codec.levels:
+        assert len(Pipeline(bundle, bits=5).run(bundle.sample["images"]).logits) == 16
+    else:
+        with pytest.raises(CodecError, match="bits"):
+            Pipeline(bundle, bits=5)
+
+
+@pytest.mark.parametrize("ran", ["entropic"], indirect=True)
+def test_an_entropy_coders_tables_are_in_the_manifest(ran):
+    (codec,) = load_bundle(ran.bundle).manifest.codecs
+    prior = restore(ran.checkpoint).network.quantizer
+    assert isinstance(codec, EntropyCodec)
+    assert dataclasses.asdict(codec) == dataclasses.asdict(prior.codec(codec.shape))
+    assert all(sum(table) == 65536 for table in codec.frequencies)
+
+
+@pytest.mark.parametrize(("ran", "lossless"), [("tiled_png", True), ("tiled_jpeg", False)], indirect=["ran"])
+def test_another_version_of_a_lossy_codec_is_no_fault_of_the_partitions(ran, lossless, monkeypatch):
+    bundle = load_bundle(ran.bundle)
+    (codec,) = bundle.manifest.codecs
+    decoded = TiledImageCodec.unpack
+    monkeypatch.setattr(TiledImageCodec, "unpack", lambda *arguments: codec.levels - 1 - decoded(*arguments))
+    if not lossless:
+        bundle.self_test()
+        bundle.sample["device.delivered.codes"].zero_()
+    with pytest.raises(ParityError, match="partition server"):
+        bundle.self_test()
+
+
+def test_what_a_method_names_runs_without_trust(ran):
+    config = torch.load(ran.checkpoint, weights_only=True)["cleave"]["config"]
+    check_targets({key: config[key] for key in ("backbone", "data", "method", "network")}, "x.ckpt", trusted=False)

@@ -1,0 +1,320 @@
+"""A recipe: stages one after another in one run, each from the best weights of the one before, resumable anywhere."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lightning_modules import KnowledgeDistillation
+from scripts.assembly import build_network, compose_config, read_checkpoint, restore
+from scripts.evaluate import evaluate
+from scripts.export import export
+from scripts.terminal import missing_values, quiet
+from scripts.train import train
+
+from .training_helpers import DIGITS, PLAIN, ROOT, differences, load, run_script
+
+EPOCHS, BATCHES, EVERY = 2, 4, 3
+STEPS = EPOCHS * BATCHES
+NET = [*DIGITS, "backbone.name=resnet20", "split.at=layer2", "bottleneck.width=8", "bottleneck.channels=4"]
+SHORT = [f"+trainer.limit_train_batches={BATCHES}", "+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1"]
+BOTTLEFIT = [*PLAIN, *NET, *SHORT, "experiment=bottlefit", "compare={layer2: 1.0, layer3: 0.5}", "data.augment=crop"]
+RUN = [*BOTTLEFIT, f"trainer.max_epochs={EPOCHS}", f"callbacks.last.every_n_train_steps={EVERY}"]
+LABEL = "Generalized head distillation → Knowledge distillation"
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    quiet()
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+
+
+def run(teacher: Path, folder: Path, *overrides: str) -> dict[str, float]:
+    return train(compose_config("train", [*RUN, f"teacher.ckpt_path={teacher}", *overrides], folder))
+
+
+def point(folder: Path) -> dict[str, Any]:
+    (found,) = json.loads((folder / "results.json").read_text())["points"]
+    return found
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "csv/version_0/metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, teacher_file) -> Path:
+    quiet()
+    folder = tmp_path_factory.mktemp("whole")
+    run(teacher_file, folder, "logger=csv", "trainer.log_every_n_steps=1")
+    return folder
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_has_checkpoints_of_its_own_with_its_own_settings(whole):
+    for stage, method in (("head", "GeneralizedHeadDistillation"), ("finetune", "KnowledgeDistillation")):
+        for name in ("best", "last"):
+            config = read_checkpoint(whole / f"checkpoints/{stage}/{name}.ckpt")["cleave"]["config"]
+            assert (config["stage"], config["stages"]) == (stage, ["head", "finetune"])
+            assert config["method"]["_target_"] == f"lightning_modules.{method}"
+
+
+def test_the_steps_of_all_loggers_go_on_and_every_row_names_its_stage(whole):
+    trained = [(int(row["step"]), float(row["stage"]), int(row["epoch"])) for row in rows(whole) if "train/loss" in row]
+    assert trained == [(step, 1 + step // STEPS, step % STEPS // BATCHES) for step in range(2 * STEPS)]
+    validated = [(int(row["step"]) + 1, float(row["stage"])) for row in rows(whole) if "val/acc" in row]
+    assert validated == [(BATCHES * (i + 1), 1 + i // EPOCHS) for i in range(2 * EPOCHS)]
+    steps = [int(row["step"]) for row in rows(whole)]
+    assert steps == sorted(steps)
+    assert [int(row["step"]) for row in rows(whole) if "test/acc" in row] == [2 * STEPS]
+
+
+def test_what_each_stage_came_to_is_logged_once(whole):
+    for stage, end in (("head", STEPS), ("finetune", 2 * STEPS)):
+        (row,) = [row for row in rows(whole) if f"stages/{stage}/epochs" in row]
+        saved = load(whole / f"checkpoints/{stage}/best.ckpt")["callbacks"]
+        (score,) = [state["best_model_score"] for state in saved.values() if state.get("monitor") == "val/acc"]
+        assert (int(row["step"]), float(row[f"stages/{stage}/epochs"])) == (end, EPOCHS)
+        assert float(row[f"stages/{stage}/val/acc"]) == pytest.approx(float(score))
+        assert float(row[f"stages/{stage}/seconds"]) > 0
+
+
+def test_results_tell_the_whole_recipe(whole):
+    found = point(whole)
+    assert (found["method"], found["epochs"]) == (LABEL, 2 * EPOCHS)
+    assert found["checkpoint"] == str(whole / "checkpoints/finetune/best.ckpt")
+    seconds = [float(v) for row in rows(whole) for k, v in row.items() if k.endswith("/seconds")]
+    assert found["train_seconds"] == pytest.approx(sum(seconds))
+
+
+def test_what_a_stage_does_not_train_stays_and_what_the_next_trains_moves(whole, teacher_file):
+    teacher = restore(teacher_file).network.state_dict()
+    head, finetuned = (restore(whole / f"checkpoints/{stage}/last.ckpt").network.tail for stage in ("head", "finetune"))
+    tail = {name: value for name, value in teacher.items() if name.startswith(("layer3.", "fc.", "linear."))}
+    assert tail
+    kept = [any(torch.equal(value, other) for other in head.state_dict().values()) for value in tail.values()]
+    assert all(kept)
+    assert differences(dict(head.state_dict()), dict(finetuned.state_dict()))
+
+
+@pytest.mark.parametrize("stage", ["head", "finetune"])
+def test_any_stage_is_evaluated_and_exported_from_its_checkpoint_alone(whole, stage, tmp_path):
+    checkpoint = [f"ckpt_path={whole}/checkpoints/{stage}/best.ckpt", "trainer=cpu", *SHORT[2:]]
+    checkpoint.append("+trainer.enable_progress_bar=false")
+    found = evaluate(compose_config("evaluate", checkpoint, tmp_path / "evaluate"))
+    if stage == "finetune":
+        assert found["test/acc"] == pytest.approx(point(whole)["accuracy"], abs=1e-6)
+    bundle = export(compose_config("export", [*checkpoint, f"bundle={tmp_path}/bundle"], tmp_path / "export"))
+    assert (bundle / "manifest.json").is_file()
+
+
+# --- from stage to stage ----------------------------------------------------------------------------------------------
+
+STILL = ["+stages.finetune.method.optimizer.lr=0.0", "+stages.finetune.method.optimizer.weight_decay=0.0"]
+
+
+def parameters(file: Path) -> dict[str, torch.Tensor]:
+    network = restore(file).network
+    return {name: value.detach() for name, value in network.named_parameters()}
+
+
+@pytest.mark.parametrize("callbacks", [[], ["callbacks=ema", "callbacks.ema.decay=0.5"]], ids=["best", "averaged"])
+def test_a_stage_starts_from_the_best_weights_of_the_one_before(tmp_path, teacher_file, callbacks):
+    worst = ["callbacks.checkpoint.monitor=epoch", "callbacks.checkpoint.mode=min"]  # the first is the best
+    run(teacher_file, tmp_path, *callbacks, *worst, *STILL, "test=false")
+    head, last, end = (
+        parameters(tmp_path / f"checkpoints/{name}.ckpt") for name in ("head/best", "head/last", "finetune/last")
+    )
+    assert differences(head, last)
+    assert load(tmp_path / "checkpoints/head/best.ckpt")["epoch"] == 0
+    if callbacks:  # the average of weights that stand still is theirs but for rounding
+        for name, value in head.items():
+            torch.testing.assert_close(end[name], value)
+    else:
+        assert differences(head, end) == []
+
+
+def test_without_checkpoints_a_stage_starts_from_the_last_weights(tmp_path, teacher_file):
+    overrides = ["callbacks.checkpoint=null", "callbacks.last=null", "+trainer.enable_checkpointing=false"]
+    metrics = run(teacher_file, tmp_path, *overrides, *STILL)
+    assert math.isfinite(metrics["test/acc"])
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert (point(tmp_path)["epochs"], point(tmp_path)["checkpoint"]) == (2 * EPOCHS, None)
+
+
+def test_epochs_optimizer_schedule_and_parts_are_each_stages_own(tmp_path, teacher_file):
+    own = [
+        "+stages.head.trainer.max_epochs=1",
+        "+stages.finetune.method.optimizer={_target_: torch.optim.SGD, lr: 0.01, momentum: 0.9}",
+        "+stages.finetune.method.scheduler=null",
+        "+stages.finetune.method.train=[decoder,tail]",
+    ]
+    run(teacher_file, tmp_path, *own, "test=false")
+    head, finetune = (load(tmp_path / f"checkpoints/{stage}/last.ckpt") for stage in ("head", "finetune"))
+    assert head["global_step"] == BATCHES
+    assert head["lr_schedulers"][0]["T_max"] == BATCHES
+    assert finetune["lr_schedulers"] == []
+    assert "momentum" in finetune["optimizer_states"][0]["param_groups"][0]
+    encoders = [parameters(tmp_path / f"checkpoints/{name}.ckpt") for name in ("head/best", "finetune/last")]
+    one, two = ({k: v for k, v in state.items() if k.startswith("encoder.")} for state in encoders)
+    assert one
+    assert differences(one, two) == []
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+# The step at which the run is killed, and the checkpoint that is then the newest.
+KILLED = {
+    "inside the first stage": (STEPS - 1, "head"),
+    "inside the second stage": (2 * STEPS - 1, "finetune"),
+    "in the second stage before its first save": (STEPS + EVERY - 1, "head"),
+}
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Weights, optimizer, schedule and counters are equal, those of the best checkpoints too; paths and times are not."""
+    for name in ("head/best", "finetune/best", "finetune/last"):
+        a, b = (load(folder / f"checkpoints/{name}.ckpt") for folder in (one, other))
+        of_the_folder = ("cleave", "callbacks")
+        assert differences(*({k: v for k, v in c.items() if k not in of_the_folder} for c in (a, b))) == [], name
+    assert (point(one)["epochs"], point(one)["method"]) == (point(other)["epochs"], point(other)["method"])
+
+
+@pytest.mark.parametrize("case", KILLED)
+def test_a_killed_run_ends_as_an_uninterrupted_one(case, whole, tmp_path, teacher_file):
+    from training_helpers import Killed
+
+    step, stage = KILLED[case]
+    fail = ["+callbacks.fail._target_=training_helpers.FailAt", f"+callbacks.fail.step={step}"]
+    with pytest.raises(Killed):
+        run(teacher_file, tmp_path / "run", *fail)
+    resume = f"ckpt_path={tmp_path}/run/checkpoints/{stage}/last.ckpt"
+    metrics = run(teacher_file, tmp_path / "run", resume)
+    assert_same_end(whole, tmp_path / "run")
+    assert metrics["test/acc"] == point(whole)["accuracy"]
+
+
+def test_a_stage_resumed_at_its_end_in_a_new_folder_goes_on_to_the_next(whole, tmp_path, teacher_file, capsys):
+    run(teacher_file, tmp_path, f"ckpt_path={whole}/checkpoints/head/last.ckpt", "logger=csv")
+    told = capsys.readouterr().out
+    assert f"resumed from {whole}/checkpoints/head/last.ckpt" in told
+    assert_same_end(whole, tmp_path)
+    assert min(int(row["step"]) for row in rows(tmp_path) if "train/loss" in row) >= STEPS
+
+
+def test_a_run_resumed_in_its_last_stage_knows_what_the_others_came_to(whole, tmp_path, teacher_file, capsys):
+    run(teacher_file, tmp_path, f"ckpt_path={whole}/checkpoints/finetune/last.ckpt")
+    found = point(tmp_path)
+    assert (found["method"], found["epochs"]) == (LABEL, 2 * EPOCHS)
+    # The stage's own seconds are those that had passed when the checkpoint was written.
+    assert 0 < found["train_seconds"] <= point(whole)["train_seconds"]
+    told = capsys.readouterr().out
+    assert "stage 1 of 2" not in told
+    assert "head: generalized head distillation" in told
+    assert not (tmp_path / "checkpoints/head").exists()
+
+
+def test_a_stage_that_had_stopped_early_stays_stopped(tmp_path, teacher_file):
+    early = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "trainer.max_epochs=9", "test=false"]
+    never = ["callbacks.early_stopping.monitor=stage"]  # constant: the second epoch is no better than the first
+    run(teacher_file, tmp_path / "run", *early, *never, "callbacks.early_stopping.mode=min")
+    one = load(tmp_path / "run/checkpoints/head/last.ckpt")
+    assert one["global_step"] == 2 * BATCHES
+    resume = f"ckpt_path={tmp_path}/run/checkpoints/head/last.ckpt"
+    run(teacher_file, tmp_path / "again", *early, *never, "callbacks.early_stopping.mode=min", resume)
+    assert not (tmp_path / "again/checkpoints/head/last.ckpt").exists()
+    ends = [load(tmp_path / f"{name}/checkpoints/finetune/last.ckpt") for name in ("run", "again")]
+    assert differences(ends[0]["state_dict"], ends[1]["state_dict"]) == []
+    saved = ends[1]["cleave"]["before"]
+    assert [(stage["name"], stage["epochs"], stage["steps"]) for stage in saved] == [("head", 2, 2 * BATCHES)]
+
+
+def test_without_training_the_checkpoint_is_tested(whole, tmp_path, teacher_file):
+    metrics = run(teacher_file, tmp_path, "train=false", f"ckpt_path={whole}/checkpoints/finetune/best.ckpt")
+    found = point(tmp_path)
+    assert metrics["test/acc"] == point(whole)["accuracy"]
+    assert (found["method"], found["epochs"], found["train_seconds"]) == (LABEL, None, None)
+    assert found["checkpoint"] == str(whole / "checkpoints/finetune/best.ckpt")
+    run(teacher_file, tmp_path, "train=false", f"ckpt_path={whole}/checkpoints/head/best.ckpt")
+    assert point(tmp_path)["method"] == "Generalized head distillation"
+
+
+# --- switches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["fdr", "limit", "overfit"])
+def test_a_recipe_runs_in_every_debug_mode(mode, tmp_path, teacher_file):
+    overrides = [*PLAIN, *NET, "experiment=bottlefit", "compare={layer2: 1.0}", f"teacher.ckpt_path={teacher_file}"]
+    short = {"overfit": ["trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1"]}.get(mode, [])
+    metrics = train(compose_config("train", [*overrides, f"debug={mode}", *short], tmp_path))
+    assert math.isfinite(metrics["test/acc"])
+
+
+def test_a_bundle_is_of_the_last_stages_best_weights(tmp_path, teacher_file):
+    run(teacher_file, tmp_path, "export=true")
+    manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
+    assert (manifest["config"]["stage"], manifest["config"]["stages"]) == ("finetune", ["head", "finetune"])
+    assert manifest["metrics"]["test/acc"] == pytest.approx(point(tmp_path)["accuracy"])
+
+
+def test_the_feature_cache_of_one_stage_is_not_the_nexts(tmp_path, teacher_file):
+    jankowski = [*PLAIN, *NET, *SHORT, "experiment=jankowski", "trainer.max_epochs=1", "data.augment=none"]
+    cache = ["feature_cache.use=true", f"feature_cache.directory={tmp_path}/cache", f"teacher.ckpt_path={teacher_file}"]
+    ends = []
+    for name, overrides in {"cached": cache, "plain": cache[2:]}.items():
+        train(compose_config("train", [*jankowski, *overrides, "test=false"], tmp_path / name))
+        ends.append(parameters(tmp_path / name / "checkpoints/finetune/last.ckpt"))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_spawned_processes_fit_stages_that_train_different_parts(tmp_path, teacher_file):
+    folder = tmp_path / "run"
+    overrides = [f"teacher.ckpt_path={teacher_file}", "trainer=ddp_sim", "logger=csv", "export=true"]
+    told = run_script(
+        "train", *RUN, *overrides, "+stages.finetune.method.train=[decoder,tail]", folder=folder, timeout=280
+    )
+    assert "Warning" not in told
+    assert "recommended" not in told
+    assert told.count("stage 1 of 2") == told.count("stage 2 of 2") == told.count("Bundle: ") == 1
+    found = point(folder)
+    assert (found["method"], found["epochs"]) == (LABEL, 2 * EPOCHS)
+    assert found["train_seconds"] > 0
+    steps = [int(row["step"]) for row in rows(folder)]
+    assert steps == sorted(steps)
+    assert max(int(row["step"]) for row in rows(folder) if "val/acc" in row) == 2 * STEPS - 1
+    assert [stage["score"] is not None for stage in load_before(folder)] == [True]
+
+
+@pytest.mark.slow
+def test_two_subprocesses_fit_a_recipe(tmp_path, teacher_file):
+    folder = tmp_path / "run"
+    overrides = [f"teacher.ckpt_path={teacher_file}", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    overrides += ["trainer.precision=32-true", "trainer.plugins=null", "logger=csv"]
+    told = run_script("train", *RUN, *overrides, folder=folder, timeout=280)
+    assert told.count("stage 1 of 2") == told.count("stage 2 of 2") == told.count("Results: ") == 1
+    assert point(folder)["epochs"] == 2 * EPOCHS
+    assert max(int(row["step"]) for row in rows(folder) if "val/acc" in row) == 2 * STEPS - 1
+
+
+def load_before(folder: Path) -> list[dict[str, Any]]:
+    return read_checkpoint(folder / "checkpoints/finetune/last.ckpt")["cleave"]["before"]
+
+
+@pytest.mark.slow
+def test_each_job_of_a_sweep_has_results_of_its_own(tmp_path, teacher_file):
+    folder = tmp_path / "sweep"
+    run_script("train", "-m", *RUN, f"teacher.ckpt_path={teacher_file}", "codec.bits=2,4", folder=folder, timeout=280)
+    assert [point(folder / job)["bits"] for job in ("0", "1")] == [2, 4]
+    assert all(
+        (folder / f"{job}/checkpoints/{stage}/best.ckpt").is_file() for job in "01" for stage in ("head", "finetune")
+    )
