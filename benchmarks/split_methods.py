@@ -32,6 +32,11 @@ END_TO_END = ["+method.lr_scales.tail=0.1"]
 FINE_TUNE = ["+stages.finetune.method.optimizer.lr=1e-3", "+stages.finetune.method.lr_scales.tail=0.3"]
 LAYERS = "{layer2: 1.0, layer3: 1.0}"
 INSERTED = ["split.form=insert", "bottleneck.stride=2", "bottleneck.width=12", "bottleneck.depth=0"]
+# The features go on being compared while the labels and the teacher's outputs are learned.
+FEATURES = [
+    "+stages.finetune.method.extra_terms.features={_target_: lightning_modules.FeaturesTerm, weight: 5e-4, "
+    f"objective: {{_target_: losses.GeneralizedHeadDistillationLoss, weights: {LAYERS}}}}}"
+]
 METHODS: dict[str, list[str]] = {
     "cross_entropy": ["method=cross_entropy", *EPOCHS, *END_TO_END],
     "knowledge_distillation": ["method=knowledge_distillation", *EPOCHS, *END_TO_END],
@@ -41,6 +46,7 @@ METHODS: dict[str, list[str]] = {
         "method=generalized_head_distillation", f"method.objective.weights={LAYERS}", *EPOCHS,
     ],
     "bottlefit": ["experiment=bottlefit", f"compare={LAYERS}", *STAGES, *FINE_TUNE],
+    "bottlefit_features": ["experiment=bottlefit", f"compare={LAYERS}", *STAGES, *FINE_TUNE, *FEATURES],
     "information_bottleneck": ["method=information_bottleneck", *EPOCHS, *END_TO_END],
     "entropic_student": ["experiment=entropic_student", f"compare={LAYERS}", "beta=200", *STAGES, *FINE_TUNE],
     "bottlefit_128": ["experiment=bottlefit", f"compare={LAYERS}", *STAGES, *FINE_TUNE, "codec.bits=2"],

@@ -19,8 +19,11 @@ def measured_points(
     epochs: int | None,
     seconds: float | None,
     checkpoint: str | None,
+    image_bytes: int | None = None,
 ) -> list[Point]:
-    """Return one point for each width of a split network; none where nothing is sent or nothing was tested.
+    """Return one point for each width of a split network; none where nothing was tested.
+
+    An unsplit network is the baseline that whole images are sent to.
 
     Args:
         cfg: The run's config.
@@ -30,9 +33,24 @@ def measured_points(
         epochs: Epochs trained, over all stages.
         seconds: Wall-clock seconds of training, validation included.
         checkpoint: The checkpoint that was tested.
+        image_bytes: Bytes of the uint8 input, which an unsplit network needs; ``None`` leaves that one out.
     """
+    known: dict[str, Any] = {
+        "epochs": epochs,
+        "train_seconds": seconds,
+        "seed": cfg.seed,
+        "backbone": cfg.backbone.get("name"),
+        "checkpoint": checkpoint,
+    }
     if "test/payload_bytes" not in metrics:
-        return []
+        if image_bytes is None or "test/acc" not in metrics:
+            return []
+        sent: dict[str, Any] = {
+            "accuracy": float(metrics["test/acc"]),
+            "payload_bytes": float(image_bytes),
+            "encoder_macs": 0,
+        }
+        return [Point(method, "raw uint8 input", **sent, encoder_params=0, kind="baseline", **known)]
     device = [cost[part] for part in ("head", "encoder") if part in cost]
     widths = sorted({int(key.split("/")[1].removeprefix("bits")) for key in metrics if key.startswith("test/bits")})
     keys = [(f"test/bits{bits}/", bits) for bits in widths]
@@ -50,12 +68,8 @@ def measured_points(
                 payload_zstd_bytes=None if zstd is None else float(zstd),
                 encoder_macs=sum(part["macs"] for part in device),
                 encoder_params=sum(part["params"] for part in device),
-                epochs=epochs,
-                train_seconds=seconds,
                 bits=bits,
-                seed=cfg.seed,
-                backbone=cfg.backbone.get("name"),
-                checkpoint=checkpoint,
+                **known,
             )
         )
     return found
@@ -64,4 +78,6 @@ def measured_points(
 def _label(cfg: DictConfig, bits: int | None) -> str:
     channels = (cfg.get("bottleneck") or {}).get("channels")
     words = [cfg.split.at, f"{channels} channels" if channels else "no bottleneck", f"{bits} bits" if bits else "prior"]
+    if (beta := cfg.get("beta") or cfg.method.get("beta")) is not None:
+        words.append(f"β {beta:g}")
     return ", ".join(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,12 @@ from scripts.terminal import console, next_command, number, profile_rows, result
 
 
 def finish(
-    cfg: DictConfig, parts: Assembly, done: list[Fitted], metrics: Mapping[str, Any], trainer: pl.Trainer
+    cfg: DictConfig,
+    parts: Assembly,
+    done: list[Fitted],
+    metrics: Mapping[str, Any],
+    shipped: Mapping[str, Any],
+    trainer: pl.Trainer,
 ) -> None:
     """Print what was measured, where it lies and what to do next; write the bundle if asked.
 
@@ -30,6 +36,7 @@ def finish(
         parts: What the run was made of.
         done: Every stage of the run.
         metrics: What was measured in the end.
+        shipped: The same over a perfect link, for the bundle.
         trainer: The last stage's.
     """
     best = done[-1].best
@@ -47,10 +54,11 @@ def finish(
         epochs=total(fitted.epochs for fitted in done),
         seconds=total(fitted.seconds for fitted in done),
         checkpoint=best or cfg.ckpt_path,
+        image_bytes=math.prod(parts.data.input.shape),
     )
     if found:
         file = Path(cfg.paths.output_dir) / RESULTS
-        write_results(file, found)
+        write_results(file, found, found[0].kind)
         console.print(
             f"Results: {file} (python scripts/compare.py 'inputs=[…]' puts runs side by side)", soft_wrap=True
         )
@@ -58,7 +66,7 @@ def finish(
         # Of the file, as under `ddp_spawn` only the ranks' own networks went back to the best weights.
         network = restore(best, trusted=True).network if best else parts.network
         bundle = Path(cfg.paths.output_dir) / "bundle"
-        write_bundle(network, parts.data, bundle, config=plain(cfg), metrics=metrics, overwrite=True)
+        write_bundle(network, parts.data, bundle, config=plain(cfg), metrics=shipped, overwrite=True)
         if run := wandb_run(trainer):
             log_artifact(run, bundle, kind="bundle", name="bundle")
         next_command(f"python scripts/infer.py bundle={bundle} input={example_input(parts.data)}")

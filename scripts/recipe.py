@@ -36,8 +36,7 @@ class Stage(NamedTuple):
     @property
     def method(self) -> str:
         """The method in words: ``Head distillation``."""
-        target = str(self.config.method._target_).rpartition(".")[2]
-        return re.sub(r"(?<!^)(?=[A-Z])", " ", target).capitalize()
+        return in_words(self.config.method._target_)
 
     @property
     def number(self) -> int:
@@ -95,10 +94,10 @@ def _place(found: list[Stage], saved: Mapping[str, Any], path: str) -> int:
         there = f"stage {name!r} of the recipe {', '.join(theirs)}" if name else "a run without stages"
         raise ValueError(f"the checkpoint {path} is of {there}, but {here}; resume with what it was made by")
     place = names.index(name)
-    ours, theirs = found[place].config.method._target_, saved["method"]["_target_"]
-    if ours != theirs:
+    ours, other = found[place].config.method._target_, saved["method"]["_target_"]
+    if ours != other:
         at = f"stages.{name}.method" if name else "method"
-        raise ValueError(f"the checkpoint {path} was made by {at}._target_={theirs}, but here it is {ours}")
+        raise ValueError(f"the checkpoint {path} was made by {at}._target_={other}, but here it is {ours}")
     return place
 
 
@@ -126,5 +125,10 @@ def stage_config(cfg: DictConfig, name: str) -> DictConfig:
             if settings.get(key) is not None:
                 config[key] = OmegaConf.merge(config[key], config.stages[name][key])
         config.stage = name
-        config.stages = [str(other) for other in cfg.stages]
+        config.stages = {str(n): in_words(OmegaConf.select(cfg, f"stages.{n}.method._target_")) for n in cfg.stages}
     return config
+
+
+def in_words(target: str) -> str:
+    """Return the name of a class in words."""
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", str(target).rpartition(".")[2]).capitalize()

@@ -35,7 +35,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     done: list[Fitted] = []
     if checkpoint:
         load_strictly(parts.network, network_state(checkpoint), f"the checkpoint {cfg.ckpt_path}")
-        done = [Fitted(**before) for before in checkpoint[KEY]["before"]]
+        done = [Fitted(**before) for before in checkpoint[KEY].get("before", [])]
     log_setup(loggers, plain(cfg), parts, fits)
     for this in fits:
         done.append(fit(this, parts, done) if cfg.train else tested(this))
@@ -45,17 +45,26 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         tested_file = best or (None if cfg.train else cfg.ckpt_path)
         trainer.test(task, datamodule=parts.data, ckpt_path=tested_file, weights_only=True, verbose=False)
         metrics |= trainer.callback_metrics
+    shipped = metrics
+    if cfg.test and cfg.export and getattr(parts.network, "channel", None) is not None:
+        # A bundle is measured through its bytes, which its runtime delivers whole; the loggers keep the link's numbers.
+        parts.network.set_channel(None)  # type: ignore[operator]
+        trainer.loggers = []
+        trainer.test(task, datamodule=parts.data, ckpt_path=tested_file, weights_only=True, verbose=False)
+        trainer.loggers = loggers
+        shipped = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
     if trainer.is_global_zero:
-        finish(fits[-1].stage.config, parts, done, metrics, trainer)
+        finish(fits[-1].stage.config, parts, done, metrics, shipped, trainer)
     return {name: float(value) for name, value in metrics.items()}
 
 
 def log_setup(loggers: list[Any], resolved: dict[str, Any], parts: Assembly, fits: list[Fit]) -> None:
     """Give every logger the resolved config, what each part of the network costs, and what each stage trains."""
     trainable: dict[str | None, int] = {}
-    for this in reversed(fits):  # the first one's parts remain frozen
+    for this in fits:
         this.task.freeze_parts()
         trainable[this.stage.name] = sum(p.numel() for p in parts.network.parameters() if p.requires_grad)
+    fits[0].task.freeze_parts()  # the last one has left its own parts frozen
     cost = {**profile(parts.network, parts.data.input.shape), "trainable_params": trainable.get(None, trainable)}
     for logger in loggers:
         logger.log_hyperparams({**resolved, "cost": cost})

@@ -53,6 +53,14 @@ OBJECTIVES: dict[type[SplitTask], Callable[[], dict[str, Any]]] = {
     },
     Entropic: lambda: {"objective": GeneralizedHeadDistillationLoss({"layer2": 1.0}), "beta": 0.3},
 }
+
+
+def without_prior(network: dict[str, Any]) -> dict[str, Any]:
+    """Settings that leave a learned prior out of what learns, where no rate teaches it."""
+    learned = network.get("codec", {}).get("kind") == "entropy"
+    return {"train": ["encoder", "decoder", "tail"]} if learned else {}
+
+
 TEACHERLESS = (CrossEntropy, Reconstruction, InformationBottleneck)
 
 

@@ -21,6 +21,7 @@ from .split_tasks import (
     taught,
     teacher,
     terms_of,
+    without_prior,
 )
 
 IMAGES, LABELS = batch(torch.float64)
@@ -29,7 +30,8 @@ IMAGES, LABELS = batch(torch.float64)
 @pytest.mark.parametrize("codec", [{"bits": 4}, {"bits": 3, "range": "sample"}, {"kind": "entropy"}, {"bits": 32}])
 @pytest.mark.parametrize("form", ["replace", "insert", "none"])
 def test_the_loss_is_the_labels_cross_entropy(form: str, codec: dict[str, Any]) -> None:
-    terms, found = terms_of(double(build(CrossEntropy, {"form": form, "codec": codec})), IMAGES, LABELS)
+    network = {"form": form, "codec": codec}
+    terms, found = terms_of(double(build(CrossEntropy, network, **without_prior(network))), IMAGES, LABELS)
     assert terms == {"cross_entropy": pytest.approx(cross_entropy(found["logits"], LABELS), rel=1e-6)}
 
 

@@ -28,6 +28,7 @@ from .split_tasks import (
     taught,
     teacher,
     terms_of,
+    without_prior,
 )
 
 IMAGES, LABELS = batch(torch.float64)
@@ -38,7 +39,8 @@ IMAGES, LABELS = batch(torch.float64)
 def test_the_loss_is_the_surveys_equations_3_and_4(direction: str, network: dict[str, Any]) -> None:
     objective = KnowledgeDistillationLoss(alpha=0.3, temperature=2.5, direction=direction)
     other = backbone(seed=1)
-    task = double(build(KnowledgeDistillation, network, objective=objective, teacher=teacher(other)))
+    settings = {"objective": objective, "teacher": teacher(other), **without_prior(network)}
+    task = double(build(KnowledgeDistillation, network, **settings))
     terms, found = terms_of(task, IMAGES, LABELS)
     log_q, log_p = (log_softmax(logits / 2.5) for logits in (found["logits"], taught(IMAGES, other)["logits"]))
     first, second = (log_p, log_q) if direction == "teacher_student" else (log_q, log_p)

@@ -15,7 +15,7 @@ import zstandard
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from architectures import CutError, EntropyBottleneck, SwitchableBatchNorm2d, create_backbone
+from architectures import CutError, EntropyBottleneck, SplitNetwork, SwitchableBatchNorm2d, create_backbone
 from architectures.split import PARTS
 from architectures.switchable import draw_width
 from datamodules import Digits
@@ -60,6 +60,7 @@ from .split_tasks import (
     split_network,
     teacher,
     trainer_of,
+    without_prior,
 )
 
 BOTTLENECK = ("encoder", "quantizer", "decoder")
@@ -294,7 +295,8 @@ def test_compiled_parts_give_the_same_losses(method: type[SplitTask], monkeypatc
     keys = set(task.state_dict())
     fit(task, [compiled], epochs=1, limit_val_batches=0)
     assert compiled.losses() == pytest.approx(plain.losses(), rel=1e-4)
-    assert parts == [task.network.encoder, task.network.decoder, *task.network.tail]
+    taught = [] if task._teacher is None else list(task.teacher)
+    assert parts == [task.network.encoder, task.network.decoder, *task.network.tail, *taught]
     assert set(task.state_dict()) == keys
     assert not [name for name in keys if "_orig_mod" in name]
 
@@ -422,7 +424,8 @@ def received(delivered: dict[str, Tensor], network: Any) -> Tensor:
 
 @pytest.mark.parametrize("coding", CODINGS)
 def test_testing_goes_through_the_bytes(coding: str) -> None:
-    task = build(CrossEntropy, {"codec": CODINGS[coding]})
+    network = {"codec": CODINGS[coding]}
+    task = build(CrossEntropy, network, **without_prior(network))
     fit(task, epochs=1)
     measured = evaluate(task)
     network, logits, exact, payloads = task.network.eval(), [], [], []
@@ -764,3 +767,24 @@ def test_bad_input_is_told_before_training(case: str) -> None:
 def test_head_distillation_does_not_mind_a_teacher_of_other_classes() -> None:
     task = build(HeadDistillation, teacher=teacher(backbone(classes=5)))
     fit(task, epochs=1, limit_train_batches=1)
+
+
+def test_a_prior_that_no_rate_teaches_is_refused() -> None:
+    with pytest.raises(ValueError, match="only a rate teaches its prior"):
+        build(CrossEntropy, ENTROPY)
+    build(CrossEntropy, ENTROPY, train=["encoder", "decoder"])
+
+
+def test_codes_without_a_measured_range_are_not_tested_in_silence() -> None:
+    task = build(CrossEntropy, {"codec": {"bits": 4}})
+    with pytest.raises(ValueError, match=r"codec\.range=observed is measured in training"):
+        evaluate(task)
+    assert evaluate(build(CrossEntropy, {"codec": {"bits": 4, "range": "sample"}}))["test/payload_bytes"] > 0
+
+
+def test_a_layer_with_the_name_of_an_output_is_refused() -> None:
+    network = nn.Sequential()
+    network.add_module("head", nn.Conv2d(1, 4, 3))
+    network.add_module("pool", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)))
+    with pytest.raises(ValueError, match="'head' names an output of every split network"):
+        SplitNetwork(network, "head", torch.randn(2, 1, 8, 8))

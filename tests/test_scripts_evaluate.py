@@ -41,7 +41,8 @@ def in_float(tmp_path_factory, teacher_file) -> Trained:
 @pytest.fixture(scope="module")
 def over_a_lossy_link(tmp_path_factory, teacher_file) -> Trained:
     """A network whose representation lost packets in training, and does so in evaluation."""
-    return trained(tmp_path_factory.mktemp("lossy"), teacher_file, "codec.bits=4", *LOSSY, "channel.rate=0.3")
+    given = ["codec.bits=4", *LOSSY, "channel.rate=0.3", "export=true"]
+    return trained(tmp_path_factory.mktemp("lossy"), teacher_file, *given)
 
 
 def measure(checkpoint: Path, folder: Path, *overrides: str) -> dict[str, float]:
@@ -184,6 +185,8 @@ def test_a_bundle_is_measured_over_a_perfect_link(over_a_lossy_link, tmp_path):
     assert perfect["test/acc"] > metrics["test/acc"]
     assert load_bundle(write(checkpoint, tmp_path)).manifest.metrics == pytest.approx(perfect, abs=1e-6)
     assert accuracy(tmp_path / "bundle") == pytest.approx(perfect["test/acc"], abs=1e-6)
+    written_at_once = load_bundle(checkpoint.parents[1] / "bundle").manifest.metrics
+    assert written_at_once == pytest.approx(perfect, abs=1e-6)
 
 
 def test_a_link_of_training_alone_changes_the_weights_and_no_evaluation(tmp_path, teacher_file):

@@ -7,6 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from scripts.assembly import compose_config, restore
+from scripts.collect import collect
 from scripts.evaluate import evaluate
 from scripts.terminal import CONF, missing_values, quiet
 from scripts.train import train
@@ -37,6 +38,10 @@ def test_each_experiment_runs_tests_and_is_rebuilt_from_its_checkpoint(name, tmp
     given = needed(name, tmp_path, teacher_file)
     metrics = train(compose_config("train", [f"experiment={name}", *QUICK, *given], tmp_path))
     assert {"val/acc", "test/acc", "test/loss", "test/ece"} <= set(metrics)
+    (point,) = collect([tmp_path])
+    assert point.accuracy == pytest.approx(metrics["test/acc"])
+    unsplit = name == "digits_teacher"
+    assert (point.kind, point.payload_bytes == 64) == (("baseline", True) if unsplit else ("run", False))
     checkpoint = max(tmp_path.rglob("best.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     again = evaluate(compose_config("evaluate", [f"ckpt_path={checkpoint}", *OVERRIDES], tmp_path / "evaluate"))
     for metric, value in again.items():

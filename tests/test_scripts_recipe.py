@@ -10,8 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lightning_modules import KnowledgeDistillation
-from scripts.assembly import build_network, compose_config, read_checkpoint, restore
+from scripts.assembly import compose_config, read_checkpoint, restore
 from scripts.evaluate import evaluate
 from scripts.export import export
 from scripts.terminal import missing_values, quiet
@@ -63,7 +62,7 @@ def test_each_stage_has_checkpoints_of_its_own_with_its_own_settings(whole):
     for stage, method in (("head", "GeneralizedHeadDistillation"), ("finetune", "KnowledgeDistillation")):
         for name in ("best", "last"):
             config = read_checkpoint(whole / f"checkpoints/{stage}/{name}.ckpt")["cleave"]["config"]
-            assert (config["stage"], config["stages"]) == (stage, ["head", "finetune"])
+            assert (config["stage"], " → ".join(config["stages"].values())) == (stage, LABEL)
             assert config["method"]["_target_"] == f"lightning_modules.{method}"
 
 
@@ -180,7 +179,7 @@ KILLED = {
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Weights, optimizer, schedule and counters are equal, those of the best checkpoints too; paths and times are not."""
+    """Weights, optimizer, schedule and counters are equal, of the best checkpoints too; paths are not."""
     for name in ("head/best", "finetune/best", "finetune/last"):
         a, b = (load(folder / f"checkpoints/{name}.ckpt") for folder in (one, other))
         of_the_folder = ("cleave", "callbacks")
@@ -190,11 +189,11 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("case", KILLED)
 def test_a_killed_run_ends_as_an_uninterrupted_one(case, whole, tmp_path, teacher_file):
-    from training_helpers import Killed
+    from training_helpers import KilledError
 
     step, stage = KILLED[case]
     fail = ["+callbacks.fail._target_=training_helpers.FailAt", f"+callbacks.fail.step={step}"]
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(teacher_file, tmp_path / "run", *fail)
     resume = f"ckpt_path={tmp_path}/run/checkpoints/{stage}/last.ckpt"
     metrics = run(teacher_file, tmp_path / "run", resume)
@@ -261,7 +260,7 @@ def test_a_recipe_runs_in_every_debug_mode(mode, tmp_path, teacher_file):
 def test_a_bundle_is_of_the_last_stages_best_weights(tmp_path, teacher_file):
     run(teacher_file, tmp_path, "export=true")
     manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
-    assert (manifest["config"]["stage"], manifest["config"]["stages"]) == ("finetune", ["head", "finetune"])
+    assert (manifest["config"]["stage"], list(manifest["config"]["stages"])) == ("finetune", ["head", "finetune"])
     assert manifest["metrics"]["test/acc"] == pytest.approx(point(tmp_path)["accuracy"])
 
 
@@ -274,6 +273,94 @@ def test_the_feature_cache_of_one_stage_is_not_the_nexts(tmp_path, teacher_file)
         ends.append(parameters(tmp_path / name / "checkpoints/finetune/last.ckpt"))
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=1e-3, atol=1e-4)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+# Each of them is told before anything is trained, of the second stage too.
+MISTAKES = {
+    "+stages.head.epochs=3": r"^stages\.head\.epochs has no meaning: a stage has method and trainer",
+    "+stages.head.methd.train=[decoder]": r"stages\.head\.methd has no meaning.* Did you mean 'method'\?",
+    "+stages.more.trainer.max_epochs=1": r"^stages\.more\.method has no _target_.*\+objective@stages\.more\.method=",
+    "stages.head=null": r"^stages\.head\.method has no _target_",
+    "+stages.finetune.method.train=[]": r"^stages\.finetune: train=\[\] trains nothing",
+    "+stages.finetune.method.train=[tial]": r"^stages\.finetune: train names 'tial'.*Did you mean 'tail'\?",
+    "+stages.head.method.train=[head]": r"^stages\.head: train=\['head'\] trains nothing",
+    "stages.finetune.method.objective.alpha=1.5": r"^stages\.finetune: alpha must lie in \[0, 1\], got 1\.5",
+    "stages.finetune.method.objective.temperature=0": r"^stages\.finetune: temperature must be .* got 0",
+    "compare={layer2: -1.0}": r"^stages\.head: weights: 'layer2' must have .* got -1\.0",
+    "+stages.finetune.method.optimizer.lrr=1": r"^stages\.finetune: AdamW.* 'lrr'",
+    "+stages.finetune.method.optimizer.lr=-1": r"^stages\.finetune: Invalid learning rate: -1",
+    "+stages.finetune.method.scheduler.T_mx=1": r"^stages\.finetune: method\.scheduler: CosineAnnealingLR.* 'T_mx'",
+    "+stages.finetune.method.lr_scales.tial=1": r"^stages\.finetune: lr_scales names 'tial'",
+    "+stages.finetune.trainer.max_epoch=1": r"^stages\.finetune: .* 'max_epoch'",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_any_stage_is_told_before_the_first_is_trained(mistake, tmp_path, teacher_file):
+    with pytest.raises(ValueError, match=MISTAKES[mistake]):
+        run(teacher_file, tmp_path, "logger=csv", mistake)
+    assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "csv").exists()
+
+
+def test_the_name_of_a_stage_is_the_name_of_a_folder(tmp_path, teacher_file):
+    cfg = compose_config("train", [*RUN, f"teacher.ckpt_path={teacher_file}"], tmp_path)
+    OmegaConf.set_struct(cfg, False)
+    for name in ("a/b", "..", ""):
+        cfg.stages = {name: {"method": {"_target_": "lightning_modules.CrossEntropy"}}}
+        with pytest.raises(ValueError, match=r"a stage's name is made of letters"):
+            train(cfg)
+
+
+def test_a_recipe_without_stages(tmp_path, teacher_file):
+    given = [*PLAIN, *NET, f"teacher.ckpt_path={teacher_file}"]
+    with pytest.raises(ValueError, match=r"stages={} names no stage; .*experiment=bottlefit"):
+        train(compose_config("train", [*given, "method=recipe"], tmp_path))
+    with pytest.raises(ValueError, match="method has no _target_; choose"):
+        train(compose_config("train", [*given, "method=split"], tmp_path))
+
+
+def test_a_recipe_made_on_the_command_line(tmp_path, teacher_file):
+    objectives = ["+objective@stages.one.method=head_distillation", "+objective@stages.two.method=cross_entropy"]
+    given = [*PLAIN, *NET, *SHORT, "method=recipe", *objectives, f"teacher.ckpt_path={teacher_file}"]
+    train(compose_config("train", [*given, "trainer.max_epochs=1"], tmp_path))
+    assert point(tmp_path)["method"] == "Head distillation → Cross entropy"
+
+
+def test_what_a_stage_still_needs_is_named(tmp_path):
+    objective = "+objective@stages.one.method=generalized_head_distillation"
+    cfg = compose_config("train", ["method=recipe", objective, "teacher.ckpt_path=FILE", "split.at=layer2"], tmp_path)
+    assert missing_values(cfg) == ["stages.one.method.objective.weights"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(whole, tmp_path, teacher_file):
+    head = f"ckpt_path={whole}/checkpoints/head/last.ckpt"
+    given = [*PLAIN, *NET, *SHORT, f"teacher.ckpt_path={teacher_file}"]
+
+    def refused(match: str, *overrides: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            train(compose_config("train", [*given, *overrides], tmp_path))
+        assert not (tmp_path / "checkpoints").exists()
+
+    of_head = "is of stage 'head' of the recipe head, finetune, but "
+    refused(of_head + "this run is no recipe", "method=head_distillation", head)
+    refused(of_head + "this run is the recipe bottleneck, finetune", "experiment=jankowski", head)
+    objectives = [f"+objective@stages.{name}.method=cross_entropy" for name in ("head", "more")]
+    refused(r"made by stages\.head\.method\._target_=.*GeneralizedHeadDistillation, but here it is .*CrossEntropy",
+            "method=recipe", *objectives, head)  # fmt: skip
+    finetune = f"ckpt_path={whole}/checkpoints/finetune/last.ckpt"
+    objectives = [f"+objective@stages.{name}.method=knowledge_distillation" for name in ("other", "finetune")]
+    refused("of stage 'finetune' of the recipe head, finetune, but this run is the recipe other, finetune",
+            "method=recipe", *objectives, finetune)  # fmt: skip
+    refused("is of a run without stages, but this run is the recipe head, finetune",
+            "experiment=bottlefit", "compare={layer2: 1.0}", f"ckpt_path={teacher_file}")  # fmt: skip
+    refused(r"made by method\._target_=lightning_modules\.Classification, but here it is .*\.HeadDistillation",
+            "method=head_distillation", f"ckpt_path={teacher_file}")  # fmt: skip
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -200,6 +200,34 @@ def test_each_job_of_a_sweep_is_its_own_run_and_a_crash_is_recorded_as_one(tmp_p
     assert "checkpoint" not in crashed.artifacts
 
 
+def test_a_recipe_is_one_run_in_which_its_stages_are_visible(tmp_path, teacher_file):
+    overrides = ["experiment=bottlefit", f"teacher.ckpt_path={teacher_file}", *QUICK, "trainer.log_every_n_steps=1"]
+    overrides += ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8", "split.at=layer2"]
+    process = run_script("train", [*overrides, "compare={layer2: 1.0, layer3: 0.5}"], tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "Warning" not in process.stdout + process.stderr
+    (run,) = offline_runs(tmp_path / "logs")
+    assert run.exit_codes == [0]
+    # Two stages of two epochs of three steps: the steps go on, epochs start again, every row names its stage.
+    rows = [(row["trainer/global_step"], row["stage"], row["epoch"]) for row in run.history if "train/loss" in row]
+    assert rows == [(step, 1 + step // 6, step % 6 // 3) for step in range(12)]
+    steps = [row["trainer/global_step"] for row in run.history if "trainer/global_step" in row]
+    assert steps == sorted(steps)
+    assert [row["stage"] for row in run.history if "val/acc" in row] == [1, 1, 2, 2]
+    assert (len(run.series("train/head/layer2")), len(run.series("test/acc"))) == (6, 1)
+    assert list(run.config["stages"]) == ["head", "finetune"]
+    trainable = run.config["cost"]["trainable_params"]
+    assert list(trainable) == ["head", "finetune"]
+    assert trainable["finetune"] - trainable["head"] == run.config["cost"]["tail"]["params"]
+    scores = run.series("val/acc")
+    for stage, best in (("head", max(scores[:2])), ("finetune", max(scores[2:]))):
+        assert run.summary[f"stages/{stage}/val/acc"] == pytest.approx(best)
+        assert run.summary[f"stages/{stage}/epochs"] == 2
+    assert sorted(run.artifacts["checkpoint"].aliases) == ["best", "finetune", "latest"]
+    best = run.folder.parent.parent / "checkpoints/finetune/best.ckpt"
+    assert contents(run.artifacts["checkpoint"]) == digests(best)
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_is_recorded_as_failed(tmp_path):
     overrides = ["experiment=digits_teacher", *QUICK, "logger.wandb.mode=offline"]

@@ -81,7 +81,7 @@ class KillAt(pl.Callback):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """What :class:`FailAt` raises."""
 
 
@@ -89,7 +89,7 @@ class FailAt(KillAt):
     """Ends training within the test's own process; what lies on disk is what a killed one leaves."""
 
     def end(self) -> None:
-        raise Killed
+        raise KilledError
 
 
 class SaveFinal(pl.Callback):
