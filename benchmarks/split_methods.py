@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.collect import collect
+from scripts.collect import collect, reference_accuracy
 from scripts.compare import write_report
 from scripts.rate_accuracy import interpolate, settings
 from scripts.results import RESULTS
@@ -32,11 +32,6 @@ END_TO_END = ["+method.lr_scales.tail=0.1"]
 FINE_TUNE = ["+stages.finetune.method.optimizer.lr=1e-3", "+stages.finetune.method.lr_scales.tail=0.3"]
 LAYERS = "{layer2: 1.0, layer3: 1.0}"
 INSERTED = ["split.form=insert", "bottleneck.stride=2", "bottleneck.width=12", "bottleneck.depth=0"]
-# The features go on being compared while the labels and the teacher's outputs are learned.
-FEATURES = [
-    "+stages.finetune.method.extra_terms.features={_target_: lightning_modules.FeaturesTerm, weight: 5e-4, "
-    f"objective: {{_target_: losses.GeneralizedHeadDistillationLoss, weights: {LAYERS}}}}}"
-]
 METHODS: dict[str, list[str]] = {
     "cross_entropy": ["method=cross_entropy", *EPOCHS, *END_TO_END],
     "knowledge_distillation": ["method=knowledge_distillation", *EPOCHS, *END_TO_END],
@@ -46,9 +41,9 @@ METHODS: dict[str, list[str]] = {
         "method=generalized_head_distillation", f"method.objective.weights={LAYERS}", *EPOCHS,
     ],
     "bottlefit": ["experiment=bottlefit", f"compare={LAYERS}", *STAGES, *FINE_TUNE],
-    "bottlefit_features": ["experiment=bottlefit", f"compare={LAYERS}", *STAGES, *FINE_TUNE, *FEATURES],
     "information_bottleneck": ["method=information_bottleneck", *EPOCHS, *END_TO_END],
     "entropic_student": ["experiment=entropic_student", f"compare={LAYERS}", "beta=200", *STAGES, *FINE_TUNE],
+    "reconstruction_128": ["method=reconstruction", *EPOCHS, *INSERTED, "codec.bits=2"],
     "bottlefit_128": ["experiment=bottlefit", f"compare={LAYERS}", *STAGES, *FINE_TUNE, "codec.bits=2"],
     "entropic_student_128": ["experiment=entropic_student", f"compare={LAYERS}", "beta=800", *STAGES, *FINE_TUNE],
 }  # fmt: skip
@@ -68,7 +63,7 @@ def main() -> None:
     sgd = ["method.optimizer._target_=torch.optim.SGD", "method.optimizer.lr=0.02", "+method.optimizer.momentum=0.9"]
     run(
         "train", folder / "teacher", args.threads, *common, *sgd, "method.optimizer.weight_decay=1e-4",
-        "trainer.max_epochs=3", f"backbone.weights={args.weights.absolute()}", done="checkpoints/done",
+        "trainer.max_epochs=3", f"backbone.weights={args.weights.absolute()}",
     )  # fmt: skip
     run("image_codecs", folder / "codecs", args.threads, f"ckpt_path={teacher}")
     split = [
@@ -97,9 +92,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(script: str, folder: Path, threads: int, *overrides: str, done: str = RESULTS) -> None:
+def run(script: str, folder: Path, threads: int, *overrides: str) -> None:
     """Run a script unless its result is there, from its last checkpoint where it was interrupted."""
-    if (folder / done).exists():
+    if (folder / RESULTS).exists():
         return
     saved = sorted(folder.glob("checkpoints/**/last.ckpt"), key=lambda path: path.stat().st_mtime)
     resume = [f"ckpt_path={saved[-1]}"] if saved and script == "train" else []
@@ -111,7 +106,6 @@ def run(script: str, folder: Path, threads: int, *overrides: str, done: str = RE
         status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     if status:
         sys.exit(f"{script} failed with exit status {status}; see {folder / 'output.txt'}")
-    (folder / done).touch()
 
 
 def report(folder: Path, file: Path | None) -> None:
@@ -121,7 +115,7 @@ def report(folder: Path, file: Path | None) -> None:
         name: [p for p in points if p.method.lower().startswith(name) and p.kind == "baseline"]
         for name in ("jpeg", "webp")
     }
-    teacher = next(p.accuracy for p in points if p.label == "raw uint8 input")
+    teacher = reference_accuracy(str(folder / "teacher"))
     runs = sorted((s for s in settings(points) if s.kind == "run"), key=lambda s: -s.accuracy)
     if over := [s for s in runs if (s.encoder_params or 0) > BUDGET]:
         sys.exit(
@@ -140,7 +134,9 @@ def report(folder: Path, file: Path | None) -> None:
         )
         for s in runs
     ]  # fmt: skip
-    table(f"ResNet-20 split at layer2; the unsplit teacher has {percent(teacher)}", rows, header)
+    short = ("method", "accuracy", "bytes", "zstd", "JPEG", "WebP", "MACs", "params", "epochs", "seconds")
+    told = f"JPEG and WebP at equal bytes; the unsplit teacher has {percent(teacher)}"
+    table(f"ResNet-20 split at layer2; {told}", rows, short)
     write_report(folder / "report", points, teacher, title="ResNet-20 on CIFAR-10 (JPEG), split at layer2")
     if file:
         lines = [

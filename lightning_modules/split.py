@@ -36,8 +36,9 @@ class SplitTask(Task):
     Student and teacher run once a step, no further than the terms ask. Testing goes through real bytes: every sample's
     representation is encoded, decoded and then classified. It reports ``test/payload_bytes`` as sent,
     ``test/payload_zstd_bytes`` after zstd level 1, and the payload's ratio to the uint8 input, to the float32 feature
-    at the cut, and to the image file (below 1 means fewer bytes); for a network of several widths also
-    ``test/bits4/acc`` and ``test/bits4/payload_bytes`` of each.
+    at the cut, and to the image file (below 1 means fewer bytes); under a learned prior also ``test/estimated_bytes``,
+    what the prior predicts for the bitstream; for a network of several widths also ``test/bits4/acc`` and
+    ``test/bits4/payload_bytes`` of each.
 
     Args:
         network: The split network to train.
@@ -102,9 +103,9 @@ class SplitTask(Task):
         self.__dict__["_teacher"] = self._matching(teacher) if self.teacher_outputs else None
         if kwargs.get("compile") and self._teacher is not None:
             self.teacher.compile()
-        self.test_payload = MetricCollection(
-            {"payload_bytes": MeanMetric(), "payload_zstd_bytes": MeanMetric()}, compute_groups=False
-        )
+        measured = ["payload_bytes", "payload_zstd_bytes"]
+        measured += ["estimated_bytes"] if isinstance(network.quantizer, EntropyBottleneck) else []
+        self.test_payload = MetricCollection({name: MeanMetric() for name in measured}, compute_groups=False)
         self.test_widths = nn.ModuleDict({f"bits{bits}": self._width_metrics() for bits in network.widths})
 
     # --- objective --------------------------------------------------------------------------------------------------
@@ -302,6 +303,9 @@ class SplitTask(Task):
         self.measure_test(logits, labels)
         self.test_payload["payload_bytes"].update(self._lengths(payloads))
         self.test_payload["payload_zstd_bytes"].update(self._lengths(payloads, zstd_bytes))
+        if isinstance(self.network.quantizer, EntropyBottleneck):
+            codes = self.network.codes(images)["codes"]
+            self.test_payload["estimated_bytes"].update(self.network.quantizer.estimated_bits(codes) / 8)
 
     def through_bytes(self, images: Tensor) -> tuple[Tensor, list[bytes]]:
         """Encode images (B, C, H, W) to payloads, decode them, and return logits (B, classes) and the payloads."""

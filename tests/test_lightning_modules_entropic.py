@@ -79,7 +79,9 @@ def test_the_payloads_are_as_long_as_the_prior_estimates() -> None:
     estimated = network.quantizer.estimated_bits(codes["codes"].float())
     for payload, bits in zip(payloads, estimated.tolist(), strict=True):
         assert bits / 8 - 1 <= len(payload) <= bits / 8 + 8  # a coder's words and header; a share of so short a stream
-    assert evaluate(task)["test/payload_bytes"] == pytest.approx(np.mean([len(payload) for payload in payloads]))
+    measured = evaluate(task)
+    assert measured["test/payload_bytes"] == pytest.approx(np.mean([len(payload) for payload in payloads]))
+    assert measured["test/estimated_bytes"] == pytest.approx(estimated.mean().item() / 8, rel=1e-6)
 
 
 def test_the_rate_may_be_added_to_any_method() -> None:
