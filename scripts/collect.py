@@ -75,7 +75,7 @@ def bundle_values(file: Path) -> list[dict[str, Any]]:
     cost = {"encoder": {"macs": device.macs or 0, "params": device.params}}
     try:
         # The config is that of a recipe's last stage, which knows the others by their names.
-        method = " → ".join(config.stages) if config.get("stages") else Stage(None, config, None).method
+        method = " → ".join(config.stages.values()) if config.get("stages") else Stage(None, config, None).method
         known = {"epochs": None, "seconds": None, "checkpoint": None}
         points = measured_points(config, method, manifest.metrics, cost, **known)
     except (OmegaConfBaseException, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -42,7 +42,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     costs = profile(restored.network, data.input.shape)
     table("Cost per image", profile_rows(costs), ("part", "MACs", "parameters"))
     config = restored.config
-    method = " → ".join(config.stages) if config.get("stages") else Stage(None, config, None).method
+    method = " → ".join(config.stages.values()) if config.get("stages") else Stage(None, config, None).method
     name = ", ".join([method, *filter(None, variant)])
     points = measured_points(config, name, metrics, costs, epochs=None, seconds=None, checkpoint=str(cfg.ckpt_path))
     if points:
