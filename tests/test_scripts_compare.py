@@ -214,7 +214,8 @@ def test_a_bundle_gives_its_tested_accuracy_bytes_and_the_cost_of_its_device_par
 
 def test_a_bundle_of_several_widths_gives_a_point_for_each(tmp_path):
     widths = {f"test/bits{b}/{k}": v for b in (4, 8) for k, v in (("acc", b / 10), ("payload_bytes", 8.0 * b))}
-    make_bundle(tmp_path / "bundle", config={**CONFIG, "stages": {"a": "Head distillation", "b": "Cross entropy"}}, metrics=TESTED | widths)
+    config = {**CONFIG, "stages": {"a": "Head distillation", "b": "Cross entropy"}}
+    make_bundle(tmp_path / "bundle", config=config, metrics=TESTED | widths)
     found = [(p.method, p.bits, p.accuracy, p.payload_bytes) for p in collect([tmp_path / "bundle"])]
     assert found == [(name := "Head distillation → Cross entropy", 4, 0.4, 32.0), (name, 8, 0.8, 64.0)]
 
