@@ -9,7 +9,7 @@ import pytest
 import losses
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["losses", "deployment", "architectures", "datamodules", "lightning_modules"]
+ROOMS = ["losses", "deployment", "architectures", "datamodules", "lightning_modules", "planning"]
 MODULES = sorted(
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
     for room in ROOMS
