@@ -28,7 +28,7 @@ test-full: $(READY)  ## run every test, the slow ones included
 	$(BIN)/python -m pytest
 
 lint: $(READY)  ## check style and types
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy losses deployment architectures datamodules lightning_modules scripts
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy losses deployment architectures datamodules lightning_modules planning scripts
 
 format: $(READY)  ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

@@ -6,8 +6,10 @@ from architectures.calibration import calibrate_range
 from architectures.channels import BitErrors, GaussianNoise, PacketLoss, build_channel
 from architectures.costs import profile
 from architectures.entropy_bottleneck import EntropyBottleneck
+from architectures.exit_heads import ExitHead
 from architectures.gaussian import GaussianEncoder, make_gaussian
 from architectures.macs import count_macs, count_params
+from architectures.multi_exit import MultiExitNetwork
 from architectures.partitions import DevicePart, ServerPart, WholePart, export_parts
 from architectures.quantizer import UniformQuantizer
 from architectures.recalibrate import recalibrate_batchnorm
@@ -34,8 +36,10 @@ __all__ = [
     "CutPoint",
     "DevicePart",
     "EntropyBottleneck",
+    "ExitHead",
     "GaussianEncoder",
     "GaussianNoise",
+    "MultiExitNetwork",
     "NodeGraph",
     "PacketLoss",
     "Partition",

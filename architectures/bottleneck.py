@@ -164,7 +164,8 @@ def _linear(target: tuple[int, ...], layout: str, form: str, channels: int, stri
     return Bottleneck(nn.Linear(features, channels), nn.Linear(channels, features), (*target[:-1], channels))
 
 
-def _block(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+def conv_block(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    """Return convolution, BatchNorm and ReLU."""
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
@@ -173,10 +174,10 @@ def _encoder(inputs: int, outputs: int, stride: int, kernel: int, width: int, de
     layers: list[nn.Module] = []
     for factor in _prime_factors(stride):
         # A kernel narrower than its stride would skip pixels.
-        layers += _block(inputs, width, max(kernel, factor + 1 - factor % 2), factor)
+        layers += conv_block(inputs, width, max(kernel, factor + 1 - factor % 2), factor)
         inputs = width
     for _ in range(depth):
-        layers += _block(inputs, width, kernel)
+        layers += conv_block(inputs, width, kernel)
         inputs = width
     return nn.Sequential(*layers, nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2))
 
@@ -184,10 +185,10 @@ def _encoder(inputs: int, outputs: int, stride: int, kernel: int, width: int, de
 def _decoder(
     inputs: int, size: tuple[int, int], coded: tuple[int, ...], outputs: int, kernel: int, width: int
 ) -> nn.Sequential:
-    layers = _block(inputs, width, kernel)
+    layers = conv_block(inputs, width, kernel)
     if coded != size:
         layers.append(Resize(*size))
-    layers += _block(width, width, kernel)
+    layers += conv_block(width, width, kernel)
     return nn.Sequential(*layers, nn.Conv2d(width, outputs, kernel, padding=kernel // 2))
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from architectures.macs import count_macs, count_params
+from architectures.multi_exit import MultiExitNetwork
 from architectures.split import SplitNetwork
 
 
@@ -13,13 +14,13 @@ def profile(network: nn.Module, shape: tuple[int, int, int]) -> dict[str, dict[s
     """MACs per image and parameters of each part of a network.
 
     Args:
-        network: A split network, profiled part by part, or any other, profiled as ``whole``.
+        network: A split or multi-exit network, profiled part by part, or any other, profiled as ``whole``.
         shape: Shape (C, H, W) of an image.
 
     Returns:
         ``{part: {"macs": …, "params": …}}`` in the order of execution.
     """
-    if isinstance(network, SplitNetwork):
+    if isinstance(network, SplitNetwork | MultiExitNetwork):
         return network.profile()
     weight = next(network.parameters())
     image = torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype)

@@ -29,8 +29,14 @@ class MacCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and add what it costs."""
-        result = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func.overloadpacket)
+        if formula is None:
+            # In inference mode operations arrive whole, before torch has taken them apart.
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **(kwargs or {}))
         if formula is not None:
             self._flops += formula(*args, **(kwargs or {}), out_val=result)
         return result

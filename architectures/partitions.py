@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from architectures.costs import profile
+from architectures.exit_partitions import exit_parts
+from architectures.multi_exit import MultiExitNetwork
+from architectures.normalize import Normalize
 from architectures.split import SplitNetwork
 from architectures.switchable import select
 from deployment import Codec, ImageInput, Part
-
-
-class Normalize(nn.Module):
-    """uint8 images (B, C, H, W) to normalised float32, by ``ImageInput.normalize``."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, image_input: ImageInput) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(image_input.mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(image_input.std).view(-1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return normalised images."""
-        return (images.to(torch.float32) / 255.0 - self.mean) / self.std
 
 
 class WholePart(nn.Module):
@@ -73,17 +61,29 @@ class ServerPart(nn.Module):
         return self.tail(self.decoder(self.receive(*received)))
 
 
-def export_parts(network: nn.Module, image_input: ImageInput) -> tuple[list[Part], list[Codec]]:
+def export_parts(
+    network: nn.Module, image_input: ImageInput, placements: Sequence[str] | None = None
+) -> tuple[list[Part], list[Codec]]:
     """Describe a network as partitions in the order of its route, with the codec of each edge between them.
 
     Args:
-        network: A :class:`~architectures.split.SplitNetwork`, cut into device and server, or any other network, which
+        network: A :class:`~architectures.split.SplitNetwork`, cut into device and server; a
+            :class:`~architectures.multi_exit.MultiExitNetwork`, cut at its exits as well; or any other network, which
             makes one partition for the device. A channel that disturbs the link is no part of either.
         image_input: The network's input; the first partition normalises by it.
+        placements: Where each partition of a multi-exit network runs; see
+            :func:`~architectures.exit_partitions.exit_parts`.
 
     Returns:
         The parts, and one codec fewer than there are parts.
+
+    Raises:
+        ValueError: ``placements`` do not fit, or are given for a network without exits.
     """
+    if isinstance(network, MultiExitNetwork):
+        return exit_parts(network, image_input, placements)
+    if placements is not None:
+        raise ValueError(f"placements={list(placements)} are for networks with exits; leave them null for this one")
     if not isinstance(network, SplitNetwork):
         cost = profile(network, image_input.shape)["whole"]["macs"]
         return [Part("whole", "device", WholePart(network, image_input), ("images",), ("logits",), cost)], []

@@ -161,16 +161,13 @@ class UniformQuantizer(nn.Module):
     send = encode
 
     @staticmethod
-    def receive(codes: Tensor, low: Tensor, high: Tensor, levels: Tensor) -> Tensor:
-        """De-quantise what arrived, as :meth:`decode` does."""
-        return UniformQuantizer.decode(codes, low, high, levels)
-
-    @staticmethod
     def decode(codes: Tensor, low: Tensor, high: Tensor, levels: Tensor) -> Tensor:
         """De-quantise codes (B, ...) with per-sample low and high (B,) into float32 (B, ...)."""
         shape = [-1] + [1] * (codes.ndim - 1)
         step = ((high - low) / (levels - 1)).clamp_min(_TINY)
         return low.view(shape) + codes.float() * step.view(shape)
+
+    receive = decode
 
     def _range(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if self.range != "sample":

@@ -180,7 +180,7 @@ class SplitNetwork(nn.Module):
         if self.channel is not None:  # before the cast: half precision no longer tells fine codes apart
             z_hat = self.channel(z_hat, self.quantizer)
         if self.widths:
-            self._select(self.width)
+            self._select(cast(int, self.bits))
         return self.decoder(z_hat.to(dtype))
 
     @property
@@ -220,9 +220,12 @@ class SplitNetwork(nn.Module):
 
     def codes(self, images: Tensor) -> dict[str, Tensor]:
         """Return what the device sends for normalised images, as the tensors that ``codec.encode`` takes."""
-        codec = self.codec
-        settings = (value.to(images.device) for value in codec.settings.values())
-        sent = self.quantizer.send(self.encode(images), *settings)
+        return self.send(self.encode(images), self.codec)
+
+    def send(self, z: Tensor, codec: Codec) -> dict[str, Tensor]:
+        """Return what the device sends of a representation (B, *shape) by a codec of this network's."""
+        settings = (value.to(z.device) for value in codec.settings.values())
+        sent = self.quantizer.send(z, *settings)
         return dict(zip(codec.sends, sent if isinstance(sent, tuple) else (sent,), strict=True))
 
     def receive(self, received: Mapping[str, Tensor]) -> Tensor:
@@ -230,11 +233,6 @@ class SplitNetwork(nn.Module):
         weight = next(self.tail.parameters())
         tensors = [tensor.to(weight.device) for tensor in received.values()]
         return self.tail(self._arrived(self.quantizer.receive(*tensors), weight.dtype))
-
-    @property
-    def width(self) -> int:
-        """:attr:`bits` of a network whose codes have a width."""
-        return cast(int, self.quantizer.bits)
 
     @property
     def bits(self) -> int | None:
@@ -291,7 +289,7 @@ class SplitNetwork(nn.Module):
     def _make_switchable(self) -> None:
         if not self.widths:
             return
-        if not isinstance(self.quantizer, UniformQuantizer) or self.width not in self.widths:
+        if not isinstance(self.quantizer, UniformQuantizer) or self.bits not in self.widths:
             raise ValueError(
                 f"codec.bits={self.bits} must be one of codec.widths={list(self.widths)}: it is the one validated"
             )

@@ -92,8 +92,16 @@ class Stages(nn.Module):
         for i, name in enumerate(known[: last + 1]):
             x = self[i](x)
             if name in wanted:
-                found[name] = x.clone() if i < last and self._altered[i] else x
+                found[name] = self.kept(i, x) if i < last else x
         return found
+
+    def kept(self, index: int, feature: Tensor) -> Tensor:
+        """Return what stage ``index`` has made, as a copy where the next stage alters its input in place."""
+        return feature.clone() if self.alters(index + 1) else feature
+
+    def alters(self, index: int) -> bool:
+        """Whether stage ``index`` alters its input in place."""
+        return index > 0 and self._altered[index - 1]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile every stage by itself, with the arguments of ``torch.compile``, so that ``features`` gains too."""

@@ -1,9 +1,10 @@
 """What the frozen-feature cache saves: a training step with it against the same step without.
 
-Reconstruction at layer3 of a ResNet-18 (the frozen head is not run and no image is decoded) and head distillation at
-layer1 (the teacher is not run), both at 64 pixels, by Lightning's own training step on batches that the data module
-serves. Steps with and without the cache alternate, so that both meet the machine in the same state. Prints the ratio of
-the times, pair by pair, and how far the losses lie apart.
+Reconstruction at layer3 of a ResNet-18 (the frozen head is not run and no image is decoded), head distillation at
+layer1 (the teacher is not run), and separate training of three exits (the backbone is not run), all at 64 pixels, by
+Lightning's own training step on batches that the data module serves. Steps with and without the cache alternate, so
+that both meet the machine in the same state. Prints the ratio of the times, pair by pair, and how far the losses lie
+apart.
 
     python benchmarks/feature_cache.py [--steps 40] [--batch-size 64] [--threads 2]
 """
@@ -22,16 +23,17 @@ from typing import Any
 
 import torch
 
-from architectures import SplitNetwork, create_backbone
+from architectures import MultiExitNetwork, SplitNetwork, create_backbone
 from datamodules import Digits
-from lightning_modules import HeadDistillation, Reconstruction, SplitTask, Teacher
-from losses import HeadDistillationLoss, ReconstructionLoss
+from lightning_modules import ExitsSeparate, HeadDistillation, Reconstruction, Teacher
+from lightning_modules.taught import TaughtTask
+from losses import HeadDistillationLoss, JointExitLoss, ReconstructionLoss
 
 OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-3)
-TARGETS = {"reconstruction": 5.0, "head_distillation": 1.15}
+TARGETS = {"reconstruction": 5.0, "head_distillation": 1.15, "exits_separate": 5.0}
 
 
-def make_task(method: str, data: Digits) -> SplitTask:
+def make_task(method: str, data: Digits) -> TaughtTask:
     torch.manual_seed(0)
     backbone = create_backbone("torchvision", "resnet18", num_classes=10).network
     sample = torch.randn(2, *data.input.shape)
@@ -40,6 +42,9 @@ def make_task(method: str, data: Digits) -> SplitTask:
         narrow = {"channels": 16, "width": 32}
         network = SplitNetwork(backbone, "layer3", sample, form="insert", bottleneck=narrow, codec=codec)
         return Reconstruction(network, data.class_names, OPTIMIZER, objective=ReconstructionLoss())
+    if method == "exits_separate":
+        exits = MultiExitNetwork(backbone, sample, at=["layer1", "layer2", "layer3"])
+        return ExitsSeparate(exits, data.class_names, OPTIMIZER, objective=JointExitLoss())
     network = SplitNetwork(
         backbone, "layer1", sample, bottleneck={"channels": 8, "stride": 4, "width": 32}, codec=codec
     )
@@ -71,8 +76,8 @@ class Side:
         self.task = make_task(method, data)
         self.task.set_modes()
         if cache is not None:
-            images = not self.task._freezes_head()
-            data.cache_features(self.task.frozen_features, self.task._frozen_digest(), images=images, **cache)
+            images = self.task.caches_images()
+            data.cache_features(self.task.frozen_features, self.task.frozen_digest(), images=images, **cache)
         self.optimizer = self.task.optimizer_factory(self.task.parameter_groups())
         self.batches = batches(data)
 

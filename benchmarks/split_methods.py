@@ -11,11 +11,13 @@ that was interrupted is resumed.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+
+from resumable import line, percent
+from resumable import run as run_until
 
 from scripts.collect import collect, reference_accuracy
 from scripts.compare import write_report
@@ -23,7 +25,7 @@ from scripts.rate_accuracy import interpolate, settings
 from scripts.results import RESULTS
 from scripts.terminal import table
 
-ROOT = Path(__file__).resolve().parent.parent
+run = functools.partial(run_until, done=RESULTS)
 BUDGET = 70_000
 EPOCHS = ["trainer.max_epochs=6"]
 STAGES = ["+stages.head.trainer.max_epochs=4", "+stages.finetune.trainer.max_epochs=4"]
@@ -92,22 +94,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(script: str, folder: Path, threads: int, *overrides: str) -> None:
-    """Run a script unless its result is there, from its last checkpoint where it was interrupted."""
-    if (folder / RESULTS).exists():
-        return
-    saved = sorted(folder.glob("checkpoints/**/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    resume = [f"ckpt_path={saved[-1]}"] if saved and script == "train" else []
-    print(f"{script} {folder.name}{' (resumed)' if resume else ''} …", flush=True)
-    command = [sys.executable, str(ROOT / f"scripts/{script}.py"), *overrides, *resume, f"hydra.run.dir={folder}"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "output.txt").open("a") as log:
-        status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    if status:
-        sys.exit(f"{script} failed with exit status {status}; see {folder / 'output.txt'}")
-
-
 def report(folder: Path, file: Path | None) -> None:
     """Print what is there so far, beside image codecs interpolated to equal bytes; write it as Markdown if asked."""
     points = collect([folder])
@@ -148,16 +134,6 @@ def report(folder: Path, file: Path | None) -> None:
         ]
         file.write_text("\n".join(lines) + "\n")
     print(f"Plots and tables: {folder / 'report'}")
-
-
-def percent(share: float | None) -> str:
-    """Format a share of 1; what was not measured is a dash."""
-    return "–" if share is None else f"{100 * share:.2f} %"
-
-
-def line(cells: Sequence[str]) -> str:
-    """Return a row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

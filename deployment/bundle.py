@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .files import BundleError, read_verified
-from .manifest import Manifest, PartitionSpec, part_arguments, read_manifest
+from .manifest import Manifest, read_manifest
 from .parity import Parity, Tolerance, compare
 from .preprocess import ImageInput
+from .signatures import EXIT_LOGITS, part_arguments
+from .specs import PartitionSpec
 from .torchscript import load_torchscript
 
 
@@ -103,11 +105,13 @@ class Bundle:
         """
         parity = Parity()
         received: dict[str, Tensor] = {"images": self.sample["images"]}
+        before: Tensor | None = None
         for index, name in enumerate(self.manifest.route):
             spec = self.partitions[name].spec
             codec = self.manifest.codecs[index] if index < len(self.manifest.codecs) else None
             expected = {item.name: self.sample[f"{name}.{item.name}"] for item in spec.outputs}
-            actual = self.partitions[name](part_arguments(received, codec))
+            actual = self.partitions[name](part_arguments(spec.signature.inputs, received, codec, before))
+            before = expected.get(EXIT_LOGITS, before)
             levels = codec.levels if codec else 0
             parity |= compare(expected, actual, f"partition {name}", Tolerance.across_processors(levels))
             if codec:
@@ -161,7 +165,8 @@ def _read_sample(content: bytes, manifest: Manifest) -> dict[str, Tensor]:
     wanted |= {f"{spec.name}.{output.name}": output for spec in manifest.partitions for output in spec.outputs}
     for name, codec in zip(manifest.route, manifest.codecs, strict=False):
         if not codec.lossless:
-            wanted |= {f"{name}.delivered.{output.name}": output for output in manifest.partition(name).outputs}
+            sent = [output for output in manifest.partition(name).outputs if output.name in codec.sends]
+            wanted |= {f"{name}.delivered.{output.name}": output for output in sent}
     if sample.keys() != wanted.keys():
         raise BundleError(f"{file} must hold {', '.join(sorted(wanted))}, it holds {', '.join(sorted(sample))}")
     for name, spec in wanted.items():

@@ -20,19 +20,15 @@ from torch import Tensor, nn
 from .bundle import Bundle, load_bundle
 from .codec import Codec
 from .data_dependence import data_dependent_lines
+from .exit_policy import ExitPolicy
+from .exits import ExitSpec, check_exits
 from .files import BundleError, FileEntry, check_name
 from .gate import first_sample, parity_gate, run_module, through_bytes
-from .manifest import (
-    MANIFEST,
-    Manifest,
-    PartitionSpec,
-    TensorSpec,
-    check_signature,
-    part_arguments,
-    write_manifest,
-)
+from .manifest import MANIFEST, Manifest, write_manifest
 from .parity import ParityError
 from .preprocess import ImageInput
+from .signatures import EXIT_LOGITS, Signature, check_signatures, part_arguments
+from .specs import PartitionSpec, TensorSpec
 from .torchscript import FORMAT, save_torchscript
 
 SAMPLE = "sample.safetensors"
@@ -50,8 +46,10 @@ class Part:
         module: Takes its inputs by position and returns a tensor, or a tuple of tensors. Left as it is: a copy on the
             CPU, in eval mode, is exported.
         inputs: Names of the inputs in order: ``images`` for the first part, what the codec before it delivers for
-            each other one; then ``levels`` where the codec behind it sends codes.
-        outputs: Names of the outputs in order: what the codec behind it sends, ``logits`` for the last part.
+            each other one; then ``levels`` where the codec behind it sends codes; then ``before``, the logits of the
+            exit before, where its own exit reads them.
+        outputs: Names of the outputs in order: what the codec behind it sends, ``logits`` for the last part; then
+            ``exit_logits`` where an early exit stands behind it.
         macs: Multiply-accumulates per sample, if known.
     """
 
@@ -61,6 +59,11 @@ class Part:
     inputs: Sequence[str]
     outputs: Sequence[str]
     macs: int | None = None
+
+    @property
+    def signature(self) -> Signature:
+        """The part as its route sees it."""
+        return Signature(self.name, self.placement, tuple(self.inputs), tuple(self.outputs))
 
 
 def export_bundle(
@@ -72,7 +75,8 @@ def export_bundle(
     images: Tensor,
     config: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
-    exits: Sequence[Mapping[str, Any]] = (),
+    exits: Sequence[ExitSpec] = (),
+    policy: ExitPolicy | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Write a network as a bundle, after its files, loaded back, have passed the parity gate.
@@ -90,7 +94,8 @@ def export_bundle(
             bundle with its expected outputs. Real images show what made-up ones may not.
         config: The resolved configuration, plain JSON values.
         metrics: What was measured of the network, plain JSON values: accuracy, payload bytes per sample, …
-        exits: Early exits, plain JSON objects.
+        exits: In the order of the route, the network's own classifier last; empty where there are no early ones.
+        policy: Who decides at the exits; ``None``: all samples go on to the end.
         overwrite: Replace a bundle that stands there; a folder with any file that no export wrote is never replaced.
 
     Returns:
@@ -102,7 +107,7 @@ def export_bundle(
         ParityError: A module steers by its input's values, or a loaded partition differs from its module.
     """
     directory = Path(directory)
-    _check_parts(parts, codecs)
+    check_parts(parts, codecs, exits, policy)
     if images.ndim != 4 or len(images) < MIN_IMAGES:
         raise BundleError(f"images must be at least {MIN_IMAGES}, (B, C, H, W), got shape {tuple(images.shape)}")
     images = images.detach().cpu().contiguous()
@@ -117,7 +122,8 @@ def export_bundle(
             route=tuple(part.name for part in parts),
             codecs=tuple(codecs),
             sample=_write_sample(folder / SAMPLE, sample),
-            exits=tuple(dict(item) for item in exits),
+            exits=tuple(exits),
+            policy=policy,
             metrics=dict(metrics or {}),
             config=dict(config or {}),
             versions=_versions(),
@@ -134,7 +140,13 @@ def check_target(directory: str | Path, overwrite: bool = False) -> None:
         pass
 
 
-def _check_parts(parts: Sequence[Part], codecs: Sequence[Codec]) -> None:
+def check_parts(
+    parts: Sequence[Part],
+    codecs: Sequence[Codec],
+    exits: Sequence[ExitSpec] = (),
+    policy: ExitPolicy | None = None,
+) -> None:
+    """Raise :class:`BundleError` unless all of these fit together; ask before a long computation."""
     if not parts:
         raise BundleError("parts is empty: a bundle has at least one partition")
     if len(codecs) != len(parts) - 1:
@@ -142,8 +154,8 @@ def _check_parts(parts: Sequence[Part], codecs: Sequence[Codec]) -> None:
     names = [check_name(part.name, "the partition") for part in parts]
     if len({name.lower() for name in names}) < len(names):
         raise BundleError(f"each partition needs a name of its own, whatever the case, got {', '.join(names)}")
-    for index, part in enumerate(parts):
-        check_signature(part.name, part.inputs, part.outputs, codecs, index)
+    signatures = [part.signature for part in parts]
+    check_signatures(signatures, codecs, check_exits(exits, policy, signatures))
 
 
 @contextlib.contextmanager
@@ -213,10 +225,11 @@ def _write_parts(
 ) -> tuple[list[PartitionSpec], dict[str, Tensor]]:
     """Trace and save each part on what the ones before it make of the images; return entries and sample tensors."""
     specs, sample = [], {"images": images}
-    received = {"images": images}
+    received: dict[str, Tensor] = {"images": images}
+    before: Tensor | None = None
     for index, (part, module) in enumerate(zip(parts, modules, strict=True)):
         codec = codecs[index] if index < len(codecs) else None
-        arguments = part_arguments(received, codec)
+        arguments = part_arguments(part.inputs, received, codec, before)
         outputs = run_module(module, arguments, part.outputs, part.name)
         if lines := data_dependent_lines(module, list(first_sample(arguments).values())):
             raise ParityError(
@@ -242,6 +255,7 @@ def _write_parts(
         )
         sample |= {f"{part.name}.{name}": tensor for name, tensor in outputs.items()}
         received = through_bytes(codec, outputs, f"partition {part.name}") if codec else {}
+        before = outputs.get(EXIT_LOGITS, before)
         if codec and not codec.lossless:
             sample |= {f"{part.name}.delivered.{name}": received[name] for name in codec.sends}
     return specs, sample

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .bundle import Bundle
 from .codec import Codec
 from .files import BundleError
-from .manifest import part_arguments
 from .packing import MIN_BITS, CodecError
 from .parity import Parity, ParityError, Tolerance, compare
+from .signatures import EXIT_LOGITS, part_arguments
 
 
 def run_module(
@@ -43,7 +43,7 @@ def parity_gate(bundle: Bundle, modules: Sequence[nn.Module], images: Tensor) ->
     """Compare every loaded partition with its module, both fed the same inputs.
 
     Run with the whole batch, with one image, with one inverted image, and at the least number of bits where codes are
-    sent. What a part sends passes through its codec, and the next part takes what arrived.
+    sent. What a part sends passes through its codec, and the next part takes what arrived; nobody leaves early.
 
     Args:
         bundle: Loaded from disk.
@@ -62,7 +62,7 @@ def parity_gate(bundle: Bundle, modules: Sequence[nn.Module], images: Tensor) ->
     parity = Parity()
     for batch in (images, images[:1], 255 - images[-1:]):
         parity |= _run(bundle, modules, codecs, batch)
-    if codecs:
+    if any(codec.levels for codec in codecs):
         parity |= _run(bundle, modules, coarse, images)
     return {
         "max_difference": parity.max_difference,
@@ -79,14 +79,16 @@ def first_sample(arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _run(bundle: Bundle, modules: Sequence[nn.Module], codecs: Sequence[Codec], images: Tensor) -> Parity:
     parity = Parity()
     received: dict[str, Tensor] = {"images": images}
+    before: Tensor | None = None
     for index, (name, module) in enumerate(zip(bundle.manifest.route, modules, strict=True)):
         codec = codecs[index] if index < len(codecs) else None
         where = f"partition {name} with a batch of {len(images)}"
         if codec and codec.levels:
             where += f" at {codec.bits} bits"
-        arguments = part_arguments(received, codec)
         partition = bundle.partitions[name]
-        expected = run_module(module, arguments, [spec.name for spec in partition.spec.outputs], name)
+        _, _, inputs, outputs = partition.spec.signature
+        arguments = part_arguments(inputs, received, codec, before)
+        expected = run_module(module, arguments, outputs, name)
         try:
             actual = partition(arguments)
         except (RuntimeError, BundleError) as error:
@@ -94,7 +96,7 @@ def _run(bundle: Bundle, modules: Sequence[nn.Module], codecs: Sequence[Codec], 
         parity |= compare(expected, actual, where)
         _check_alone(module, arguments, expected, codec, name)
         if codec:
-            received = through_bytes(codec, actual, where)
+            received, before = through_bytes(codec, actual, where), actual.get(EXIT_LOGITS, before)
     return parity
 
 

@@ -3,133 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .canonical_json import digest, dump, parse
 from .codec import Codec, codec_from_dict
-from .files import BundleError, FileEntry, check_name, read_file
+from .exit_policies import policy_from_dict
+from .exit_policy import ExitPolicy
+from .exits import ExitSpec, check_exits
+from .files import BundleError, FileEntry, read_file
 from .preprocess import ImageInput
-from .torchscript import FORMAT
+from .signatures import BEFORE, EXIT_LOGITS, check_signatures
+from .specs import PartitionSpec, TensorSpec, repeated
+from .typed_json import all_of, typed
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
-_DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """A named input or output of a partition.
-
-    Args:
-        name: ``images``, ``levels``, ``codes``, ``low``, ``high``, ``z`` or ``logits``, by the route's convention.
-        dtype: ``uint8``, ``int32``, ``int64`` or ``float32``.
-        shape: With -1 for the batch.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise BundleError(f"the dtype of {self.name} must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < -1 for n in self.shape):
-            raise BundleError(f"the shape of {self.name} must be whole numbers, -1 for the batch, got {self.shape}")
-
-    @classmethod
-    def of(cls, name: str, tensor: Tensor) -> TensorSpec:
-        """Describe a tensor whose first dimension, if it has one, is the batch."""
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return cls(name, dtype, tuple(-1 if i == 0 else n for i, n in enumerate(tensor.shape)))
-
-    def check(self, tensor: Tensor, where: str) -> None:
-        """Raise :class:`BundleError` unless a tensor has this dtype and shape."""
-        fits = tensor.ndim == len(self.shape) and all(
-            wanted in (-1, size) for wanted, size in zip(self.shape, tensor.shape, strict=True)
-        )
-        if not fits or tensor.dtype != _DTYPES[self.dtype]:
-            raise BundleError(
-                f"{where}: {self.name} must be {self.dtype} {list(self.shape)}, "
-                f"got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-            )
-
-    @classmethod
-    def from_dict(cls, values: Any) -> TensorSpec:
-        """Read a spec; :class:`BundleError` if a key or type is wrong."""
-        found = typed(values, "a tensor", name=str, dtype=str, shape=list)
-        return cls(found["name"], found["dtype"], tuple(found["shape"]))
-
-
-@dataclasses.dataclass(frozen=True)
-class PartitionSpec:
-    """One partition: a file that runs in one place.
-
-    Args:
-        name: Its name, unique in the bundle.
-        placement: Where it runs, a free name: ``device``, ``edge``, ``server``.
-        file: Its file.
-        format: ``torchscript``.
-        inputs: In the order in which it takes them.
-        outputs: In the order in which it returns them.
-        macs: Multiply-accumulates per sample, or ``None`` where nobody counted.
-        params: Number of parameters.
-    """
-
-    name: str
-    placement: str
-    file: FileEntry
-    format: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    macs: int | None
-    params: int
-
-    def __post_init__(self) -> None:
-        check_name(self.name, "the partition")
-        if not self.placement:
-            raise BundleError(f"partition {self.name} needs a placement")
-        if min(self.macs or 0, self.params) < 0:
-            raise BundleError(f"partition {self.name} has negative macs={self.macs} or params={self.params}")
-        if self.format != FORMAT:
-            raise BundleError(f"partition {self.name} has the unknown format {self.format!r}; known is {FORMAT}")
-        for kind, specs in (("inputs", self.inputs), ("outputs", self.outputs)):
-            names = [spec.name for spec in specs]
-            if repeated := _repeated(names):
-                raise BundleError(f"partition {self.name} repeats {', '.join(repeated)} among its {kind}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, the file's entry among them at the same level."""
-        values = dataclasses.asdict(self)
-        file = values.pop("file")
-        return {"name": values.pop("name"), "placement": values.pop("placement"), **file, **values}
-
-    @classmethod
-    def from_dict(cls, values: Any) -> PartitionSpec:
-        """Read a partition; :class:`BundleError` if a key, type or value is wrong."""
-        found = typed(
-            values,
-            "a partition",
-            name=str,
-            placement=str,
-            file=str,
-            sha256=str,
-            bytes=int,
-            format=str,
-            inputs=list,
-            outputs=list,
-            macs=(int, type(None)),
-            params=int,
-        )
-        found["file"] = FileEntry(found["file"], found.pop("sha256"), found.pop("bytes"))
-        for key in ("inputs", "outputs"):
-            found[key] = tuple(TensorSpec.from_dict(item) for item in found[key])
-        return cls(**found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +33,8 @@ class Manifest:
         route: Names of the partitions in the order in which a sample passes them.
         codecs: One per edge of the route, so one fewer than the route is long.
         sample: The file with a sample batch and its expected outputs.
-        exits: Early exits on the way; empty where there are none.
+        exits: In the order of the route, the network's own classifier last; empty where there are no early ones.
+        policy: Who decides at the exits; ``None``: all samples go on to the end.
         metrics: What was measured before the export: accuracy, payload bytes per sample, …
         parity: What the export's gate measured between the files and the modules they were made from.
         config: The resolved configuration the network was trained with.
@@ -159,7 +50,8 @@ class Manifest:
     route: tuple[str, ...]
     codecs: tuple[Codec, ...]
     sample: FileEntry
-    exits: tuple[dict[str, Any], ...] = ()
+    exits: tuple[ExitSpec, ...] = ()
+    policy: ExitPolicy | None = None
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     parity: dict[str, Any] = dataclasses.field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -169,8 +61,8 @@ class Manifest:
         names = [partition.name for partition in self.partitions]
         files = [MANIFEST, self.sample.file, *(partition.file.file for partition in self.partitions)]
         for what, values in (("partition", names), ("file", files), ("step of the route", list(self.route))):
-            if repeated := _repeated(values):
-                raise BundleError(f"the {what} {', '.join(repeated)} appears twice")
+            if twice := repeated(values):
+                raise BundleError(f"the {what} {', '.join(twice)} appears twice")
         if not self.route:
             raise BundleError("the route is empty: it names the partitions in their order")
         if unknown := [name for name in self.route if name not in names]:
@@ -189,11 +81,22 @@ class Manifest:
         """Return the partition of that name; KeyError if there is none."""
         return {partition.name: partition for partition in self.partitions}[name]
 
+    @property
+    def placements(self) -> tuple[str, ...]:
+        """Where each step of the route runs."""
+        return tuple(self.partition(name).placement for name in self.route)
+
+    @property
+    def exit_placements(self) -> tuple[str, ...]:
+        """Where each exit runs."""
+        return tuple(self.partition(item.partition).placement for item in self.exits)
+
     def _check_edges(self) -> None:
         """Check that what one partition emits is what its codec sends, and what it delivers the next one's inputs."""
+        signatures = [self.partition(name).signature for name in self.route]
+        check_signatures(signatures, self.codecs, check_exits(self.exits, self.policy, signatures))
         for index, name in enumerate(self.route):
             spec = self.partition(name)
-            check_signature(name, [s.name for s in spec.inputs], [s.name for s in spec.outputs], self.codecs, index)
             if index == 0 and spec.inputs[0] != (expected := TensorSpec("images", "uint8", (-1, *self.input.shape))):
                 raise BundleError(f"the first input of {name} must be {expected}, got {spec.inputs[0]}")
             if index < len(self.codecs) and spec.outputs[0].shape != (-1, *self.codecs[index].shape):
@@ -201,11 +104,12 @@ class Manifest:
                     f"{name} emits {spec.outputs[0].name} of shape {spec.outputs[0].shape}, "
                     f"its codec sends {self.codecs[index].shape}"
                 )
-        logits = self.partition(self.route[-1]).outputs[0]
-        if logits.shape != (-1, len(self.class_names)):
-            raise BundleError(
-                f"the logits have shape {logits.shape}, but there are {len(self.class_names)} class names"
-            )
+            for tensor in (*spec.inputs, *spec.outputs):
+                if tensor.name in (BEFORE, EXIT_LOGITS, "logits") and tensor.shape != (-1, len(self.class_names)):
+                    raise BundleError(
+                        f"the {tensor.name} of {name} have shape {tensor.shape}, "
+                        f"but there are {len(self.class_names)} class names"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values with the schema version and the digest over all the rest."""
@@ -217,7 +121,8 @@ class Manifest:
             "route": list(self.route),
             "codecs": [codec.to_dict() for codec in self.codecs],
             "partitions": [partition.to_dict() for partition in self.partitions],
-            "exits": list(self.exits),
+            "exits": [item.to_dict() for item in self.exits],
+            "policy": None if self.policy is None else self.policy.to_dict(),
             "sample": dataclasses.asdict(self.sample),
             "metrics": self.metrics,
             "parity": self.parity,
@@ -239,7 +144,8 @@ class Manifest:
             raise BundleError("the manifest has changed: its own digest does not match its content")
         lists = dict.fromkeys(("class_names", "route", "codecs", "partitions", "exits"), list)
         objects = dict.fromkeys(("input", "sample", "metrics", "parity", "config", "versions"), dict)
-        found = typed(values, "the manifest", schema=int, digest=str, **lists, **objects)
+        policy = {"policy": (dict, type(None))}
+        found = typed(values, "the manifest", schema=int, digest=str, **lists, **objects, **policy)
         sample = typed(found["sample"], "sample", file=str, sha256=str, bytes=int)
         try:
             return cls(
@@ -247,9 +153,10 @@ class Manifest:
                 codecs=tuple(codec_from_dict(codec) for codec in found["codecs"]),
                 partitions=tuple(PartitionSpec.from_dict(item) for item in found["partitions"]),
                 sample=FileEntry(**sample),
-                class_names=tuple(_all(found["class_names"], str, "class_names")),
-                route=tuple(_all(found["route"], str, "route")),
-                exits=tuple(_all(found["exits"], dict, "exits")),
+                class_names=tuple(all_of(found["class_names"], str, "class_names")),
+                route=tuple(all_of(found["route"], str, "route")),
+                exits=tuple(ExitSpec.from_dict(item) for item in found["exits"]),
+                policy=None if found["policy"] is None else policy_from_dict(found["policy"]),
                 metrics=found["metrics"],
                 parity=found["parity"],
                 config=found["config"],
@@ -259,43 +166,6 @@ class Manifest:
             raise
         except ValueError as error:
             raise BundleError(f"the manifest is wrong: {error}") from error
-
-
-def part_inputs(codecs: Sequence[Codec], index: int) -> tuple[str, ...]:
-    """Names of the inputs that partition ``index`` of a route takes, in order.
-
-    The first takes ``images``, each other one what the codec before it delivers; then come the settings of the codec
-    behind it, ``levels`` for integer codes, named ``next_levels`` where the partition also receives ``levels``.
-    """
-    received = ("images",) if index == 0 else codecs[index - 1].delivers
-    settings = codecs[index].settings if index < len(codecs) else {}
-    return (*received, *(f"next_{name}" if name in received else name for name in settings))
-
-
-def part_arguments(received: Mapping[str, Tensor], codec: Codec | None) -> dict[str, Tensor]:
-    """Return what a partition takes: ``images`` or what it received, and the settings of the codec behind it."""
-    settings = codec.settings if codec else {}
-    return {**received, **{f"next_{name}" if name in received else name: value for name, value in settings.items()}}
-
-
-def part_outputs(codecs: Sequence[Codec], index: int) -> tuple[str, ...]:
-    """Names of the outputs of partition ``index``: what the codec behind it sends, or ``logits`` at the end."""
-    return codecs[index].sends if index < len(codecs) else ("logits",)
-
-
-def check_signature(
-    name: str, inputs: Sequence[str], outputs: Sequence[str], codecs: Sequence[Codec], index: int
-) -> None:
-    """Raise :class:`BundleError` unless a partition's inputs and outputs are those of its place on the route."""
-    for what, found, wanted in (
-        ("takes", inputs, part_inputs(codecs, index)),
-        ("returns", outputs, part_outputs(codecs, index)),
-    ):
-        if tuple(found) != wanted:
-            raise BundleError(
-                f"partition {name}, number {index + 1} of the route, {what} ({', '.join(found)}); "
-                f"between these codecs it must be ({', '.join(wanted)})"
-            )
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -335,27 +205,3 @@ def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     if len(content) > MAX_MANIFEST_BYTES:
         raise BundleError(f"the manifest would have {len(content)} bytes, more than the {MAX_MANIFEST_BYTES} allowed")
     (Path(directory) / MANIFEST).write_bytes(content)
-
-
-def typed(values: Any, where: str, **types: Any) -> dict[str, Any]:
-    """Return ``values`` if it is an object with exactly these keys and types; :class:`BundleError` otherwise."""
-    if not isinstance(values, Mapping):
-        raise BundleError(f"{where} must be an object, got {type(values).__name__}")
-    if missing := types.keys() - values.keys():
-        raise BundleError(f"{where} lacks {', '.join(sorted(missing))}")
-    if unknown := values.keys() - types.keys():
-        raise BundleError(f"{where} has the unknown keys {', '.join(sorted(unknown))}; known are {', '.join(types)}")
-    for key, kind in types.items():
-        if not isinstance(values[key], kind) or isinstance(values[key], bool):
-            raise BundleError(f"{where}: {key} has the wrong type, {type(values[key]).__name__}")
-    return dict(values)
-
-
-def _all(values: list[Any], kind: type, where: str) -> list[Any]:
-    if wrong := [value for value in values if not isinstance(value, kind)]:
-        raise BundleError(f"{where} has an entry of the wrong type: {wrong[0]!r}")
-    return values
-
-
-def _repeated(values: Sequence[str]) -> list[str]:
-    return sorted({value for value in values if values.count(value) > 1})

@@ -4,6 +4,10 @@ from lightning_modules.base import Task
 from lightning_modules.classification import Classification
 from lightning_modules.cross_entropy import CrossEntropy
 from lightning_modules.entropic import Entropic
+from lightning_modules.exits import ExitTask
+from lightning_modules.exits_distilled import ExitsDistilled
+from lightning_modules.exits_joint import ExitsJoint
+from lightning_modules.exits_separate import ExitsSeparate
 from lightning_modules.generalized_head_distillation import GeneralizedHeadDistillation
 from lightning_modules.head_distillation import HeadDistillation
 from lightning_modules.information_bottleneck import InformationBottleneck
@@ -21,11 +25,16 @@ from lightning_modules.terms import (
     ReconstructionTerm,
     Term,
 )
+from lightning_modules.zero_time_waste import ZeroTimeWaste
 
 __all__ = [
     "Classification",
     "CrossEntropy",
     "Entropic",
+    "ExitTask",
+    "ExitsDistilled",
+    "ExitsJoint",
+    "ExitsSeparate",
     "FeatureTerm",
     "FeaturesTerm",
     "GaussianTerm",
@@ -42,4 +51,5 @@ __all__ = [
     "Task",
     "Teacher",
     "Term",
+    "ZeroTimeWaste",
 ]

@@ -87,7 +87,11 @@ class Task(pl.LightningModule, abc.ABC):
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         network.to(memory_format=self.memory_format)
         if compile:
-            for module in self.compiled_modules():
+            modules = self.compiled_modules()
+            # Parts of one class share the code of their forward, of which torch keeps that many versions.
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, 4 * len(modules))
+            for module in modules:
                 module.compile()
         self.val_metrics = self.configure_metrics("val/")
         self.test_metrics = self.configure_metrics("test/")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -20,9 +18,9 @@ from architectures.quantizer import UniformQuantizer
 from architectures.split import HEAD, LIKELIHOODS, PARTS, SplitNetwork
 from architectures.stages import LOGITS, CutError, Stages, cut
 from architectures.switchable import draw_width
-from datamodules import ImageDataModule
 from deployment import zstd_bytes
-from lightning_modules.base import Batch, Task
+from lightning_modules.base import Batch
+from lightning_modules.taught import TaughtTask
 from lightning_modules.teacher import Teacher
 from lightning_modules.terms import Seen, Term
 
@@ -30,7 +28,7 @@ TEACHER = "teacher."
 BOTTLENECK = ("encoder", "quantizer", "decoder")
 
 
-class SplitTask(Task):
+class SplitTask(TaughtTask):
     """Trains a :class:`~architectures.split.SplitNetwork` on a sum of weighted terms, with or without a frozen teacher.
 
     Student and teacher run once a step, no further than the terms ask. Testing goes through real bytes: every sample's
@@ -42,7 +40,7 @@ class SplitTask(Task):
 
     Args:
         network: The split network to train.
-        *args: As of :class:`~lightning_modules.base.Task`.
+        *args: As of :class:`~lightning_modules.taught.TaughtTask`.
         terms: The objective's terms by name; a method says them.
         teacher: Frozen teacher that maps the same images to logits; cut at the network's own names, so that both give
             features under the same names. Left aside where no term asks for it; without one where a term does, the
@@ -50,10 +48,8 @@ class SplitTask(Task):
         train: Parts that learn: of ``head``, ``encoder``, ``quantizer``, ``decoder``, ``tail``, or ``bottleneck`` for
             the middle three; ``None`` takes the method's own. The others are frozen, running statistics included.
         extra_terms: More terms by name, such as a reconstruction beside distillation.
-        feature_cache: ``use``: whether to compute once what frozen parts make of the training images, the head's output
-            and the teacher's; and ``directory``, ``dtype`` and ``views`` of
-            :meth:`~datamodules.ImageDataModule.cache_features`.
-        **kwargs: As of :class:`~lightning_modules.base.Task`.
+        **kwargs: As of :class:`~lightning_modules.taught.TaughtTask`; what ``feature_cache`` stores are the head's
+            output and the teacher's.
 
     Raises:
         CutError: A term names a layer that the student or the teacher lacks.
@@ -64,8 +60,6 @@ class SplitTask(Task):
 
     trains: ClassVar[tuple[str, ...]] = BOTTLENECK
     network: SplitNetwork
-    trained_parts: tuple[str, ...]
-    _teacher: Teacher | None
 
     def __new__(cls, network: SplitNetwork | None = None, *args: Any, **kwargs: Any) -> SplitTask:
         """Refuse anything else than a split network before a method looks at its parts; a copy gives nothing."""
@@ -81,7 +75,6 @@ class SplitTask(Task):
         teacher: Teacher | None = None,
         train: Sequence[str] | None = None,
         extra_terms: Mapping[str, Term] | None = None,
-        feature_cache: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if both := sorted(terms.keys() & (extra_terms or {}).keys()):
@@ -93,9 +86,8 @@ class SplitTask(Task):
         self.__dict__["trained_parts"] = _parts(self.trains if train is None else train, network)
         super().__init__(network, *args, **kwargs)
         self.terms = nn.ModuleDict(terms)
-        self.feature_cache = dict(feature_cache or {})
         self.split = network.split
-        self.bits = network.width if network.widths else None
+        self.bits = network.bits
         self.student_outputs = _union(term.student for term in terms.values())
         self.teacher_outputs = _union(term.teacher for term in terms.values())
         network.check_names(self.student_outputs)
@@ -198,60 +190,23 @@ class SplitTask(Task):
 
     # --- frozen features --------------------------------------------------------------------------------------------
 
-    def _cache_frozen(self) -> None:
-        settings = {key: value for key, value in self.feature_cache.items() if key != "use"}
-        caches_head = self._freezes_head()
-        if not caches_head and not self.teacher_outputs:
-            raise ValueError(
-                f"feature_cache.use=true: {type(self).__name__} with train={list(self.trained_parts)} has no frozen "
-                "part before what it trains; freeze the head, or leave the cache out"
-            )
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, ImageDataModule):
-            raise ValueError("feature_cache.use=true needs a data module of Cleave's, whose images it can go through")
-        with evaluating(self.network):  # for now alone: Lightning has yet to look at the modes
-            data.cache_features(
-                self.frozen_features, self._frozen_digest(), images=not caches_head, device=self.device, **settings
-            )
-
     def frozen_features(self, images: Tensor) -> dict[str, Tensor]:
         """Return what the terms ask for and frozen parts make of images (B, C, H, W): head's output, teacher's."""
         found = {HEAD: cast(nn.Module, self.network.head)(images)} if self._freezes_head() else {}
         return found | {TEACHER + name: value for name, value in self._teach(images).items()}
 
+    def frozen_sources(self) -> tuple[Sequence[nn.Module], Any]:
+        """The head where it is frozen, the teacher where a term asks for it."""
+        modules = [cast(nn.Module, self.network.head)] if self._freezes_head() else []
+        modules += [self.teacher] if self.teacher_outputs else []
+        return modules, [self.network.names, self.teacher_outputs, self._freezes_head()]
+
+    def caches_images(self) -> bool:
+        """A stored head output stands for the image."""
+        return not self._freezes_head()
+
     def _freezes_head(self) -> bool:
         return self.network.head is not None and "head" not in self.trained_parts
-
-    def _frozen_digest(self) -> str:
-        """Digest of all that :meth:`frozen_features` depends on: cuts, outputs, weights and running statistics."""
-        digest = hashlib.sha256(json.dumps([self.network.names, self.teacher_outputs, self._freezes_head()]).encode())
-        states = [self.network.head] if self._freezes_head() else []
-        for module in [*states, *([self.teacher] if self.teacher_outputs else [])]:
-            digest.update(str(module).encode())
-            for name, value in cast(nn.Module, module).state_dict().items():
-                digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    # --- teacher and checkpoints ------------------------------------------------------------------------------------
-
-    def on_fit_start(self) -> None:
-        """Bring the teacher to the student's device and precision, of which Lightning does not know; fill the cache."""
-        if self._teacher is not None:
-            self._teacher.to(self.device)
-            self.trainer.precision_plugin.convert_module(self._teacher.network)
-        if self.feature_cache.get("use"):
-            self._cache_frozen()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record which teacher the student learns from."""
-        if self._teacher is not None:
-            checkpoint["teacher"] = self._teacher.record()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume with another teacher."""
-        if self._teacher is not None and "teacher" in checkpoint:
-            self._teacher.check(checkpoint["teacher"])
 
     # --- widths -----------------------------------------------------------------------------------------------------
 
@@ -263,8 +218,8 @@ class SplitTask(Task):
 
     def on_validation_epoch_start(self) -> None:
         """Validate at the width that the config names."""
-        if self.bits is not None:
-            self.network.set_bits(self.bits)
+        if self.network.widths:
+            self.network.set_bits(cast(int, self.bits))
 
     def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Reseed, so that a noisy channel does the same to the same images."""
@@ -290,28 +245,34 @@ class SplitTask(Task):
             )
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure accuracy and the bytes sent on a test batch, through the bytes."""
+        """Measure accuracy and the bytes sent on a test batch, through the bytes; the encoder runs once."""
         images, labels = batch
-        for name, metrics in self.test_widths.items():
-            self.network.set_bits(int(name.removeprefix("bits")))
-            logits, payloads = self.through_bytes(images)
-            metrics["acc"].update(logits, labels)  # type: ignore[index]
-            metrics["payload_bytes"].update(self._lengths(payloads))  # type: ignore[index]
-        if self.bits is not None:
-            self.network.set_bits(self.bits)
-        logits, payloads = self.through_bytes(images)
+        z = self.network.encode(images)
+        for bits in (width for width in self.network.widths if width != self.bits):
+            self.network.set_bits(bits)
+            self._measure_width(bits, labels, *self.through_bytes(z)[:2])
+        if self.network.widths:
+            self.network.set_bits(cast(int, self.bits))
+        logits, payloads, sent = self.through_bytes(z)
+        self._measure_width(self.bits, labels, logits, payloads)
         self.measure_test(logits, labels)
         self.test_payload["payload_bytes"].update(self._lengths(payloads))
         self.test_payload["payload_zstd_bytes"].update(self._lengths(payloads, zstd_bytes))
         if isinstance(self.network.quantizer, EntropyBottleneck):
-            codes = self.network.codes(images)["codes"]
-            self.test_payload["estimated_bytes"].update(self.network.quantizer.estimated_bits(codes) / 8)
+            self.test_payload["estimated_bytes"].update(self.network.quantizer.estimated_bits(sent["codes"]) / 8)
 
-    def through_bytes(self, images: Tensor) -> tuple[Tensor, list[bytes]]:
-        """Encode images (B, C, H, W) to payloads, decode them, and return logits (B, classes) and the payloads."""
+    def through_bytes(self, z: Tensor) -> tuple[Tensor, list[bytes], dict[str, Tensor]]:
+        """Send a representation (B, *shape) through its bytes: logits (B, classes), payloads, and the tensors sent."""
         codec = self.network.codec
-        payloads = codec.encode(self.network.codes(images))
-        return self.network.receive(codec.decode(payloads)).float(), payloads
+        sent = self.network.send(z, codec)
+        payloads = codec.encode(sent)
+        return self.network.receive(codec.decode(payloads)).float(), payloads, sent
+
+    def _measure_width(self, bits: int | None, labels: Tensor, logits: Tensor, payloads: list[bytes]) -> None:
+        if bits in self.network.widths:
+            metrics = cast(nn.ModuleDict, self.test_widths[f"bits{bits}"])
+            metrics["acc"].update(logits, labels)  # type: ignore[operator]
+            metrics["payload_bytes"].update(self._lengths(payloads))  # type: ignore[operator]
 
     def on_test_epoch_end(self) -> None:
         """Log accuracy, bytes and their ratios."""

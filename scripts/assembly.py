@@ -67,10 +67,11 @@ def assemble(cfg: DictConfig) -> Assembly:
         ValueError: The parts do not fit each other; the message says which and how to mend it.
     """
     data = instantiate(cfg.data)
-    if "teacher" not in cfg:
+    if "teacher" not in cfg or ("exits" in cfg and cfg.teacher.ckpt_path is None):
         backbone = instantiate(cfg.backbone, num_classes=data.num_classes)
         data.configure_input(_with_native_statistics(backbone, data))
-        return Assembly(data, build_network(cfg, backbone.network, data.input), {})
+        teaching = {"teacher": _external_teacher(cfg, data, None)} if "exits" in cfg else {}
+        return Assembly(data, build_network(cfg, backbone.network, data.input), teaching)
     backbone, teacher, image_input = _student_and_teacher(cfg, data)
     data.configure_input(image_input)
     if data.input != image_input:
@@ -78,7 +79,8 @@ def assemble(cfg: DictConfig) -> Assembly:
             f"the teacher was trained on the input {image_input}, but the data overrides make it {data.input}; "
             "leave data.image_size, mean, std and interpolation as the teacher had them"
         )
-    return Assembly(data, build_network(cfg, backbone, image_input), {"teacher": teacher})
+    teaching = _external_teacher(cfg, data, teacher) if "exits" in cfg else teacher
+    return Assembly(data, build_network(cfg, backbone, image_input), {"teacher": teaching})
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -260,6 +262,23 @@ def _student_and_teacher(cfg: DictConfig, data: ImageDataModule) -> tuple[nn.Mod
     student = instantiate(untrained, num_classes=data.num_classes).network
     load_strictly(student, restored.network.state_dict(), f"the teacher {cfg.teacher.ckpt_path}")
     return student, Teacher(restored.network, str(cfg.teacher.ckpt_path), restored.sha256), restored.image_input
+
+
+def _external_teacher(cfg: DictConfig, data: ImageDataModule, own: Teacher | None) -> Teacher | None:
+    """Return the teacher that ``distil_from`` names, of any architecture, or else the network that gets exits."""
+    if cfg.distil_from.ckpt_path is None:
+        return own
+    restored = restore(cfg.distil_from.ckpt_path, trusted=cfg.distil_from.trust_checkpoint)
+    for what, theirs, ours in (
+        ("classes", restored.class_names, data.class_names),
+        ("input", restored.image_input, data.input),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"the teacher {cfg.distil_from.ckpt_path} was trained on the {what} {theirs}, the exits are on {ours}; "
+                "take a teacher of the same images"
+            )
+    return Teacher(restored.network, str(cfg.distil_from.ckpt_path), restored.sha256)
 
 
 def _with_native_statistics(backbone: Backbone, data: ImageDataModule) -> ImageInput:

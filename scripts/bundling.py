@@ -10,13 +10,14 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from architectures import SplitNetwork, export_parts, recalibrate_batchnorm
+from architectures import MultiExitNetwork, SplitNetwork, recalibrate_batchnorm
 from architectures.calibration import METHODS
 from architectures.naming import did_you_mean
 from datamodules import Digits, ImageDataModule
 from datamodules.sources import FileSource
 from deployment import Bundle, export_bundle
 from scripts.assembly import Restored
+from scripts.exit_bundling import Exits, all_edges, exit_partitions, exits_table
 from scripts.terminal import console, table
 
 
@@ -28,6 +29,7 @@ def write_bundle(
     config: dict[str, Any],
     metrics: Mapping[str, Any],
     sample: int = 16,
+    exits: Exits | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Export a network as partitions, gated by their parity, and say what was written.
@@ -39,13 +41,17 @@ def write_bundle(
         config: The resolved config.
         metrics: What was measured of the network; non-numbers are refused.
         sample: Test images kept in the bundle with their expected outputs.
+        exits: How the exits of a network that has some are exported.
         overwrite: Replace a bundle that is there.
 
     Returns:
         The folder written.
     """
-    network = network.cpu().float().eval()
-    parts, codecs = export_parts(network, data.input)
+    network, exits = network.cpu().float().eval(), exits or Exits()
+    measured = {name: float(value) for name, value in metrics.items()}
+    parts, codecs, specs = exit_partitions(network, data.input, exits, measured)
+    if isinstance(network, MultiExitNetwork):
+        measured = all_edges(network, parts, codecs, specs, measured)
     images, _ = data.sample_images("test", sample)
     bundle = export_bundle(
         directory,
@@ -55,7 +61,9 @@ def write_bundle(
         data.class_names,
         images,
         config=config,
-        metrics={name: float(value) for name, value in metrics.items()},
+        metrics=measured,
+        exits=specs,
+        policy=exits.policy,
         overwrite=overwrite,
     )
     bundle_table(bundle, directory)
@@ -68,6 +76,7 @@ def bundle_table(bundle: Bundle, directory: Path) -> None:
         (p.name, p.placement, f"{p.file.bytes:,}", f"{p.macs:,}", f"{p.params:,}") for p in bundle.manifest.partitions
     ]
     table("Partitions", rows, ("partition", "placement", "file bytes", "MACs", "parameters"))
+    exits_table(bundle)
     console.print(f"Parity of the loaded files: {parity_words(bundle)}", highlight=False)
     console.print(f"Bundle: {directory}", soft_wrap=True, highlight=False)
 

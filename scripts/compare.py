@@ -23,6 +23,7 @@ from scripts.results import Point
 from scripts.terminal import CONF, console, friendly, start
 
 
+@recorded_outcome()
 def compare(cfg: DictConfig) -> dict[str, Path]:
     """Collect the points, print them, write tables and plots, and return the files written by their names."""
     output = Path(cfg.output or cfg.paths.output_dir)
@@ -114,8 +115,7 @@ def log_report(logger: Any, known: Sequence[Setting], files: dict[str, Path]) ->
 @friendly
 def main(cfg: DictConfig) -> None:
     """Compare what was measured."""
-    with recorded_outcome():
-        compare(cfg)
+    compare(cfg)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from scripts.results import RESULTS, write_results
 from scripts.terminal import CONF, friendly, next_command, profile_rows, results_table, start, table
 
 
+@recorded_outcome()
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Measure a checkpoint on its validation or test images and return the metrics."""
     if cfg.split not in ("val", "test"):
@@ -74,8 +75,7 @@ def set_channel(restored: Restored, channel: DictConfig | None) -> str | None:
 @friendly
 def main(cfg: DictConfig) -> None:
     """Evaluate a checkpoint."""
-    with recorded_outcome():
-        evaluate(cfg)
+    evaluate(cfg)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,22 @@ from omegaconf import DictConfig
 
 from architectures import SplitNetwork
 from deployment import check_target
+from lightning_modules import ExitTask
 from lightning_modules.callbacks.tracking import WandbTracking, log_artifact, recorded_outcome, wandb_run
 from scripts.assembly import build_task, instantiate_each, plain, restore, restore_data
 from scripts.bundling import example_input, recalibrate, write_bundle
+from scripts.exit_bundling import chosen_exits
 from scripts.terminal import CONF, friendly, next_command, results_table, start
 
 
+@recorded_outcome()
 def export(cfg: DictConfig) -> Path:
     """Test the checkpoint once more, write the bundle, and return its folder."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     check_target(cfg.bundle, cfg.overwrite)
     restored = restore(cfg.ckpt_path, bits=cfg.codec.bits, trusted=cfg.trust_checkpoint)
     data = restore_data(restored, cfg.data)
+    exits = chosen_exits(restored.network, data.input, restored.config, cfg.exits)
     recalibrate(restored, data, cfg.recalibrate)
     if isinstance(restored.network, SplitNetwork):
         restored.network.set_channel(None)  # a bundle is measured through its bytes, which its runtime delivers whole
@@ -35,6 +39,8 @@ def export(cfg: DictConfig) -> Path:
     for logger in trainer.loggers:
         logger.log_hyperparams({**plain(cfg), "trained": plain(restored.config)})
     task = build_task(restored.config, restored.network, restored.class_names)
+    if isinstance(task, ExitTask):
+        task.policy = exits.policy
     trainer.test(task, datamodule=data, verbose=False)
     metrics = dict(trainer.callback_metrics)
     results_table(f"{cfg.ckpt_path} on test", metrics)
@@ -48,6 +54,7 @@ def export(cfg: DictConfig) -> Path:
         config=config,
         metrics=metrics,
         sample=cfg.sample,
+        exits=exits,
         overwrite=cfg.overwrite,
     )
     if run := wandb_run(trainer):
@@ -60,8 +67,7 @@ def export(cfg: DictConfig) -> Path:
 @friendly
 def main(cfg: DictConfig) -> None:
     """Export a checkpoint."""
-    with recorded_outcome():
-        export(cfg)
+    export(cfg)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datamodules import Digits
 from datamodules.image_folder import EXTENSIONS
-from deployment import Pipeline, Result, load_bundle
+from deployment import Pipeline, Result, exit_shares, load_bundle, read_policy
 from scripts.terminal import CONF, console, friendly, start, table
 
 
@@ -23,30 +23,55 @@ def infer(cfg: DictConfig) -> list[str]:
     if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={cfg.device}: torch finds no CUDA device here; use device=cpu")
     bundle = load_bundle(cfg.bundle, device=cfg.device)
-    pipeline = Pipeline(bundle, bits=cfg.bits)
+    file = cfg.exits.policy_file
+    pipeline = Pipeline(bundle, bits=cfg.bits, policy=None if file is None else read_policy(file))
+    known = bundle.manifest.exits
     rows: list[tuple[str, ...]] = []
     predicted: list[str] = []
     lengths: list[int] = []
+    left: list[int] = []
     seconds: dict[str, float] = {}
     for names, images, labels in batches(cfg, pipeline):
         # TorchScript profiles its first two runs and compiles; that is not what a device would measure.
         for _ in range(0 if rows else 3):
             pipeline.run(images)
         result = pipeline.run(images)
-        for part, spent in timings(result):
+        for part, spent in timings(pipeline, result):
             seconds[part] = seconds.get(part, 0.0) + spent
         lengths += result.payload_bytes
+        exits = [] if result.exits is None else result.exits.tolist()
+        left += exits
         confidences, indices = (values.tolist() for values in result.logits.softmax(1).max(1))
         for i, name in enumerate(names):
             predicted.append(bundle.class_names[indices[i]])
-            rows.append((name, predicted[-1], labels[i], f"{confidences[i]:.3f}", f"{result.payload_bytes[i]:,}"))
-    header = ("image", "prediction", "label", "confidence", "payload bytes")
+            where = (known[exits[i]].name,) if exits else ()
+            row = (name, predicted[-1], labels[i], f"{confidences[i]:.3f}", f"{result.payload_bytes[i]:,}")
+            rows.append((*row, *where))
+    header = ("image", "prediction", "label", "confidence", "payload bytes", *(("exit",) if known else ()))
     table(f"{len(rows)} images through {cfg.bundle}", rows, header)
-    if pipeline.codecs:
+    if not all(pipeline.local):
         console.print(f"Payload: {length_words(lengths)}. {width_words(pipeline)}", soft_wrap=True, highlight=False)
+    exits_summary(pipeline, left, lengths)
     per_image = [(part, f"{1000 * spent / len(rows):.3f}") for part, spent in seconds.items()]
     table(f"Milliseconds per image, batches of {min(cfg.batch_size, len(rows))}", per_image)
     return predicted
+
+
+def exits_summary(pipeline: Pipeline, left: Sequence[int], lengths: Sequence[int]) -> None:
+    """Print where images left, and what that took on average; nothing where there are no exits."""
+    known, policy = pipeline.bundle.manifest.exits, pipeline.policy
+    if not known:
+        return
+    shares = exit_shares(torch.tensor(left), len(known))
+    costs = pipeline.exit_macs
+    rows = [(item.name, f"{share:.1%}", f"{cost:,}") for item, share, cost in zip(known, shares, costs, strict=True)]
+    decides = "no policy" if policy is None else f"the policy {policy.kind}"
+    table(f"Where images left, by {decides}", rows, ("exit", "share", "MACs until there"))
+    mean = sum(share * cost for share, cost in zip(shares, costs, strict=True))
+    console.print(
+        f"Per image: {mean:,.0f} MACs ({mean / costs[-1]:.1%} of all), {sum(lengths) / len(lengths):,.1f} bytes",
+        highlight=False,
+    )
 
 
 def length_words(lengths: Sequence[int]) -> str:
@@ -64,11 +89,11 @@ def width_words(pipeline: Pipeline) -> str:
     return f"Codes of {' and '.join(map(str, widths))} bits; another width: add bits={4 if 4 not in widths else 8}"
 
 
-def timings(result: Result) -> Iterator[tuple[str, float]]:
-    """Seconds of each partition and of the codec after it, in the order of the route."""
+def timings(pipeline: Pipeline, result: Result) -> Iterator[tuple[str, float]]:
+    """Seconds of each partition, and of the codec after it where something is sent, in the order of the route."""
     for i, (name, spent) in enumerate(result.part_seconds.items()):
         yield f"{name} partition", spent
-        if i < len(result.encode_seconds):
+        if i < len(pipeline.local) and not pipeline.local[i]:
             yield f"pack after {name}", result.encode_seconds[i]
             yield f"unpack after {name}", result.decode_seconds[i]
 

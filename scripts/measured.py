@@ -23,7 +23,7 @@ def measured_points(
 ) -> list[Point]:
     """Return one point for each width of a split network; none where nothing was tested.
 
-    An unsplit network is the baseline that whole images are sent to.
+    An unsplit network is the baseline that whole images are sent to. One with exits is left to the exits' report.
 
     Args:
         cfg: The run's config.
@@ -42,6 +42,8 @@ def measured_points(
         "backbone": cfg.backbone.get("name"),
         "checkpoint": checkpoint,
     }
+    if "test/acc_exits" in metrics:
+        return []  # many points of accuracy and work: exits_report.py's
     if "test/payload_bytes" not in metrics:
         if image_bytes is None or "test/acc" not in metrics:
             return []

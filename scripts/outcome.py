@@ -15,6 +15,7 @@ from architectures import profile
 from lightning_modules.callbacks.tracking import log_artifact, wandb_run
 from scripts.assembly import Assembly, plain, restore
 from scripts.bundling import example_input, write_bundle
+from scripts.exit_bundling import chosen_exits
 from scripts.fitting import Fitted
 from scripts.measured import measured_points
 from scripts.results import RESULTS, write_results
@@ -66,7 +67,8 @@ def finish(
         # Of the file, as under `ddp_spawn` only the ranks' own networks went back to the best weights.
         network = restore(best, trusted=True).network if best else parts.network
         bundle = Path(cfg.paths.output_dir) / "bundle"
-        write_bundle(network, parts.data, bundle, config=plain(cfg), metrics=shipped, overwrite=True)
+        exits = chosen_exits(network, parts.data.input, cfg)
+        write_bundle(network, parts.data, bundle, config=plain(cfg), metrics=shipped, exits=exits, overwrite=True)
         if run := wandb_run(trainer):
             log_artifact(run, bundle, kind="bundle", name="bundle")
         next_command(f"python scripts/infer.py bundle={bundle} input={example_input(parts.data)}")

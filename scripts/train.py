@@ -15,12 +15,14 @@ from architectures import profile
 from lightning_modules.callbacks.metadata import KEY
 from lightning_modules.callbacks.tracking import recorded_outcome
 from scripts.assembly import Assembly, assemble, instantiate_each, load_strictly, network_state, plain, read_checkpoint
+from scripts.exit_bundling import chosen_exits
 from scripts.fitting import Fit, Fitted, fit, prepare, tested
 from scripts.outcome import finish
 from scripts.recipe import stages
 from scripts.terminal import CONF, friendly, quiet, start
 
 
+@recorded_outcome()
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Run what the config describes and return the metrics measured."""
     refuse_subprocess_sweep(cfg)
@@ -32,6 +34,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     loggers = instantiate_each(cfg.get("logger"))
     # What cannot be built or resumed from is told before any training time is spent, of the last stage too.
     fits = [prepare(stage, parts, loggers) for stage in todo]
+    if cfg.export:
+        chosen_exits(parts.network, parts.data.input, todo[-1].config)
     done: list[Fitted] = []
     if checkpoint:
         load_strictly(parts.network, network_state(checkpoint), f"the checkpoint {cfg.ckpt_path}")

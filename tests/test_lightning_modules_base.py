@@ -49,6 +49,16 @@ def test_layer_wise_rates_take_the_longest_prefix():
     assert measured["b.3.weight"] == 0.1
 
 
+def test_channels_last_changes_the_memory_of_maps_alone():
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(6 * 16, 7)).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = network(images)
+    task = Classification(network, NAMES, SGD, channels_last=True)
+    assert all(task.network[i].weight.is_contiguous(memory_format=torch.channels_last) for i in (0, 1))
+    assert task.network[:2](images).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(task(images), expected)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

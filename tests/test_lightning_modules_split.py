@@ -373,7 +373,10 @@ def test_each_step_trains_one_width_and_its_batchnorm_alone(method: type[SplitTa
 def test_every_width_is_tested_through_its_own_bytes(coding: dict[str, Any]) -> None:
     task = build(CrossEntropy, {"codec": {"bits": 4, "widths": [2, 4, 6]} | coding})
     fit(task, epochs=6)
+    encoded: list[int] = []
+    task.network.encoder.register_forward_hook(lambda encoder, inputs, z: encoded.append(len(z)))
     measured = evaluate(task)
+    assert encoded == [len(labels) for _, labels in batches()]  # once, whatever the widths
     assert task.network.bits == 4
     network = task.network.eval()
     images, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
@@ -437,7 +440,7 @@ def test_testing_goes_through_the_bytes(coding: str) -> None:
             z = torch.cat([received(network.codec.decode([payload]), network) for payload in sent])
             logits.append(network.tail(network.decoder(z.float())))
             exact.append(network(images))
-            torch.testing.assert_close(task.through_bytes(images)[0], logits[-1], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(task.through_bytes(network.encode(images))[0], logits[-1], rtol=1e-4, atol=1e-5)
     labels = torch.cat([labels for _, labels in batches()])
     found, unharmed = torch.cat(logits), torch.cat(exact)
     assert measured["test/acc"] == pytest.approx((found.argmax(1) == labels).double().mean().item())
@@ -765,8 +768,9 @@ def test_bad_input_is_told_before_training(case: str) -> None:
 
 
 def test_head_distillation_does_not_mind_a_teacher_of_other_classes() -> None:
-    task = build(HeadDistillation, teacher=teacher(backbone(classes=5)))
-    fit(task, epochs=1, limit_train_batches=1)
+    task, logged = build(HeadDistillation, teacher=teacher(backbone(classes=5))), Logged()
+    fit(task, [logged], epochs=1, limit_train_batches=1)
+    assert logged.losses()[0] > 0
 
 
 def test_a_prior_that_no_rate_teaches_is_refused() -> None:

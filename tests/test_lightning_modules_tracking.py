@@ -47,6 +47,28 @@ def test_the_end_of_a_run_is_recorded(tmp_path, error):
     assert wandb.run is None
 
 
+def test_a_run_that_was_open_before_is_left_open(tmp_path):
+    with wandb.init(project="cleave", dir=tmp_path, mode="offline") as ours:
+        with recorded_outcome():
+            wandb.log({"val/acc": 0.5})
+        assert wandb.run is ours
+    (run,) = offline_runs(tmp_path)
+    assert (run.exit_codes, run.series("val/acc")) == ([0], [0.5])
+
+
+@pytest.mark.parametrize("error", [None, ValueError("known only in the end")])
+def test_an_outcome_within_another_is_the_outer_ones(tmp_path, error):
+    logger = WandbLogger(project="cleave", save_dir=tmp_path, mode="offline")
+    with nullcontext() if error is None else pytest.raises(ValueError, match="known"), recorded_outcome():
+        with recorded_outcome():
+            logger.log_metrics({"val/acc": 0.5}, step=1)
+        assert wandb.run is not None
+        if error is not None:
+            raise error
+    (run,) = offline_runs(tmp_path)
+    assert run.exit_codes == [0 if error is None else 1]
+
+
 def test_recording_an_outcome_without_a_run_does_not_import_wandb(monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb")
     with recorded_outcome():

@@ -76,7 +76,10 @@ def test_a_start_out_of_range_is_refused(build, start):
 @pytest.mark.parametrize(
     ("weights", "named"),
     [
-        ("branchinet", "equal, branchynet, linear, final, shallow_deep, learned.*got 'branchinet'.*Did you mean 'branchynet'"),
+        (
+            "branchinet",
+            "equal, branchynet, linear, final, shallow_deep, learned.*got 'branchinet'.*Did you mean 'branchynet'",
+        ),
         ("xyz", r"got 'xyz'\.$"),
         (2.0, "one number per exit; got 2.0"),
         (["much", 1], "one number per exit; got .*'much'"),

@@ -19,7 +19,7 @@ from scripts.train import train
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKED = [
     "pytorch_lightning", "lightning_fabric", "timm", "torchvision", "torchmetrics", "hydra", "omegaconf", "wandb",
-    "sklearn", "losses", "architectures", "datamodules", "lightning_modules", "scripts",
+    "sklearn", "losses", "architectures", "datamodules", "lightning_modules", "planning", "scripts",
 ]  # fmt: skip
 RUNNER = """
 import json, sys

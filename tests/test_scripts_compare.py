@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wandb
 from PIL import Image
 
 import scripts.rate_accuracy
-from lightning_modules.callbacks.tracking import recorded_outcome
 from scripts.assembly import compose_config
 from scripts.collect import collect, reference_accuracy
 from scripts.compare import compare, write_report
@@ -513,8 +513,7 @@ def test_w_and_b_gets_plots_settings_and_tables(sweep, monkeypatch):
     for kind in ("CACHE", "CONFIG", "DATA"):
         monkeypatch.setenv(f"WANDB_{kind}_DIR", str(sweep / "own"))
     overrides = [f"inputs=[{sweep}/sweep,{sweep}/codecs]", "logger=csv_wandb", "logger.wandb.mode=offline"]
-    with recorded_outcome():
-        files = compare(compose_config("compare", overrides, sweep / "out"))
+    files = compare(compose_config("compare", overrides, sweep / "out"))
     (tracked,) = offline_runs(sweep)
     assert (tracked.exit_codes, tracked.run.job_type) == ([0], "compare")
     assert tracked.config["inputs"] == [f"{sweep}/sweep", f"{sweep}/codecs"]
@@ -538,3 +537,4 @@ def test_w_and_b_disabled_writes_the_report_alone(sweep):
     overrides = [f"inputs={sweep}/sweep", "logger=wandb", "logger.wandb.mode=disabled"]
     files = compare(compose_config("compare", overrides, sweep / "out"))
     assert sorted(path.name for path in (sweep / "out").iterdir()) == sorted(files)
+    assert wandb.run is None

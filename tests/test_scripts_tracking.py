@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import wandb
 from omegaconf import OmegaConf
 
-from lightning_modules.callbacks.tracking import recorded_outcome
 from scripts.assembly import Restored, compose_config, read_checkpoint, restore, restore_data
+from scripts.evaluate import evaluate
 from scripts.export import export
 from scripts.terminal import CONF
+from scripts.train import train
 
 from .offline_run import OfflineRun, offline_runs
 
@@ -173,8 +175,7 @@ def test_export_tracks_its_bundle_its_predictions_and_what_was_trained(trained, 
     checkpoint = trained.outputs / "checkpoints/best.ckpt"
     overrides = [f"ckpt_path={checkpoint}", "trainer=cpu", "logger=wandb", "logger.wandb.mode=offline"]
     overrides += ["+trainer.limit_test_batches=1", "+trainer.enable_progress_bar=false"]
-    with recorded_outcome():
-        export(compose_config("export", overrides, tmp_path))
+    export(compose_config("export", overrides, tmp_path))
     (run,) = offline_runs(tmp_path)
     assert run.exit_codes == [0]
     assert contents(run.artifacts["bundle"]) == digests(tmp_path / "bundle")
@@ -183,6 +184,27 @@ def test_export_tracks_its_bundle_its_predictions_and_what_was_trained(trained, 
     assert len(run.series("test/acc")) == 1
     assert run.series("test/predictions")[0]["nrows"] == 32
     assert run.run.job_type == "export"
+
+
+def test_what_runs_in_one_process_is_tracked_as_runs_of_its_own(tmp_path, monkeypatch):
+    for kind in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{kind}_DIR", str(tmp_path / "wandb-own"))
+    tracked = ["trainer=cpu", "logger=wandb", "logger.wandb.mode=offline", "+trainer.enable_progress_bar=false"]
+    tiny = [*tracked, "experiment=digits_teacher", "debug=limit", "callbacks.progress=null", "trainer.max_epochs=1"]
+    train(compose_config("train", [*tiny, "seed=1"], tmp_path / "1"))
+    crash = ["+callbacks.crash._target_=misbehaving.Crash", "+callbacks.crash.seed=1", "trainer.max_epochs=2"]
+    (tmp_path / "misbehaving.py").write_text(CALLBACKS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(RuntimeError, match="the second epoch went wrong"):
+        train(compose_config("train", [*tiny, *crash, "seed=2"], tmp_path / "2"))
+    checkpoint = tmp_path / "1/checkpoints/best.ckpt"
+    evaluate(compose_config("evaluate", [*tracked, f"ckpt_path={checkpoint}", "split=val"], tmp_path / "3"))
+    runs = [run for folder in "123" for run in offline_runs(tmp_path / folder)]
+    assert [run.run.job_type for run in runs] == ["debug", "debug", "evaluate"]
+    assert [run.exit_codes for run in runs] == [[0], [1], [0]]
+    assert [run.config.get("seed") for run in runs] == [1, 2, None]
+    assert [len(run.series("test/acc")) for run in runs] == [1, 0, 0]
+    assert wandb.run is None
 
 
 def test_each_job_of_a_sweep_is_its_own_run_and_a_crash_is_recorded_as_one(tmp_path):

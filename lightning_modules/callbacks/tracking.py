@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -159,22 +160,38 @@ def log_artifact(
     run.log_artifact(artifact, aliases=list(aliases))
 
 
+_recording = ContextVar("recording", default=False)
+
+
 @contextmanager
 def recorded_outcome() -> Iterator[None]:
     """Finish the W&B run started within: exit code 0, or 1 on any exception, an interrupt included.
 
-    W&B itself records an exception that the script turns into an exit status as a success, and the next job of a sweep
-    would write into a run left open.
+    W&B itself records an exception that the script turns into an exit status as a success, and whatever is tracked next
+    in the same process, such as the next job of a sweep, would write into a run left open. A run that was open before
+    is its owner's to finish; inside another of these the run is the outer one's.
     """
+    if _recording.get():
+        yield
+        return
+    before, token = _open_run(), _recording.set(True)
     try:
         yield
     except BaseException:
-        _finish(1)
+        _finish(1, before)
         raise
-    _finish(0)
+    else:
+        _finish(0, before)
+    finally:
+        _recording.reset(token)
 
 
-def _finish(exit_code: int) -> None:
+def _open_run() -> Any | None:
     wandb = sys.modules.get("wandb")  # not imported: nothing was tracked
-    if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=exit_code)
+    return None if wandb is None else wandb.run
+
+
+def _finish(exit_code: int, before: Any | None) -> None:
+    run = _open_run()
+    if run is not None and run is not before:
+        run.finish(exit_code=exit_code)

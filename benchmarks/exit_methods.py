@@ -1,0 +1,134 @@
+"""Every way of training early exits on one data set, at equal shares of the backbone's work.
+
+A ResNet-32 is fine-tuned on the images; then it gets exits at even shares of its MACs, which each method trains: end to
+end for 5 epochs, or on the frozen backbone with stored features. Validation and test are the two halves of ``test/``,
+since the pretrained weights have seen all of ``train/``: thresholds are chosen on the one, all else is reported on the
+other. A run that is there is not repeated, one that was interrupted is resumed.
+
+    python benchmarks/exit_methods.py --data DIR --weights resnet32.th [--only shallow_deep …] [--report FILE.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from resumable import line, percent, run
+
+from scripts.results import RESULTS
+from scripts.terminal import table
+
+SGD = [
+    "method.optimizer._target_=torch.optim.SGD",
+    "+method.optimizer.momentum=0.9",
+    "method.optimizer.weight_decay=1e-4",
+]
+# What was pretrained learns at a lower rate than the exits, which were not.
+END_TO_END = [*SGD, "method.optimizer.lr=0.05", "+method.lr_scales.stages=0.4", "trainer.max_epochs=EPOCHS"]
+FROZEN = ["method.optimizer.lr=3e-3", "feature_cache.use=true", "feature_cache.dtype=float16", "data.augment=none"]
+METHODS: dict[str, list[str]] = {
+    "exits_distilled": ["method=exits_distilled", *END_TO_END],
+    "shallow_deep": ["method=exits_joint", "method.objective.weights=shallow_deep", *END_TO_END],
+    "branchynet": ["method=exits_joint", "method.objective.weights=branchynet", *END_TO_END],
+    "separate": ["method=exits_separate", "trainer.max_epochs=10", *FROZEN],
+    "zero_time_waste": [
+        "method=zero_time_waste", "~stages.backbone", "+stages.exits.trainer.max_epochs=10",
+        "+stages.ensemble.trainer.max_epochs=3", *FROZEN,
+    ],
+    "linear": ["method=exits_joint", "method.objective.weights=linear", *END_TO_END],
+}  # fmt: skip
+# The rows of the table: which network, judged by which policy.
+ROWS = {
+    "BranchyNet: joint, weights 1 and 0.3; entropy": ("branchynet", "entropy"),
+    "Shallow-Deep: joint, growing weights; confidence": ("shallow_deep", "confidence"),
+    "Distilled from the final exit; confidence": ("exits_distilled", "confidence"),
+    "Separate, frozen backbone; confidence": ("separate", "confidence"),
+    "Zero Time Waste, frozen backbone; ensemble": ("zero_time_waste", "ensemble"),
+    "Patience, on the joint network with growing weights": ("shallow_deep", "patience"),
+    "Patience, on the joint network with linear weights": ("linear", "patience"),
+    "Patience, on the frozen backbone": ("separate", "patience"),
+}
+
+
+def main() -> None:
+    args = arguments()
+    folder = args.output.absolute()
+    common = [
+        "data=image_folder", f"data.root={args.data.absolute()}", "data.val_from=test", "data.augment=crop_flip",
+        "data.batch_size=128", "backbone=cifar", "backbone.name=resnet32", f"trainer={args.trainer}",
+        f"trainer.precision={args.precision}", f"seed={args.seed}", "callbacks.progress=null",
+        "+trainer.enable_progress_bar=false", "method.channels_last=true",
+    ]  # fmt: skip
+    faster = [f"method.compile={str(args.compile).lower()}"]
+    run(
+        "train", folder / "backbone", args.threads, "method=classification", *common, *faster, *SGD,
+        "method.optimizer.lr=0.02", "trainer.max_epochs=3", f"backbone.weights={args.weights.absolute()}", done=RESULTS,
+    )  # fmt: skip
+    backbone = folder / "backbone/checkpoints/best.ckpt"
+    exits = [f"teacher.ckpt_path={backbone}", "exits.count=5", f"feature_cache.directory={folder / 'feature_cache'}"]
+    for name in args.only or METHODS:
+        method, *overrides = (given.replace("EPOCHS", str(args.epochs)) for given in METHODS[name])
+        compiled = faster if END_TO_END[-1] in METHODS[name] else []
+        run("train", folder / name, args.threads, method, *common, *exits, *compiled, *overrides,
+            done="trained")  # fmt: skip
+        policies = ",".join({policy for network, policy in ROWS.values() if network == name} | {"confidence"})
+        checkpoint = sorted(folder.glob(f"{name}/checkpoints/**/best.ckpt"), key=lambda path: path.stat().st_mtime)[-1]
+        run(
+            "exits_report", folder / name / "report", args.threads, f"ckpt_path={checkpoint}",
+            f"policies=[{policies}]", "shared=false", done="exits_report.json",
+        )  # fmt: skip
+    report(folder, args.report)
+
+
+def report(folder: Path, file: Path | None) -> None:
+    """Print what is there so far, beside the untouched backbone; write it as Markdown if asked."""
+    backbone = json.loads((folder / "backbone" / RESULTS).read_text())["points"][0]["accuracy"]
+    header = ("method", "25 %", "50 %", "75 %", "100 %", "best", "at", "last exit", "cost over budget, at most")
+    rows = [("Untouched backbone", "", "", "", *[percent(backbone)] * 2, "100.0 %", percent(backbone), "")]
+    for name, (network, policy) in ROWS.items():
+        path = folder / network / "report/exits_report.json"
+        if path.exists():
+            rows.append((name, *cells(json.loads(path.read_text()), policy)))
+    table("ResNet-32 with five exits: accuracy at shares of the backbone's MACs, test images", rows, header)
+    if file:
+        file.write_text("\n".join([line(header), line(["---"] * len(header)), *map(line, rows)]) + "\n")
+
+
+def cells(found: dict[str, Any], policy: str) -> list[str]:
+    """One network's figures under one policy."""
+    figures = found["policies"][policy]
+    points = [point for point in figures["points"] if point["accuracy"] is not None]
+    accuracies = {point["budget"]: point["accuracy"] for point in points}
+    best = max(points, key=lambda point: point["val_accuracy"])
+    return [
+        *(percent(accuracies.get(budget)) for budget in (0.25, 0.5, 0.75, 1.0)),
+        percent(best["accuracy"]),
+        f"{100 * best['cost']:.1f} %",
+        percent(found["exits"][-1]["accuracy"]),
+        f"{100 * max(point['cost'] - point['budget'] for point in points):+.1f} points",
+    ]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with train/<class>/*.jpg and test/<class>/*.jpg"
+    )
+    parser.add_argument("--weights", type=Path, required=True, help="pretrained weights of the CIFAR ResNet-32")
+    parser.add_argument("--output", type=Path, default=Path("logs/exit_methods"))
+    parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument("--trainer", default="cpu", choices=("cpu", "gpu", "default"))
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=5, help="of the methods that train end to end")
+    parser.add_argument("--report", type=Path, help="write the table as Markdown to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

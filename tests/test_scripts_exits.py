@@ -1,0 +1,93 @@
+"""Early-exit methods from the command line to a checkpoint that is rebuilt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from architectures import MultiExitNetwork
+from scripts.assembly import compose_config, restore
+from scripts.evaluate import evaluate
+from scripts.terminal import quiet
+from scripts.train import train
+
+QUICK = [
+    "trainer=cpu", "trainer.max_epochs=1", "+trainer.limit_train_batches=3", "+trainer.limit_val_batches=1",
+    "+trainer.limit_test_batches=1", "logger=none", "callbacks.progress=null", "+trainer.enable_progress_bar=false",
+    "data=digits", "data.image_size=8", "backbone.name=resnet20", "backbone.in_channels=1",
+]  # fmt: skip
+EXITS = "exits.at=[layer1,layer2]"
+
+
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    quiet()
+    return train(compose_config("train", [*QUICK, *overrides], folder))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=exits_joint", "exits.count=2", "method.gradient_equilibrium=true", "method.compile=false"],
+        ["method=exits_separate", EXITS, "teacher.ckpt_path=TEACHER", "method.train=[exit2]"],
+        ["method=exits_distilled", EXITS, "teacher.ckpt_path=TEACHER", "method.objective.source=teacher"],
+        ["method=exits_distilled", EXITS, "distil_from.ckpt_path=TEACHER", "method.objective.source=teacher"],
+    ],
+)
+def test_each_method_trains_tests_and_is_rebuilt_from_its_checkpoint(
+    overrides: list[str], tmp_path: Path, teacher_file: Path
+) -> None:
+    overrides = [override.replace("TEACHER", str(teacher_file)) for override in overrides]
+    metrics = run(tmp_path / "run", *overrides)
+    assert {"val/acc", "val/acc_exits", "test/acc_exit/final", "test/policy/acc", "test/policy/macs"} <= set(metrics)
+    checkpoint = tmp_path / "run/checkpoints/best.ckpt"
+    assert isinstance(restore(checkpoint).network, MultiExitNetwork)
+    given = [f"ckpt_path={checkpoint}", "trainer=cpu", "+trainer.limit_test_batches=1"]
+    again = evaluate(compose_config("evaluate", [*given, "+trainer.enable_progress_bar=false"], tmp_path / "evaluate"))
+    for name, value in again.items():
+        assert value == pytest.approx(metrics[name], abs=1e-6), name
+
+
+def test_zero_time_waste_runs_its_three_stages_on_one_store_of_features(tmp_path: Path, teacher_file: Path) -> None:
+    cache = [f"feature_cache.directory={tmp_path / 'cache'}", "data.augment=none"]
+    use = ["feature_cache.use=true"]
+    chosen = ["method=zero_time_waste", EXITS, f"teacher.ckpt_path={teacher_file}", "exits.policy.thresholds=0.5"]
+    run(tmp_path / "run", *chosen, *cache, *use)
+    stages = {name: tmp_path / f"run/checkpoints/{name}/best.ckpt" for name in ("backbone", "exits", "ensemble")}
+    states = {name: restore(path).network.state_dict() for name, path in stages.items()}
+
+    def moved(before: str, after: str) -> set[str]:
+        names = states[before]
+        return {name.split(".")[0] for name in names if not torch.equal(names[name], states[after][name])}
+
+    assert moved("backbone", "exits") == {"heads"}
+    assert moved("exits", "ensemble") == {"ensemble"}
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (["exits.at=[layr1]"], ValueError, "no layer 'layr1'.*Did you mean 'layer1'"),
+        ([], ValueError, "either exits.at or exits.count"),
+        ([EXITS, "exits.policy.thresholds=1.5"], ValueError, "1.5"),
+        ([EXITS, "method.objective.weights=[1,1]"], ValueError, "weights has 2 numbers"),
+        ([EXITS, "feature_cache.use=true"], ValueError, "no frozen part"),
+        ([EXITS, "exits.heads.pooling=avg"], ValueError, "pooling must be one of"),
+    ],
+)
+def test_mistakes_are_told_before_training(
+    overrides: list[str], error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Exception, match=words) as raised:
+        run(tmp_path, "method=exits_joint", *overrides)
+    cause = raised.value if isinstance(raised.value, error) else raised.value.__cause__
+    assert isinstance(cause, error)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_an_unknown_key_fails_at_composition(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="placces"):
+        compose_config("train", ["method=exits_joint", "exits.placces=[layer1]"], tmp_path)

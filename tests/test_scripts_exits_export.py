@@ -1,0 +1,187 @@
+"""A network with exits from training to the bundle that a device runs, on digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from architectures import MultiExitNetwork
+from deployment import Pipeline, build_policy, load_bundle, offline
+from deployment.canonical_json import dump
+from lightning_modules.exits import send
+from scripts.assembly import compose_config, restore, restore_data
+from scripts.export import export
+from scripts.infer import infer
+from scripts.terminal import quiet
+from scripts.train import train
+
+from .test_scripts_bundle_alone import run_alone
+from .training_helpers import DIGITS, PLAIN
+
+BOTTLENECK = ["split.at=layer2", "bottleneck={channels: 4, width: 8}", "codec={bits: 4}"]
+GIVEN = ["method=exits_joint", "backbone.name=resnet20", *DIGITS, *PLAIN, "exits.at=[layer1,layer2]"]
+GIVEN += ["exits.heads={convs: 0}", "exits.policy.thresholds=[0.32,0.24]", "trainer.max_epochs=1", *BOTTLENECK]
+GIVEN += ["+trainer.limit_train_batches=4", "export=true"]
+TEST = ["trainer=cpu", "+trainer.enable_progress_bar=false"]
+
+
+class Ran(NamedTuple):
+    folder: Path
+    checkpoint: Path
+    metrics: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    quiet()
+    folder = tmp_path_factory.mktemp("exits")
+    metrics = train(compose_config("train", GIVEN, folder))
+    return Ran(folder, folder / "checkpoints/best.ckpt", metrics)
+
+
+def exported(ran: Ran, folder: Path, *overrides: str) -> Path:
+    given = [f"ckpt_path={ran.checkpoint}", f"bundle={folder}/bundle", *TEST, *overrides]
+    return export(compose_config("export", given, folder))
+
+
+def policy_file(folder: Path, **settings: Any) -> Path:
+    file = folder / "exit_policy.json"
+    file.write_bytes(
+        dump(build_policy(**{"kind": "margin", "thresholds": [0.12, 0.05], "exits": 3, **settings}).to_dict())
+    )
+    return file
+
+
+def check(ran: Ran, folder: Path) -> None:
+    """Hold a bundle, image by image, against its checkpoint's network and the bytes of its bottleneck."""
+    bundle, restored = load_bundle(folder), restore(ran.checkpoint)
+    network, policy = restored.network, bundle.manifest.policy
+    assert isinstance(network, MultiExitNetwork)
+    data = restore_data(restored, compose_config("evaluate", [f"ckpt_path={ran.checkpoint}"], Path.cwd()).data)
+    data.setup("test")
+    right, index, sent, metrics = [], [], [], bundle.manifest.metrics
+    places = bundle.manifest.placements
+    with torch.no_grad():
+        for images, labels in data.test_dataloader():
+            result = Pipeline(bundle).run(images)
+            payloads: list[bytes] = []
+
+            def link(feature: torch.Tensor, payloads: list[bytes] = payloads) -> torch.Tensor:
+                arrived, packed = send(network, feature)
+                payloads += packed
+                return arrived
+
+            own = network.classify(network.reduced(restored.image_input.normalize(images), link=link))
+            expected = offline(policy, torch.stack(own))
+            assert torch.equal(result.exits, expected.index)
+            torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
+            features = 4 * 16 * 8 * 8 if places[0] != places[1] else 0
+            bytes_of = [0, features, features + len(payloads[0])]
+            assert result.payload_bytes == [bytes_of[left] for left in expected.index.tolist()]
+            right += (result.logits.argmax(1) == labels).tolist()
+            index += result.exits.tolist()
+            sent += result.payload_bytes
+    assert set(index) == {0, 1, 2}
+    assert metrics["test/policy/acc"] == pytest.approx(sum(right) / len(right), abs=1e-6)
+    assert metrics["test/policy/payload_bytes"] == pytest.approx(sum(sent) / len(sent), rel=1e-6)
+    assert metrics["test/payload_bytes"] == max(sent)
+    for exit, item in enumerate(bundle.manifest.exits):
+        assert metrics[f"test/policy/share/{item.name}"] == pytest.approx(index.count(exit) / len(index), abs=1e-6)
+        assert item.accuracy == metrics[f"test/acc_exit/{item.name}"]
+
+
+def test_training_writes_a_bundle_with_the_policy_it_was_tested_with(ran: Ran) -> None:
+    manifest = load_bundle(ran.folder / "bundle").manifest
+    assert manifest.policy == build_policy("confidence", [0.32, 0.24], exits=3)
+    assert manifest.placements == ("device", "device", "server")
+    tested = {name: value for name, value in ran.metrics.items() if name.startswith("test/")}
+    assert {name: manifest.metrics[name] for name in tested} == pytest.approx(tested, abs=1e-6)
+    check(ran, ran.folder / "bundle")
+
+
+def test_three_tiers_by_a_policy_from_a_file_send_what_was_measured(ran: Ran, tmp_path: Path, capsys: Any) -> None:
+    file = policy_file(tmp_path)
+    bundle = exported(ran, tmp_path, f"exits.policy_file={file}", "exits.placements=[device,edge,cloud]")
+    printed = capsys.readouterr().out
+    manifest = load_bundle(bundle).manifest
+    assert manifest.placements == ("device", "edge", "cloud")
+    assert manifest.policy.to_dict() == json.loads(file.read_text())
+    rows = printed.partition("Exits by margin")[2].splitlines()
+    for item, placement in zip(manifest.exits, manifest.placements, strict=True):
+        (row,) = [row for row in rows if f" {item.partition} " in row]
+        for cell in (item.name, placement, f"{item.macs:,}", f"{item.accuracy:.4f}"):
+            assert cell in row
+    assert "test/payload_zstd_bytes" not in manifest.metrics
+    check(ran, bundle)
+
+
+def test_a_bundle_with_exits_runs_without_the_training_code(ran: Ran, tmp_path: Path) -> None:
+    ((accuracy, payload, lengths),) = run_alone(tmp_path, ran.folder / "bundle", None)
+    assert accuracy == pytest.approx(ran.metrics["test/policy/acc"], abs=1e-6)
+    assert payload == pytest.approx(ran.metrics["test/policy/payload_bytes"], rel=1e-6)
+    assert lengths == 2  # nothing, or the codes
+
+
+def test_infer_says_where_each_image_left_and_what_that_took(ran: Ran, tmp_path: Path, capsys: Any) -> None:
+    capsys.readouterr()
+    given = [f"bundle={ran.folder}/bundle", "input=digits", "limit=30", "batch_size=12"]
+    predicted = infer(compose_config("infer", given, tmp_path))
+    printed = capsys.readouterr().out
+    bundle = load_bundle(ran.folder / "bundle")
+    data = restore_data(restore(ran.checkpoint), compose_config("evaluate", ["ckpt_path=x"], tmp_path).data)
+    result = Pipeline(bundle).run(data.sample_images("test", 30)[0])
+    assert predicted == [bundle.class_names[i] for i in result.logits.argmax(1).tolist()]
+    names = [item.name for item in bundle.manifest.exits]
+    rows = [line.split() for line in printed.splitlines() if "│ digit " in line]
+    assert [row[-2] for row in rows] == [names[left] for left in result.exits.tolist()]
+    costs = torch.tensor([item.macs for item in bundle.manifest.exits], dtype=torch.float64)
+    mean = float(costs[result.exits].mean())
+    assert f"Per image: {mean:,.0f} MACs ({mean / float(costs[-1]):.1%} of all), " in printed
+    assert f"{sum(result.payload_bytes) / 30:,.1f} bytes" in printed
+    for exit, name in enumerate(names):
+        (row,) = [line for line in printed.splitlines() if f" {name} " in line and "%" in line and "Per" not in line]
+        assert f"{float((result.exits == exit).double().mean()):.1%}" in row
+    file = policy_file(tmp_path, kind="confidence", thresholds=0.0)
+    infer(compose_config("infer", [*given, f"exits.policy_file={file}"], tmp_path))
+    assert "100.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["exits.placements=[device,server]"], "2 names, but there are 3 partitions, to_layer1, to_layer2, to_final"),
+        (["exits.placements=[device,server,device]"], "returns to the placement device"),
+        (["exits.policy_file={folder}/none.json"], "there is no exit policy at"),
+        (["exits.policy_file={folder}/damaged.json"], r"damaged\.json cannot be read"),
+        (["exits.policy_file={folder}/four/exit_policy.json"], "is for 4 exits, but this network has 3"),
+        (["exits.policy_file={folder}/ensemble/exit_policy.json"], "needs state on a stateless partition: ensemble"),
+    ],
+)
+def test_what_cannot_be_exported_is_told_before_any_test(
+    ran: Ran, overrides: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "damaged.json").write_bytes(policy_file(tmp_path).read_bytes()[:-20])
+    for name, settings in (("four", {"exits": 4, "thresholds": 0.5}), ("ensemble", {"kind": "ensemble"})):
+        (tmp_path / name).mkdir()
+        policy_file(tmp_path / name, **settings)
+    monkeypatch.setattr("scripts.export.build_task", lambda *_: pytest.fail("it went on"))
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        exported(ran, tmp_path, *(each.format(folder=tmp_path) for each in overrides))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_policy_that_no_bundle_can_run_is_told_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs state on a stateless partition: ensemble"):
+        train(compose_config("train", [*GIVEN, "exits.policy.kind=ensemble"], tmp_path))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("option", ["placements=[device]", "policy_file=policy.json"])
+def test_a_network_without_exits_takes_no_such_option(option: str, tmp_path: Path, teacher_file: Path) -> None:
+    given = [f"ckpt_path={teacher_file}", f"bundle={tmp_path}/bundle", *TEST, f"exits.{option}"]
+    with pytest.raises(ValueError, match=rf"exits\.{option.split('=')[0]}=.* the checkpoint's network has no exits"):
+        export(compose_config("export", given, tmp_path))
