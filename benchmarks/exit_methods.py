@@ -34,6 +34,7 @@ METHODS: dict[str, list[str]] = {
     "shallow_deep": ["method=exits_joint", "method.objective.weights=shallow_deep", *END_TO_END],
     "branchynet": ["method=exits_joint", "method.objective.weights=branchynet", *END_TO_END],
     "separate": ["method=exits_separate", "trainer.max_epochs=10", *FROZEN],
+    "distilled_heads": ["method=exits_distilled", "method.train=[heads]", "trainer.max_epochs=10", *FROZEN],
     "zero_time_waste": [
         "method=zero_time_waste", "~stages.backbone", "+stages.exits.trainer.max_epochs=10",
         "+stages.ensemble.trainer.max_epochs=3", *FROZEN,
@@ -44,7 +45,8 @@ METHODS: dict[str, list[str]] = {
 ROWS = {
     "BranchyNet: joint, weights 1 and 0.3; entropy": ("branchynet", "entropy"),
     "Shallow-Deep: joint, growing weights; confidence": ("shallow_deep", "confidence"),
-    "Distilled from the final exit; confidence": ("exits_distilled", "confidence"),
+    "Distilled from the final exit, end to end; confidence": ("exits_distilled", "confidence"),
+    "Distilled from the final exit, frozen backbone; confidence": ("distilled_heads", "confidence"),
     "Separate, frozen backbone; confidence": ("separate", "confidence"),
     "Zero Time Waste, frozen backbone; ensemble": ("zero_time_waste", "ensemble"),
     "Patience, on the joint network with growing weights": ("shallow_deep", "patience"),

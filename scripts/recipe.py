@@ -120,10 +120,11 @@ def stage_config(cfg: DictConfig, name: str) -> DictConfig:
         )
     with open_dict(cfg):
         cfg.paths.checkpoints = str(Path(cfg.paths.checkpoints) / name)
-        config = OmegaConf.create(plain(cfg))
         for key in KNOWN:
             if settings.get(key) is not None:
-                config[key] = OmegaConf.merge(config[key], config.stages[name][key])
+                # Before interpolations are resolved: callbacks watch what the stage's method says.
+                cfg[key] = OmegaConf.merge(cfg[key], settings[key])
+        config = OmegaConf.create(plain(cfg))
         config.stage = name
         config.stages = {str(n): in_words(OmegaConf.select(cfg, f"stages.{n}.method._target_")) for n in cfg.stages}
     return config

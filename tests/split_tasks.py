@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from architectures import EntropyBottleneck, GaussianEncoder, SplitNetwork, create_backbone
+from architectures import EntropyBottleneck, GaussianEncoder, SplitNetwork
+from architectures.zoo import CifarResNet
 from lightning_modules import (
     CrossEntropy,
     Entropic,
@@ -77,9 +78,10 @@ def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return images.to(dtype), labels
 
 
-def backbone(name: str = "resnet20", classes: int = 10, seed: int = 0) -> nn.Module:
+def backbone(classes: int = 10, seed: int = 0) -> nn.Module:
+    """The smallest of the CIFAR ResNets: a block a stage."""
     torch.manual_seed(seed)
-    return create_backbone("cifar", name, num_classes=classes, in_channels=1).network
+    return CifarResNet(8, classes, in_channels=1)
 
 
 def teacher(network: nn.Module | None = None) -> Teacher:
