@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,7 @@ import torch
 from scripts.assembly import assemble, compose_config, read_checkpoint, restore
 from scripts.terminal import quiet
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def script(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=240, env={**os.environ, "COLUMNS": "200"}
-    )
+from .training_helpers import script
 
 
 def refused(result: subprocess.CompletedProcess) -> str:

@@ -367,9 +367,8 @@ def test_a_checkpoint_of_another_run_is_refused(whole, tmp_path, teacher_file):
 def test_two_spawned_processes_fit_stages_that_train_different_parts(tmp_path, teacher_file):
     folder = tmp_path / "run"
     overrides = [f"teacher.ckpt_path={teacher_file}", "trainer=ddp_sim", "logger=csv", "export=true"]
-    told = run_script(
-        "train", *RUN, *overrides, "+stages.finetune.method.train=[decoder,tail]", folder=folder, timeout=280
-    )
+    overrides.append("+stages.finetune.method.train=[decoder,tail]")
+    told = run_script("train", *RUN, *overrides, folder=folder, timeout=280, fresh=True)
     assert "Warning" not in told
     assert "recommended" not in told
     assert told.count("stage 1 of 2") == told.count("stage 2 of 2") == told.count("Bundle: ") == 1
@@ -387,7 +386,7 @@ def test_two_subprocesses_fit_a_recipe(tmp_path, teacher_file):
     folder = tmp_path / "run"
     overrides = [f"teacher.ckpt_path={teacher_file}", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     overrides += ["trainer.precision=32-true", "trainer.plugins=null", "logger=csv"]
-    told = run_script("train", *RUN, *overrides, folder=folder, timeout=280)
+    told = run_script("train", *RUN, *overrides, folder=folder, timeout=280, fresh=True)
     assert told.count("stage 1 of 2") == told.count("stage 2 of 2") == told.count("Results: ") == 1
     assert point(folder)["epochs"] == 2 * EPOCHS
     assert max(int(row["step"]) for row in rows(folder) if "val/acc" in row) == 2 * STEPS - 1

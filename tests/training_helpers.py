@@ -5,12 +5,15 @@ Scripts started by :func:`run_script` find this file as the module ``training_he
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytorch_lightning as pl
@@ -34,17 +37,58 @@ def small(network: str, **arguments: Any) -> list[str]:
     return chosen + [f"+backbone.network.{key}={value}" for key, value in arguments.items()]
 
 
-def run_script(name: str, *overrides: str, folder: Path, code: int = 0, timeout: float = 150) -> str:
-    """Run a script in a process of its own with ``folder`` as its output folder and return what it printed.
+class ScriptServer:
+    """A process that forks one for each script: see ``script_server.py``."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(ROOT / "tests/script_server.py")]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        atexit.register(self.process.communicate)
+
+    def run(self, **request: Any) -> int:
+        """Run a script to its end and return its exit status."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+
+server = functools.cache(ScriptServer)
+
+
+def script(
+    name: str, *arguments: str, cwd: Path, timeout: int = 150, fresh: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own.
 
     One thread a process: the order of sums in a convolution depends on the number of threads.
+
+    Args:
+        name: The script's.
+        *arguments: Its arguments.
+        cwd: Folder to run it in.
+        timeout: Seconds after which it is killed.
+        fresh: Whether a new interpreter runs it, with a hash seed and imports of its own, instead of a fork.
+        **env: Environment variables.
     """
+    command = [str(ROOT / "scripts" / f"{name}.py"), *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **env}
+    if fresh or sys.platform != "linux":
+        command.insert(0, sys.executable)
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    with TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        out.touch()
+        err.touch()
+        status = server().run(command=command, cwd=str(cwd), env=env, timeout=timeout, out=str(out), err=str(err))
+        return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
+
+
+def run_script(name: str, *overrides: str, folder: Path, code: int = 0, timeout: int = 150, fresh: bool = False) -> str:
+    """Run a script with ``folder`` as its output folder and return what it printed; see :func:`script`."""
     folders = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *overrides, *folders]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    result = subprocess.run(
-        command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    path = str(ROOT / "tests")
+    result = script(name, *overrides, *folders, cwd=folder.parent, timeout=timeout, fresh=fresh, PYTHONPATH=path)
     told = result.stdout + result.stderr
     assert result.returncode == code, f"exit status {result.returncode} instead of {code}:\n{told}"
     return told
