@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from architectures import CutError, EntropyBottleneck, SplitNetwork, SwitchableBatchNorm2d, create_backbone
 from architectures.split import PARTS
 from architectures.switchable import draw_width
+from architectures.zoo import CifarVGG
 from datamodules import Digits
 from datamodules.sources import ImageSource
 from lightning_modules import (
@@ -647,7 +648,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         "no layer 'layer33'.*Did you mean 'layer3'",
     ),
     "layer_unknown_to_the_teacher": (
-        lambda: build(HeadDistillation, teacher=teacher(backbone("vgg11_bn"))),
+        lambda: build(HeadDistillation, teacher=teacher(CifarVGG(11, in_channels=1))),
         CutError,
         "the teacher cannot be compared at layer2: .*no layer 'layer2'",
     ),

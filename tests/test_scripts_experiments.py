@@ -16,7 +16,8 @@ EXPERIMENTS = sorted(p.stem for p in (Path(CONF) / "experiment").glob("*.yaml"))
 # What the recipes that suit any data leave to the user.
 GIVEN = {"split.at": "layer2", "compare": "{layer2: 1.0, layer3: 0.5}", "beta": "1.0"}
 DIGITS = ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8"]
-QUICK = ["trainer=cpu", "debug=limit", "logger=csv", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
+QUICK = ["trainer=cpu", "debug=limit", "trainer.detect_anomaly=false", "logger=csv", "callbacks.progress=null"]
+QUICK.append("+trainer.enable_progress_bar=false")
 
 
 def missing(name: str, folder: Path) -> set[str]:

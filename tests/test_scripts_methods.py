@@ -33,7 +33,7 @@ QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]
 SPLIT = ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8", "split.at=layer2"]
 SPLIT += ["bottleneck.channels=4", "bottleneck.width=8", "logger=none", "callbacks.progress=null", *QUIET]
 # One short epoch, and all of the test images.
-SHORT = ["debug=limit", "trainer.max_epochs=1", "trainer.limit_test_batches=1.0"]
+SHORT = ["debug=limit", "trainer.detect_anomaly=false", "trainer.max_epochs=1", "trainer.limit_test_batches=1.0"]
 LAYERS = "method.objective.weights={layer2: 1.0, layer3: 0.5}"
 ENTROPIC = ["method=entropic", LAYERS, "method.beta=1.0", "method.optimizer.lr=1e-2"]
 ENTROPIC += ["trainer.limit_train_batches=8"]  # until codes differ
