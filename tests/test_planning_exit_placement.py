@@ -82,7 +82,7 @@ def test_the_heuristic_is_true_within_budget_and_close(record_property):
         gaps.append(best[0] / 10 - found.accuracy)
         nested = not (instance[1][:-1] & ~instance[1][1:]).any()
         assert found.exact == nested
-    record_property("mean gap in points", 100 * np.mean(gaps))
+    record_property("mean gap in points", float(100 * np.mean(gaps)))
     assert len(gaps) > 100
     assert min(gaps) >= 0
     assert np.mean(gaps) < 0.002
