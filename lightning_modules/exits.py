@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
@@ -99,9 +100,9 @@ class ExitTask(TaughtTask):
         named = zip(self.network.exit_names, terms, strict=True)
         return {f"exit/{name}": term for name, term in named if term.requires_grad}
 
+    @abc.abstractmethod
     def exit_terms(self, seen: SeenExits) -> list[Tensor]:
         """Return the weighted loss of each exit."""
-        raise NotImplementedError(f"{type(self).__name__} evaluates only")
 
     def see(self, batch: Batch) -> SeenExits:
         """Run the network on a batch, or what is stored of its frozen parts, and the teacher."""

@@ -43,7 +43,7 @@ def measured_points(
         "checkpoint": checkpoint,
     }
     if "test/acc_exits" in metrics:
-        return []  # many points of accuracy and work: exits_report.py's
+        return []
     if "test/payload_bytes" not in metrics:
         if image_bytes is None or "test/acc" not in metrics:
             return []
