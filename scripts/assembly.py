@@ -79,8 +79,8 @@ def assemble(cfg: DictConfig) -> Assembly:
             f"the teacher was trained on the input {image_input}, but the data overrides make it {data.input}; "
             "leave data.image_size, mean, std and interpolation as the teacher had them"
         )
-    teaching = _external_teacher(cfg, data, teacher) if "exits" in cfg else teacher
-    return Assembly(data, build_network(cfg, backbone, image_input), {"teacher": teaching})
+    teaching = {"teacher": _external_teacher(cfg, data, teacher) if "exits" in cfg else teacher}
+    return Assembly(data, build_network(cfg, backbone, image_input), teaching)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
