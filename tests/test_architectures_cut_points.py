@@ -74,6 +74,7 @@ SMALL = {
 }
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("family", SMALL)
 def test_every_listed_point_is_accepted_by_cut(family):
     build, size = SMALL[family]

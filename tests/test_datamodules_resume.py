@@ -73,6 +73,7 @@ def assert_same_end(whole: Classifier, resumed: Classifier, last: bool) -> None:
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("options", "steps"),
     [

@@ -140,6 +140,7 @@ def learnable(part: nn.Module) -> set[str]:
     return set(part.state_dict()) - support
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_frozen_stays_bitwise_and_what_is_trained_changes(case: str) -> None:
     method, settings, train, learning = CASES[case]
@@ -241,6 +242,7 @@ def test_a_teacher_that_no_term_asks_for_is_left_aside() -> None:
 # --- terms --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_the_loss_that_is_minimised_is_the_sum_of_what_is_logged(method: type[SplitTask]) -> None:
     extra = {
@@ -323,6 +325,7 @@ def run(method: type[SplitTask], network: dict[str, Any], disturb: int) -> tuple
     return logged.steps, measured, snapshot(task.network), evaluate(task)
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("case", STOCHASTIC)
 def test_same_seed_same_numbers(case: str) -> None:
     (steps, measured, weights, tested), again = (run(*STOCHASTIC[case], disturb) for disturb in (1, 2))
@@ -537,6 +540,7 @@ CACHED: dict[str, tuple[type[SplitTask], dict[str, Any], list[str] | None, bool]
 }
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("case", CACHED)
 def test_cached_features_change_no_loss(case: str, tmp_path: Path) -> None:
     method, network, train, with_images = CACHED[case]

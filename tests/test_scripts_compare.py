@@ -353,19 +353,15 @@ MANY = [
     for b in (64, 128)
     for seed in (0, 1)
 ]
+ODD = [run(method="_$x^$ {", label="$"), run(0.0, 1e7, method="w" * 90), run(1.0, 0.5, backbone=None)]
+FORTY = [run(0.5 + i / 100, 300, method=f"a rather long name of method {i}", backbone=f"b{i % 2}") for i in range(40)]
 
 
 @pytest.mark.parametrize(
-    "points",
-    [
-        [run()],
-        MANY,
-        [run(method="_$x^$ {", label="$"), run(0.0, 1e7, method="w" * 90), run(1.0, 0.5, backbone=None)],
-        [run(0.5 + i / 100, 300, method=f"a rather long name of method {i}", backbone=f"b{i % 2}") for i in range(40)],
-    ],
-    ids=["one", "many", "odd names", "forty"],
+    ("points", "log_x"),
+    [([run()], False), (MANY, True), (ODD, True), (ODD, False), (FORTY, True)],
+    ids=["one", "many", "odd names", "odd names, linear", "forty"],
 )
-@pytest.mark.parametrize("log_x", [True, False])
 def test_plots_have_their_size_and_nothing_is_cut_off(points, log_x):
     known = settings(points)
     for picture in (rate_plot(known, 0.88, "A title " * 12, log_x), tradeoff_plot(known, None, log_x)):

@@ -12,12 +12,13 @@ from scripts.evaluate import evaluate
 from scripts.terminal import CONF, missing_values, quiet
 from scripts.train import train
 
+pytestmark = pytest.mark.untraced  # presets run code that has tests of its own
 EXPERIMENTS = sorted(p.stem for p in (Path(CONF) / "experiment").glob("*.yaml"))
 # What the recipes that suit any data leave to the user.
 GIVEN = {"split.at": "layer2", "compare": "{layer2: 1.0, layer3: 0.5}", "beta": "1.0"}
 DIGITS = ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8"]
 QUICK = ["trainer=cpu", "debug=limit", "trainer.detect_anomaly=false", "logger=csv", "callbacks.progress=null"]
-QUICK.append("+trainer.enable_progress_bar=false")
+QUICK += ["trainer.max_epochs=1", "+trainer.enable_progress_bar=false"]
 
 
 def missing(name: str, folder: Path) -> set[str]:

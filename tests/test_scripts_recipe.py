@@ -187,6 +187,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert (point(one)["epochs"], point(one)["method"]) == (point(other)["epochs"], point(other)["method"])
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("case", KILLED)
 def test_a_killed_run_ends_as_an_uninterrupted_one(case, whole, tmp_path, teacher_file):
     from training_helpers import KilledError
@@ -249,6 +250,7 @@ def test_without_training_the_checkpoint_is_tested(whole, tmp_path, teacher_file
 # --- switches ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("mode", ["fdr", "limit", "overfit"])
 def test_a_recipe_runs_in_every_debug_mode(mode, tmp_path, teacher_file):
     overrides = [*PLAIN, *NET, "experiment=bottlefit", "compare={layer2: 1.0}", f"teacher.ckpt_path={teacher_file}"]
