@@ -71,6 +71,8 @@ class MultiExitNetwork(nn.Module):
         super().__init__()
         if split is None and (bottleneck is not None or codec is not None):
             raise ValueError("bottleneck and codec stand at a split; give split.at, or leave them null")
+        if split in (FINAL, LOGITS):
+            raise CutError(f"split.at names {split!r}, which stands for the last exit; split behind an earlier layer")
         exits = _places(backbone, sample, at, count)
         names = exits if split is None or split in exits else [*exits, split]
         self.stages = _cut(backbone, names, sample)
@@ -147,7 +149,14 @@ class MultiExitNetwork(nn.Module):
 
         Returns:
             The answers (B, classes) and where each sample left (B,).
+
+        Raises:
+            ValueError: The policy has another number of exits, or refuses the logits.
         """
+        if policy.exits != len(self.exit_names):
+            raise ValueError(
+                f"the policy has {policy.exits} exits, the network {len(self.exit_names)}; both count the last"
+            )
         return leave_early(list(self.steps()), {"x": images}, policy)
 
     def steps(self) -> Iterator[Step]:
@@ -257,7 +266,7 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
-        return x.view_as(x)
+        return x.clone()  # not a view: a layer that works in place may follow
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -276,7 +285,8 @@ def _places(backbone: nn.Module, sample: Tensor, at: Sequence[str] | None, count
     if count is not None:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"exits.count must be a whole number of at least 1, got {count!r}")
-        return spread(cut_points(backbone, sample), count)
+        points = cut_points(backbone, sample)
+        return spread([point for point in points if point.name not in (FINAL, LOGITS)], count)
     if isinstance(at, str) or not at:
         raise ValueError(f"exits.at is a list of at least one layer, got {at!r}; write exits.at=[layer1]")
     at = list(at)

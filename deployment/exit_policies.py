@@ -112,6 +112,8 @@ class PatiencePolicy(ExitPolicy):
     def _answer(self, exit: int, logits: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if "agreed" not in state or len(state["agreed"]) != len(logits):
             raise ValueError(f"a patience policy needs the state of the exit before exit {exit}, for the same samples")
+        if exit == 0 and bool((state["answered"] >= 0).any()):
+            raise ValueError("at exit 0 a patience policy needs the state of start(), got that of a later exit")
         answered = logits.argmax(1)
         agreed = torch.where(answered == state["answered"], state["agreed"] + 1, 0)
         return logits, {"answered": answered, "agreed": agreed}

@@ -19,8 +19,10 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from architectures.entropy_bottleneck import EntropyBottleneck
+from architectures.multi_exit import GeometricEnsemble
 from architectures.naming import did_you_mean
 
+UNDECAYED = (EntropyBottleneck, GeometricEnsemble)  # neither has weights that should be small
 Batch = tuple[Tensor, Tensor]
 Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
@@ -39,7 +41,7 @@ class Task(pl.LightningModule, abc.ABC):
         lr_scales: Layer-wise rates: a factor on the learning rate by prefix of the parameters' names inside
             ``network``; the longest prefix wins. A factor of 0 is refused: freeze such a part instead.
         decay_norms_and_biases: Whether weight decay also applies to parameters of one dimension or none, and to those
-            of a learned prior.
+            of a learned prior or an ensemble of exits.
         compile: Compile the network's parts in place with ``torch.compile``.
         channels_last: Keep the weights of convolutions, and with them all maps, channels last in memory, which CPUs and
             tensor cores in half precision run faster.
@@ -210,10 +212,10 @@ class Task(pl.LightningModule, abc.ABC):
             ValueError: Nothing is trainable, or ``lr_scales`` is used with an optimizer that names no rate.
         """
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-        priors = {p for m in self.network.modules() if isinstance(m, EntropyBottleneck) for p in m.parameters()}
+        scales = {p for m in self.network.modules() if isinstance(m, UNDECAYED) for p in m.parameters()}
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
-                decays = self.decay_norms_and_biases or (parameter.ndim > 1 and parameter not in priors)
+                decays = self.decay_norms_and_biases or (parameter.ndim > 1 and parameter not in scales)
                 groups.setdefault((self._lr_scale(name), decays), []).append(parameter)
         if not groups:
             raise ValueError(f"{type(self).__name__} has nothing to train: every parameter of the network is frozen")

@@ -18,6 +18,7 @@ from deployment import ExitPolicy, build_policy, offline, zstd_bytes
 from lightning_modules.base import Batch, CalibrationError
 from lightning_modules.taught import TaughtTask
 from lightning_modules.teacher import Teacher
+from losses.exit_weights import WeightedExits
 
 TEACHER = "teacher logits"
 
@@ -44,8 +45,9 @@ class ExitTask(TaughtTask):
     exits read of it. Besides the last exit's figures (``val/acc`` …) it reports ``val/acc_exit/NAME`` and
     ``val/ece_exit/NAME`` of every exit and their mean ``val/acc_exits``. Testing also reports what ``policy`` makes of
     them: ``test/policy/acc``, the mean MACs, their share of the backbone's, and the share of samples that leaves at
-    each exit. With a bottleneck it goes through real bytes, of which ``test/payload_bytes`` is what a sample sends
-    that goes on behind the split, and ``test/policy/payload_bytes`` the mean over all samples.
+    each exit; what the exits are then measured by is what they answer under it. With a bottleneck it goes through real
+    bytes, of which ``test/payload_bytes`` is what a sample sends that goes on behind the split, and
+    ``test/policy/payload_bytes`` the mean over all samples.
 
     Args:
         network: The multi-exit network to train.
@@ -53,7 +55,8 @@ class ExitTask(TaughtTask):
         train: Parts that learn: of ``backbone``, ``bottleneck``, ``heads``, ``ensemble``, and ``exit1`` to ``exitN``
             for single heads; ``None`` takes the method's own. The others are frozen, running statistics included.
         teacher: A frozen teacher; left aside by a method that needs none.
-        policy: Settings of an exit policy, ``kind`` and ``thresholds``, to test with; ``None`` tests none.
+        policy: Settings of an exit policy, ``kind`` and ``thresholds``, to test with; ``None`` tests none. An ensemble
+            takes the network's weights as they are when testing starts.
         **kwargs: As of :class:`~lightning_modules.taught.TaughtTask`.
 
     Raises:
@@ -61,7 +64,7 @@ class ExitTask(TaughtTask):
         ValueError: ``train`` names an unknown part or none that has parameters, or the policy does not fit the exits.
     """
 
-    trains: ClassVar[tuple[str, ...]] = ("backbone", "bottleneck", "heads", "ensemble")
+    trains: ClassVar[tuple[str, ...]] = ("backbone", "bottleneck", "heads")
     network: MultiExitNetwork
     needs_teacher = False
 
@@ -83,14 +86,19 @@ class ExitTask(TaughtTask):
         self.__dict__["trained_parts"] = self._trained(self.trains if train is None else train, network)
         super().__init__(network, *args, **kwargs)
         self.__dict__["_teacher"] = teacher if self.needs_teacher else None
-        self.policy = None if policy is None else network_policy(network, policy)
-        # Counted now: in inference mode, where Lightning tests, operations escape the counter.
-        self.exit_costs, self.backbone_macs = network.exit_costs(self.policy), network.backbone_macs
+        self.backbone_macs = network.backbone_macs
+        self.use_policy(None if policy is None else network_policy(network, policy))
+        self.policy_settings = policy
         self.val_exits = self._exit_metrics()
         self.test_exits = self._exit_metrics()
         names = ["acc", *(f"share{i}" for i in range(len(network.exit_names))), "payload_bytes"]
         self.test_policy = nn.ModuleDict({name: MeanMetric() for name in names})
         self.test_payload = nn.ModuleDict({"payload_bytes": MeanMetric(), "payload_zstd_bytes": MeanMetric()})
+
+    def use_policy(self, policy: ExitPolicy | None) -> None:
+        """Test with a policy as it is given; ``None`` tests none."""
+        self.policy, self.policy_settings = policy, None
+        self.exit_costs = self.network.exit_costs(policy)
 
     # --- objective --------------------------------------------------------------------------------------------------
 
@@ -132,6 +140,22 @@ class ExitTask(TaughtTask):
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
+    def leave_out_weightless(self, objective: WeightedExits) -> None:
+        """Freeze the heads that the objective gives no weight: no gradient reaches them, which DDP would refuse.
+
+        Raises:
+            ValueError: Nothing is left to train.
+        """
+        never = objective.weightless(len(self.network.exit_names))
+        without = {f"exit{number}" for number, weightless in enumerate(never, 1) if weightless}
+        left = tuple(part for part in self.trained_parts if part not in without)
+        if not left:
+            raise ValueError(
+                f"weights={objective.weights!r} leave nothing to train of {', '.join(self.trained_parts)}; give "
+                "these exits a weight above 0, or train other parts"
+            )
+        self.__dict__["trained_parts"] = left
+
     @staticmethod
     def parts(network: MultiExitNetwork) -> dict[str, nn.Module]:
         """The parts that can be trained or frozen, by name."""
@@ -152,6 +176,10 @@ class ExitTask(TaughtTask):
                 raise ValueError(
                     f"train names {name!r}, but the parts are {', '.join(known)}." + did_you_mean(name, known)
                 )
+        if "ensemble" in train and "ensemble" not in cls.trains:
+            raise ValueError(
+                f"train names 'ensemble', which {cls.__name__}'s objective does not reach; use method=zero_time_waste"
+            )
         wanted = {part for name in train for part in (heads if name == "heads" else (name,))}
         if not (found := tuple(name for name in parts if name in wanted)):
             raise ValueError(f"train={list(train)} trains nothing: this network has the parts {', '.join(parts)}")
@@ -170,6 +198,25 @@ class ExitTask(TaughtTask):
         learned = [p for p in getattr(self, "objective", nn.Module()).parameters() if p.requires_grad]
         groups = super().parameter_groups()
         return [*groups, {"params": learned, "weight_decay": 0.0}] if learned else groups
+
+    def on_fit_start(self) -> None:
+        """Refuse what would train for nothing, before anything is stored.
+
+        Raises:
+            ValueError: The bottleneck is frozen, and the range of its codes was never measured; or the weights of the
+                exits grow along a run without an end.
+        """
+        endless = self.trainer.max_epochs == -1 and self.trainer.max_steps == -1
+        if endless and getattr(self.objective, "weights", None) == "shallow_deep":
+            raise ValueError("weights='shallow_deep' grow until the end of the run, which has none; set max_epochs")
+        if self.network.bottleneck is not None and "bottleneck" not in self.trained_parts:
+            quantizer = self.network.bottleneck.quantizer
+            if quantizer.range != "sample" and not quantizer.initialized:
+                raise ValueError(
+                    f"the bottleneck at {self.network.split} is frozen, but was never trained; add it to method.train, "
+                    "or train it in a stage before"
+                )
+        super().on_fit_start()
 
     # --- frozen features --------------------------------------------------------------------------------------------
 
@@ -194,9 +241,11 @@ class ExitTask(TaughtTask):
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure every exit on a validation batch."""
+        """Measure every exit on a validation batch: its ensemble where that is trained, else its own logits."""
         images, labels = batch
-        answers = [logits.float() for logits in self.network.exits(images)]
+        network = self.network
+        exits = network.exits(images) if "ensemble" in self.trained_parts else network.classify(network.reduced(images))
+        answers = [logits.float() for logits in exits]
         self.val_metrics.update(answers[-1], labels)
         _update(self.val_exits, answers, labels)
 
@@ -206,6 +255,11 @@ class ExitTask(TaughtTask):
         values = self._exit_values("val", self.val_exits)
         self.log("val/acc_exits", values.pop("val/acc_exits"), prog_bar=True, sync_dist=True)
         self.log_dict(values, sync_dist=True)
+
+    def on_test_start(self) -> None:
+        """Give the policy what the network has learned since it was built."""
+        if self.policy_settings is not None:
+            self.policy = network_policy(self.network, self.policy_settings)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure every exit on a test batch, and the policy; what passes the split goes through its bytes."""
@@ -218,8 +272,7 @@ class ExitTask(TaughtTask):
             return arrived
 
         own = self.network.classify(self.network.reduced(images, link=link))
-        answers = own if self.network.ensemble is None else list(self.network.ensemble(own))
-        answers = [logits.float() for logits in answers]
+        answers = [logits.float() for logits in self._answers(own)]
         self.measure_test(answers[-1], labels)
         _update(self.test_exits, answers, labels)
         lengths = torch.tensor([float(len(payload)) for payload in payloads], device=self.device)
@@ -229,6 +282,16 @@ class ExitTask(TaughtTask):
             _meter(self.test_payload, "payload_zstd_bytes").update(compressed)
         if self.policy is not None:
             self._measure_policy(self.policy, torch.stack([logits.float() for logits in own]), labels, lengths)
+
+    def _answers(self, own: list[Tensor]) -> list[Tensor]:
+        """What each exit answers: what the policy makes of the exits' own logits, or else the network's ensemble."""
+        if self.policy is None:
+            return own if self.network.ensemble is None else list(self.network.ensemble(own))
+        state, answers = self.policy.start(len(own[0]), own[0].shape[1], own[0]), []
+        for i, logits in enumerate(own):
+            answer, _, state = self.policy.decide(i, logits, state)
+            answers.append(answer)
+        return answers
 
     def _measure_policy(self, policy: ExitPolicy, own: Tensor, labels: Tensor, lengths: Tensor) -> None:
         left = offline(policy, own)

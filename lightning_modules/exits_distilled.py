@@ -28,7 +28,8 @@ class ExitsDistilled(ExitTask):
         **kwargs: As of :class:`~lightning_modules.exits.ExitTask`.
 
     Raises:
-        ValueError: The teacher's logits are of other classes.
+        ValueError: The teacher's logits are of other classes, or the weights do not fit the exits or leave nothing of
+            ``train`` to learn.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ExitsDistilled(ExitTask):
         super().__init__(network, *args, teacher=teacher, **kwargs)
         objective.bind(len(network.exit_names), network.cost_shares())
         self.objective = objective
+        self.leave_out_weightless(objective)
         if self._teacher is not None:
             _check_classes(self._teacher, network)
 

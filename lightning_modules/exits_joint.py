@@ -21,6 +21,9 @@ class ExitsJoint(ExitTask):
         gradient_equilibrium: Scale gradients where exits branch off (Li et al. 2019), so that those of many exits do
             not add up in early layers.
         **kwargs: As of :class:`~lightning_modules.exits.ExitTask`.
+
+    Raises:
+        ValueError: The weights do not fit the exits, or leave nothing of ``train`` to learn.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class ExitsJoint(ExitTask):
         super().__init__(network, *args, **kwargs)
         objective.bind(len(network.exit_names), network.cost_shares())
         self.objective = objective
+        self.leave_out_weightless(objective)
         self.gradient_equilibrium = gradient_equilibrium
 
     def exit_terms(self, seen: SeenExits) -> list[Tensor]:

@@ -80,7 +80,7 @@ class WeightedExits(nn.Module):
         return torch.tensor(self._numbers(exits, progress), dtype=torch.float32)
 
     def weigh(self, logits: Sequence[Tensor], loss: Callable[[int], Tensor], progress: float) -> list[Tensor]:
-        """Return the weighted loss of each exit; an exit of weight 0 is not computed.
+        """Return the weighted loss of each exit; an exit that never has a weight is not computed.
 
         Args:
             logits: The exits' outputs, each (B, K).
@@ -93,7 +93,18 @@ class WeightedExits(nn.Module):
             return [torch.exp(-s) * loss(j) + s for j, s in enumerate(self.log_scales)]
         nothing = at_least_single(logits[0].new_zeros(()))
         weights = self._numbers(len(logits), progress)
-        return [weight * loss(j) if weight > 0 else nothing for j, weight in enumerate(weights)]
+        never = self.weightless(len(logits))
+        return [nothing if never[j] else weight * loss(j) for j, weight in enumerate(weights)]
+
+    def weightless(self, exits: int) -> list[bool]:
+        """Say of each exit whether its weight is 0 all along the training.
+
+        Args:
+            exits: Number of exits, the final classifier included.
+        """
+        if self.weights in ("shallow_deep", "learned"):
+            return [False] * exits
+        return [weight == 0 for weight in self._numbers(exits, 1.0)]
 
     def _numbers(self, exits: int, progress: float) -> list[float]:
         if not isinstance(self.weights, str):

@@ -33,8 +33,8 @@ class JointExitLoss(WeightedExits):
       up to a constant, with :math:`s = \log \sigma^2 - \log 2`. Its optimum weighs an exit by :math:`1 / L_j`, and it
       falls below 0 where losses are small.
 
-    The last two depend on the network: call ``bind`` before training. An exit of weight 0 is not computed, so that
-    neither its cost nor its NaNs arise, and gets no gradient.
+    The last two depend on the network: call ``bind`` before training. An exit whose weight is always 0 is not computed,
+    so that neither its cost nor its NaNs arise, and gets no gradient.
 
     Args:
         weights: A preset, or λ ≥ 0 of each exit, the final classifier last, at least one above 0.

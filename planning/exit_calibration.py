@@ -14,7 +14,16 @@ from deployment import ExitPolicy
 from planning.exit_statistics import CurvePoint, measure
 from planning.stored_logits import Floats, check_costs, check_logits, decisions
 from planning.temperature import check_split
-from planning.threshold_search import Goal, Table, at_least_right, geometric_thresholds, per_exit, sweep, within_budget
+from planning.threshold_search import (
+    ROUNDING,
+    Goal,
+    Table,
+    at_least_right,
+    geometric_thresholds,
+    per_exit,
+    sweep,
+    within_budget,
+)
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,7 @@ def budgeted_batch(
         raise ValueError("budgeted_batch sets a threshold per exit, which patience does not have; use calibrate_budget")
     table = _table(policy, logits, labels, costs)
     check_budget(budget)
-    if budget < table.costs[0]:
+    if budget * ROUNDING < table.costs[0]:
         raise ValueError(f"budget={budget:g} cannot be kept: the least possible is {table.costs[0]:g}; raise it")
     thresholds = geometric_thresholds(table, budget)
     return _calibrated(_with(policy, thresholds), logits, labels, costs, "budgeted_batch", budget)

@@ -48,15 +48,17 @@ def fit_temperatures(logits: Tensor, labels: Tensor, *, split: str = "val") -> t
 
 
 def check_split(split: str) -> None:
-    """Refuse to calibrate on the split that results are reported on.
+    """Refuse to calibrate on the split that results are reported on, or on one of an unknown name.
 
     Raises:
-        ValueError: It is ``test``.
+        ValueError: It is neither ``val`` nor ``train``.
     """
     if split == "test":
         raise ValueError(
             'thresholds are calibrated on validation data, or the test result means nothing; got split="test"'
         )
+    if split not in ("val", "train"):
+        raise ValueError(f'split says where the logits are from, "val" or "train"; got {split!r}')
 
 
 def _inverse_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from architectures import Backbone, SplitNetwork
+from architectures import Backbone, MultiExitNetwork, SplitNetwork
 from datamodules import ImageDataModule
 from deployment import FLOAT_BITS, ImageInput, check_bits
 from lightning_modules import Task, Teacher
@@ -131,6 +131,11 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False) ->
     backbone = instantiate(config.backbone, num_classes=len(metadata["class_names"])).network
     network = build_network(config, backbone, image_input)
     load_strictly(network, network_state(checkpoint), f"the checkpoint {path}")
+    if bits is not None and isinstance(network, MultiExitNetwork):
+        raise ValueError(
+            f"codec.bits={bits} cannot be changed for a network with exits such as {path}; train it at that width, or "
+            "give infer.py bits="
+        )
     if bits is not None and not isinstance(network, SplitNetwork):
         raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
     other_bits = False
@@ -268,6 +273,12 @@ def _external_teacher(cfg: DictConfig, data: ImageDataModule, own: Teacher | Non
     """Return the teacher that ``distil_from`` names, of any architecture, or else the network that gets exits."""
     if cfg.distil_from.ckpt_path is None:
         return own
+    methods = [cfg.method, *(stage.get("method", {}) for stage in (cfg.get("stages") or {}).values())]
+    if not any(method.get("objective", {}).get("source") == "teacher" for method in methods):
+        raise ValueError(
+            f"distil_from.ckpt_path={cfg.distil_from.ckpt_path} would be ignored: nothing learns from that teacher; "
+            "set method=exits_distilled method.objective.source=teacher, or leave it out"
+        )
     restored = restore(cfg.distil_from.ckpt_path, trusted=cfg.distil_from.trust_checkpoint)
     for what, theirs, ours in (
         ("classes", restored.class_names, data.class_names),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,7 +58,10 @@ def chosen_exits(
         policy: ExitPolicy | None = read_policy(Path(given["policy_file"]))
     else:
         own = config.method.get("policy")
-        policy = None if own is None else network_policy(network, plain(own))
+        settings = None if own is None else plain(own)
+        if settings is None and network.ensemble is not None:
+            settings = {"kind": "ensemble"}  # none leaves early, but the last exit answers as the network does
+        policy = None if settings is None else network_policy(network, settings)
     exits = Exits(policy, given.get("placements"))
     exit_partitions(network, image_input, exits)
     return exits
@@ -76,23 +78,13 @@ def exit_partitions(
     parts, codecs = export_parts(network, image_input, exits.placements)
     specs = []
     if isinstance(network, MultiExitNetwork):
-        specs = exit_specs(network, parts, exits.policy, accuracies(network, exits.policy, metrics or {}))
+        specs = exit_specs(network, parts, exits.policy, accuracies(network, metrics or {}))
     check_parts(parts, codecs, specs, exits.policy)
     return parts, codecs, specs
 
 
-def accuracies(network: MultiExitNetwork, policy: ExitPolicy | None, metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the accuracy of each exit's answers, where what was measured is what the bundle answers.
-
-    An ensemble answers otherwise than its exits' own logits do, so that its figures stand for itself alone.
-    """
-    ensembles = policy is not None and policy.final_needs_state
-    if ensembles != (network.ensemble is not None):
-        return {}
-    if policy is not None and ensembles:
-        learned = network_policy(network, {"kind": policy.kind, "thresholds": list(policy.thresholds)})
-        if dataclasses.replace(policy, latest=None) != learned:
-            return {}
+def accuracies(network: MultiExitNetwork, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the accuracy of each exit's answers under the policy that they were tested with."""
     found = {name: metrics.get(f"test/acc_exit/{name}") for name in network.exit_names}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -23,9 +23,8 @@ from planning import (
     overthinking,
 )
 from planning.stored_logits import decisions
+from planning.threshold_search import ROUNDING
 from scripts.exits_measure import Costs, Stored
-
-ROUNDING = 1 + 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +117,7 @@ def policy_figures(study: Study, kind: str, budgets: Sequence[float], curve: int
         "best": study.point(best, None),
         "curve": [[point.cost / backbone, point.accuracy] for point in tested],
         "curve_shares": [list(point.shares) for point in tested],
+        "curve_thresholds": [list(point.thresholds) for point in tested],
         "anytime": [[cost / backbone, accuracy] for cost, accuracy in anytime],
     }
 

@@ -15,6 +15,7 @@ OF = {"macs": "the backbone's MACs", "seconds": "the backbone's seconds", "given
 def print_report(report: Mapping[str, Any]) -> None:
     """Print what was found: accuracy at each budget, each exit alone, seconds, and which exits to keep."""
     budgets_table(report)
+    shares_table(report)
     exits_table(report)
     lost, wasted = 100 * report["overthinking"], 100 * report["wasteful"]
     oracle = report["oracle"]
@@ -48,6 +49,23 @@ def budgets_table(report: Mapping[str, Any]) -> None:
     header = ("policy", *(f"budget {share(budget)}" for budget in budgets), "best")
     title = f"Accuracy on {report['images']['test']:,} test images at their mean share of {OF[report['costs']['unit']]}"
     table(title, rows, header)
+
+
+def shares_table(report: Mapping[str, Any]) -> None:
+    """Print by which thresholds each budget is kept, and who leaves where."""
+    names = [exit["name"] for exit in report["exits"]]
+    rows = [
+        (
+            kind,
+            share(point["budget"]),
+            thresholds(point["thresholds"]),
+            *(f"{100 * left:.1f} %" for left in point["shares"]),
+        )
+        for kind, figures in report["policies"].items()
+        for point in figures["points"]
+        if point["accuracy"] is not None
+    ]
+    table("Test images that leave at each exit", rows, ("policy", "budget", "thresholds", *map(escape, names)))
 
 
 def exits_table(report: Mapping[str, Any]) -> None:
@@ -94,13 +112,19 @@ def print_placement(found: Mapping[str, Any]) -> None:
 
 
 def csv_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each policy and budget, and for each policy's best."""
+    """Return a row for each policy and budget, for each policy's best, and for each point of its curve."""
     names = [exit["name"] for exit in report["exits"]]
     rows = []
     for kind, figures in report["policies"].items():
-        for point in [*figures["points"], figures["best"]]:
-            row = {"policy": kind, "point": "best" if point is figures["best"] else "budget"}
-            row |= {key: point[key] for key in ("budget", "accuracy", "cost", "val_accuracy", "val_cost", "scheme")}
+        curve = zip(figures["curve"], figures["curve_shares"], figures["curve_thresholds"], strict=True)
+        points = [("budget", point) for point in figures["points"]] + [("best", figures["best"])]
+        points += [
+            ("curve", {"cost": cost, "accuracy": accuracy, "shares": left, "thresholds": by})
+            for (cost, accuracy), left, by in curve
+        ]
+        for what, point in points:
+            row = {"policy": kind, "point": what}
+            row |= {key: point.get(key) for key in ("budget", "accuracy", "cost", "val_accuracy", "val_cost", "scheme")}
             row |= {f"share/{name}": value for name, value in _each(names, point["shares"])}
             rows.append(row | {f"threshold/{name}": value for name, value in _each(names[:-1], point["thresholds"])})
     return rows

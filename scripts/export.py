@@ -40,7 +40,7 @@ def export(cfg: DictConfig) -> Path:
         logger.log_hyperparams({**plain(cfg), "trained": plain(restored.config)})
     task = build_task(restored.config, restored.network, restored.class_names)
     if isinstance(task, ExitTask):
-        task.policy = exits.policy
+        task.use_policy(exits.policy)
     trainer.test(task, datamodule=data, verbose=False)
     metrics = dict(trainer.callback_metrics)
     results_table(f"{cfg.ckpt_path} on test", metrics)

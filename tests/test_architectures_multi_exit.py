@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -187,6 +188,41 @@ def test_gradient_equilibrium_scales_what_each_branch_sends_back() -> None:
     expected = plain[0] / 3 + plain[1] * 2 / 3 / 2 + plain[2] * 2 / 3 / 2
     torch.testing.assert_close(gradient(True, (0, 1, 2)), expected)
     assert torch.equal(scale_gradient(batch, 0.3), batch)
+
+
+def test_gradient_equilibrium_suits_layers_that_work_in_place() -> None:
+    def gradient(inplace: bool) -> Tensor:
+        torch.manual_seed(0)
+        layers = [
+            ("a", nn.Conv2d(1, 4, 3)),
+            ("b", nn.ReLU(inplace)),
+            ("c", nn.Conv2d(4, 4, 3)),
+            ("d", nn.ReLU(inplace)),
+        ]
+        body = nn.Sequential(OrderedDict([*layers, ("flat", nn.Flatten()), ("fc", nn.Linear(4 * 4 * 4, 3))]))
+        built = MultiExitNetwork(body, SAMPLE, at=["a", "c"])
+        loss = sum(logits.square().sum() for logits in built.classify(built.reduced(SAMPLE, equilibrium=True)))
+        return torch.autograd.grad(loss, next(built.stages[0].parameters()))[0]
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+def test_a_layer_called_final_takes_no_exit_by_itself() -> None:
+    layers = [
+        ("a", nn.Conv2d(1, 4, 3)),
+        ("final", nn.Conv2d(4, 4, 3)),
+        ("flat", nn.Flatten()),
+        ("fc", nn.Linear(64, 3)),
+    ]
+    body = nn.Sequential(OrderedDict(layers))
+    assert MultiExitNetwork(body, SAMPLE, count=1).exit_names == ("a", "final")
+    with pytest.raises(CutError, match=r"split.at names 'final'"):
+        MultiExitNetwork(body, SAMPLE, at=["a"], split="final")
+
+
+def test_a_policy_of_other_exits_is_refused_however_early_all_leave() -> None:
+    with pytest.raises(ValueError, match="the policy has 2 exits, the network 3"):
+        network().run(images(), build_policy("confidence", 0.0, exits=2))
 
 
 def test_costs_count_stages_heads_and_the_policy() -> None:

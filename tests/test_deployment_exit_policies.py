@@ -400,6 +400,8 @@ def test_state_of_other_exits_samples_or_classes_is_refused():
             policy.decide(0, logits[0, :3], fresh[policy])
     with pytest.raises(ValueError, match="all 1 exits before exit 1"):
         ensemble.decide(1, logits[1], fresh[ensemble])
+    with pytest.raises(ValueError, match=r"at exit 0 a patience policy needs the state of start\(\)"):
+        patience.decide(0, logits[0], patience.decide(0, logits[0], fresh[patience]).state)
     with pytest.raises(ValueError, match=f"same {B} samples and 2 classes"):
         ensemble.decide(0, logits[0, :, :2], fresh[ensemble])
     biased = EnsemblePolicy((0.5,) * 3, log_bias=bias)

@@ -229,7 +229,11 @@ def test_testing_measures_every_exit_and_the_policy(kind: str, network: dict[str
     task.network.eval()
     with torch.no_grad():
         logits = torch.stack(logits_of(task, images))
-    accuracies = (logits.argmax(2) == labels).double().mean(1)
+    answers = logits
+    if kind == "ensemble":
+        means = torch.arange(1, 4).reciprocal().unsqueeze(1).expand(3, 3).tril()
+        answers = geometric_ensemble(list(logits), means, torch.zeros(3, 10))
+    accuracies = (answers.argmax(2) == labels).double().mean(1)
     for name, accuracy in zip(task.network.exit_names, accuracies, strict=True):
         assert found[f"test/acc_exit/{name}"] == pytest.approx(accuracy.item())
     assert found["test/acc"] == found["test/acc_exit/final"]
@@ -248,12 +252,75 @@ def test_testing_measures_every_exit_and_the_policy(kind: str, network: dict[str
         assert not any("payload" in name for name in found)
 
 
+def test_an_ensemble_is_tested_with_what_it_has_learned() -> None:
+    task = build(ZeroTimeWaste, policy={"kind": "ensemble"})
+    with torch.no_grad():
+        task.network.ensemble.log_bias[:, 3] = 5.0  # as if it had learned that all is class 3
+    found = measured(task)
+    labels = torch.cat([labels for _, labels in batches()])
+    assert found["test/policy/acc"] == pytest.approx((labels == 3).double().mean().item())
+    assert found["test/policy/acc"] == found["test/acc"]
+    task.use_policy(build_policy("confidence", None, exits=3))
+    own = torch.cat([logits_of(task.eval(), images)[-1] for images, _ in batches()])
+    assert measured(task)["test/acc"] == pytest.approx((own.argmax(1) == labels).double().mean().item())
+
+
+@pytest.mark.parametrize("method", [ExitsSeparate, ZeroTimeWaste])
+def test_validation_measures_ensembles_only_where_they_are_trained(method: type[ExitTask]) -> None:
+    task = build(method, {"ensemble": True})
+    with torch.no_grad():
+        task.network.ensemble.log_bias[:, 3] = 50.0
+    trainer = trainer_of()
+    trainer.validate(task, batches(), verbose=False)
+    images, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    own = logits_of(task.eval(), images)[-1].argmax(1)
+    expected = torch.full_like(labels, 3) if method is ZeroTimeWaste else own
+    assert trainer.callback_metrics["val/acc"].item() == pytest.approx((expected == labels).double().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("method", "network", "objective"),
+    [
+        (ExitsJoint, {}, JointExitLoss("final")),
+        (ExitsJoint, {}, JointExitLoss([0.0, 1.0, 1.0])),
+        (ExitsJoint, {}, JointExitLoss("shallow_deep", start=0.0)),
+        (ExitsJoint, {"ensemble": True}, JointExitLoss()),
+        (ExitsDistilled, {}, ExitDistillationLoss(weights=[1.0, 0.0, 1.0])),
+        (ExitsSeparate, {"cascade": True, "ensemble": True}, JointExitLoss("learned")),
+    ],
+)
+def test_a_gradient_reaches_all_that_is_trained_as_ddp_asks(
+    method: type[ExitTask], network: dict[str, Any], objective: Any
+) -> None:
+    task = build(method, network, objective=objective)
+    task.setup("fit")
+    task.set_modes()
+    task.progress = lambda: 0.0  # type: ignore[method-assign]
+    torch.stack(list(task.training_loss(batch()).values())).sum().backward()
+    assert not [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_the_scales_of_an_ensemble_do_not_decay() -> None:
+    task = build(ZeroTimeWaste)
+    task.setup("fit")
+    assert [group["weight_decay"] for group in task.parameter_groups()] == [0.0]
+
+
+def test_what_would_train_for_nothing_is_told_before_training() -> None:
+    with pytest.raises(ValueError, match="the bottleneck at layer2 is frozen, but was never trained"):
+        fit(build(ExitsSeparate, SPLIT))
+    with pytest.raises(ValueError, match="grow until the end of the run, which has none; set max_epochs"):
+        fit(build(ExitsJoint, objective=JointExitLoss("shallow_deep")), epochs=-1)
+
+
 @pytest.mark.parametrize(
     ("method", "network", "settings", "words"),
     [
+        (ExitsSeparate, {}, {"objective": JointExitLoss("final")}, "leave nothing to train of exit1, exit2"),
         (ExitsJoint, {}, {"train": ["head"]}, "train names 'head'.*Did you mean 'heads'"),
         (ExitsJoint, {}, {"train": "heads"}, r"write train=\[heads\]"),
-        (ExitsJoint, {}, {"train": ["ensemble"]}, "trains nothing"),
+        (ExitsJoint, {}, {"train": ["bottleneck"]}, "trains nothing"),
+        (ExitsJoint, {"ensemble": True}, {"train": ["ensemble"]}, "objective does not reach; use method=zero_time"),
         (ExitsJoint, {}, {"objective": JointExitLoss([1.0, 1.0])}, "weights has 2 numbers, but there are 3 exits"),
         (ExitsJoint, {}, {"policy": {"kind": "confidence", "thresholds": [0.5] * 3}}, "thresholds"),
         (ExitsJoint, {}, {"policy": {"kind": "confidence", "thresholds": 1.5}}, r"1\.5"),

@@ -178,6 +178,13 @@ def test_budgeted_batch_lets_the_asked_shares_leave(kind, budget):
     assert found.scheme == "budgeted_batch"
 
 
+def test_the_least_budget_is_kept_however_it_was_rounded():
+    logits, labels = stored()
+    budget = 1 / 49 * 49  # the least possible, as a share of the backbone's
+    assert budget < 1
+    assert budgeted_batch(a_policy("confidence"), logits, labels, [1, 20, 49], budget).shares == (1, 0, 0)
+
+
 def test_budgeted_batch_keeps_the_budget_where_all_scores_are_equal():
     logits, labels = torch.zeros(3, 8, 2), torch.zeros(8, dtype=torch.int64)
     found = budgeted_batch(a_policy("confidence"), logits, labels, [1, 2, 3], 2)
@@ -258,6 +265,7 @@ def nan(logits):
         ({"budget": 1.9}, r"least possible mean cost is 2;"),
         ({"budget": float("nan")}, "budget must be a number"),
         ({"split": "test"}, "thresholds are calibrated on validation data"),
+        ({"split": "Test"}, 'split says where the logits are from, "val" or "train"'),
         ({"costs": [2, 5]}, "costs must be 3 numbers"),
         ({"costs": [2, 5, 5]}, "rise from exit to exit"),
         ({"costs": [0, 5, 6]}, "positive"),

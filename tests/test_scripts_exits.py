@@ -76,6 +76,7 @@ def test_zero_time_waste_runs_its_three_stages_on_one_store_of_features(tmp_path
         ([EXITS, "method.objective.weights=[1,1]"], ValueError, "weights has 2 numbers"),
         ([EXITS, "feature_cache.use=true"], ValueError, "no frozen part"),
         ([EXITS, "exits.heads.pooling=avg"], ValueError, "pooling must be one of"),
+        ([EXITS, "distil_from.ckpt_path=teacher.ckpt"], ValueError, "would be ignored: nothing learns from"),
     ],
 )
 def test_mistakes_are_told_before_training(

@@ -154,6 +154,7 @@ def test_infer_says_where_each_image_left_and_what_that_took(ran: Ran, tmp_path:
     ("overrides", "words"),
     [
         (["exits.placements=[device,server]"], "2 names, but there are 3 partitions, to_layer1, to_layer2, to_final"),
+        (["codec.bits=3"], "codec.bits=3 cannot be changed for a network with exits"),
         (["exits.placements=[device,server,device]"], "returns to the placement device"),
         (["exits.policy_file={folder}/none.json"], "there is no exit policy at"),
         (["exits.policy_file={folder}/damaged.json"], r"damaged\.json cannot be read"),
@@ -178,6 +179,26 @@ def test_a_policy_that_no_bundle_can_run_is_told_before_training(tmp_path: Path)
     with pytest.raises(ValueError, match="needs state on a stateless partition: ensemble"):
         train(compose_config("train", [*GIVEN, "exits.policy.kind=ensemble"], tmp_path))
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_ensembled_exits_without_a_policy_are_exported_as_the_network_answers(tmp_path: Path) -> None:
+    given = [
+        *GIVEN[: GIVEN.index(BOTTLENECK[0])],
+        "trainer.max_epochs=1",
+        "+trainer.limit_train_batches=4",
+        "export=true",
+    ]
+    given += ["exits.ensemble=true", "exits.policy=null"]
+    metrics = train(compose_config("train", given, tmp_path))
+    bundle, network = load_bundle(tmp_path / "bundle"), restore(tmp_path / "checkpoints/best.ckpt").network
+    assert bundle.manifest.policy.kind == "ensemble"
+    images = torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8)
+    result = Pipeline(bundle).run(images)
+    assert (result.exits == 2).all()
+    with torch.no_grad():
+        expected = network(bundle.input.normalize(images))
+    torch.testing.assert_close(result.logits.log_softmax(1), expected.log_softmax(1), rtol=1e-4, atol=1e-4)
+    assert bundle.manifest.metrics["test/acc"] == pytest.approx(metrics["test/acc"])
 
 
 @pytest.mark.parametrize("option", ["placements=[device]", "policy_file=policy.json"])

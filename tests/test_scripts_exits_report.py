@@ -224,9 +224,19 @@ def test_the_table_of_points_is_that_of_the_report(reported, network):
     report, files = reported
     with files["exits_report.csv"].open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert len(rows) == 5 * 5
+    assert {row["point"] for row in rows} == {"budget", "best", "curve"}
+    of_curves = [row for row in rows if row["point"] == "curve"]
+    curves = [
+        (kind, *point)
+        for kind, figures in report["policies"].items()
+        for point in zip(figures["curve"], figures["curve_shares"], figures["curve_thresholds"], strict=True)
+    ]
+    for row, (kind, (cost, accuracy), shares, thresholds) in zip(of_curves, curves, strict=True):
+        found = [row["policy"], row["cost"], row["accuracy"], row[f"share/{network.exit_names[0]}"]]
+        assert found == [kind, repr(cost), repr(accuracy), repr(shares[0])]
+        assert row[f"threshold/{network.exit_names[0]}"] == ("" if thresholds[0] is None else repr(thresholds[0]))
     points = [p for figures in report["policies"].values() for p in [*figures["points"], figures["best"]]]
-    for row, point in zip(rows, points, strict=True):
+    for row, point in zip((row for row in rows if row["point"] != "curve"), points, strict=True):
         assert row["accuracy"] == ("" if point["accuracy"] is None else repr(point["accuracy"]))
         for exit, name in enumerate(network.exit_names):
             assert row[f"share/{name}"] == ("" if point["shares"] is None else repr(point["shares"][exit]))
