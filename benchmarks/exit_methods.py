@@ -5,7 +5,7 @@ end for 5 epochs, or on the frozen backbone with stored features. Validation and
 since the pretrained weights have seen all of ``train/``: thresholds are chosen on the one, all else is reported on the
 other. A run that is there is not repeated, one that was interrupted is resumed.
 
-    python benchmarks/exit_methods.py --data DIR --weights resnet32.th [--only shallow_deep …] [--report FILE.md]
+    python benchmarks/exit_methods.py --data DIR --weights FILE [--only METHOD …] [--report FILE.md] [--plot FILE.png]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from resumable import line, percent, run
 
+from scripts.plotting import accuracy_axis, legend, matplotlib_defaults, new_figure, png, styles
 from scripts.results import RESULTS
 from scripts.terminal import table
 
@@ -55,6 +56,9 @@ ROWS = {
 }
 
 
+LOWEST = 70  # per cent: what is below says nothing of use, and would press all else together
+
+
 def main() -> None:
     args = arguments()
     folder = args.output.absolute()
@@ -82,21 +86,45 @@ def main() -> None:
             "exits_report", folder / name / "report", args.threads, f"ckpt_path={checkpoint}",
             f"policies=[{policies}]", "shared=false", done="exits_report.json",
         )  # fmt: skip
-    report(folder, args.report)
+    report(folder, args.report, args.plot)
 
 
-def report(folder: Path, file: Path | None) -> None:
-    """Print what is there so far, beside the untouched backbone; write it as Markdown if asked."""
+def report(folder: Path, file: Path | None, picture: Path | None) -> None:
+    """Print what is there so far, beside the untouched backbone; write it as Markdown and as a picture if asked."""
     backbone = json.loads((folder / "backbone" / RESULTS).read_text())["points"][0]["accuracy"]
     header = ("method", "25 %", "50 %", "75 %", "100 %", "best", "at", "last exit", "cost over budget, at most")
     rows = [("Untouched backbone", "", "", "", *[percent(backbone)] * 2, "100.0 %", percent(backbone), "")]
-    for name, (network, policy) in ROWS.items():
-        path = folder / network / "report/exits_report.json"
-        if path.exists():
-            rows.append((name, *cells(json.loads(path.read_text()), policy)))
+    reports = {name: folder / network / "report/exits_report.json" for name, (network, _) in ROWS.items()}
+    found = {name: json.loads(path.read_text()) for name, path in reports.items() if path.exists()}
+    rows += [(name, *cells(measured, ROWS[name][1])) for name, measured in found.items()]
     table("ResNet-32 with five exits: accuracy at shares of the backbone's MACs, test images", rows, header)
     if file:
         file.write_text("\n".join([line(header), line(["---"] * len(header)), *map(line, rows)]) + "\n")
+    if picture:
+        picture.write_bytes(
+            plot({name: measured["policies"][ROWS[name][1]] for name, measured in found.items()}, backbone)
+        )
+
+
+def plot(figures: dict[str, dict[str, Any]], backbone: float) -> bytes:
+    """Draw accuracy over mean cost, one line a row of the table and marks at its budgets, as a PNG."""
+    with matplotlib_defaults():
+        figure = new_figure(5.5)
+        axes = figure.add_subplot()
+        handles, heights = [], [100 * backbone]
+        for name, look in styles(dict.fromkeys(figures, False)).items():
+            curve = [(100 * cost, 100 * accuracy) for cost, accuracy in figures[name]["curve"]]
+            axes.plot(*zip(*curve, strict=True), color=look.color, linewidth=1.5, alpha=0.8)
+            points = [point for point in figures[name]["points"] if point["accuracy"] is not None]
+            marks = [[100 * point[key] for point in points] for key in ("cost", "accuracy")]
+            (mark,) = axes.plot(*marks, color=look.color, marker=look.marker, linestyle="none", markersize=6)
+            handles.append((name, mark))
+            heights += [*(accuracy for _, accuracy in curve), *marks[1]]
+        level = axes.axhline(100 * backbone, color="black", linestyle="--", linewidth=1.2)
+        accuracy_axis(axes, [height for height in heights if height > LOWEST], "")
+        axes.set_xlabel("Mean MACs per image (% of the backbone's)")
+        legend(figure, [*handles, (f"untouched backbone: {100 * backbone:.1f} %", level)])
+        return png(figure)
 
 
 def cells(found: dict[str, Any], policy: str) -> list[str]:
@@ -129,6 +157,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=5, help="of the methods that train end to end")
     parser.add_argument("--report", type=Path, help="write the table as Markdown to this file")
+    parser.add_argument("--plot", type=Path, help="draw accuracy over MACs into this PNG file")
     return parser.parse_args()
 
 
