@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train a teacher and a split model on real digits, export and run them (about 5 minutes)
 	$(BIN)/python -m scripts.demo
 
-test: $(READY)  ## run the tests with coverage (under 9 minutes on two cores)
+test: $(READY)  ## run the tests with coverage (about 10 minutes on two cores)
 	$(PYTEST) -m "not slow" --cov --cov-report=term
 
 test-full: $(READY)  ## run every test, the slow ones included

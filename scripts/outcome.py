@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
-from architectures import profile
+from architectures import MultiExitNetwork, profile
 from lightning_modules.callbacks.tracking import log_artifact, wandb_run
 from scripts.assembly import Assembly, plain, restore
 from scripts.bundling import example_input, write_bundle
@@ -73,7 +73,8 @@ def finish(
             log_artifact(run, bundle, kind="bundle", name="bundle")
         next_command(f"python scripts/infer.py bundle={bundle} input={example_input(parts.data)}")
     elif best:
-        next_command(f"python scripts/export.py ckpt_path={best}")
+        script = "exits_report" if isinstance(parts.network, MultiExitNetwork) else "export"
+        next_command(f"python scripts/{script}.py ckpt_path={best}")
 
 
 def stage_table(done: list[Fitted]) -> None:

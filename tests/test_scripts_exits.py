@@ -37,12 +37,13 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     ],
 )
 def test_each_method_trains_tests_and_is_rebuilt_from_its_checkpoint(
-    overrides: list[str], tmp_path: Path, teacher_file: Path
+    overrides: list[str], tmp_path: Path, teacher_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = [override.replace("TEACHER", str(teacher_file)) for override in overrides]
     metrics = run(tmp_path / "run", *overrides)
     assert {"val/acc", "val/acc_exits", "test/acc_exit/final", "test/policy/acc", "test/policy/macs"} <= set(metrics)
     checkpoint = tmp_path / "run/checkpoints/best.ckpt"
+    assert f"Next: python scripts/exits_report.py ckpt_path={checkpoint}" in capsys.readouterr().out
     assert isinstance(restore(checkpoint).network, MultiExitNetwork)
     given = [f"ckpt_path={checkpoint}", "trainer=cpu", "+trainer.limit_test_batches=1"]
     again = evaluate(compose_config("evaluate", [*given, "+trainer.enable_progress_bar=false"], tmp_path / "evaluate"))
