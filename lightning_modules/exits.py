@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from architectures.multi_exit import MultiExitNetwork
 from architectures.naming import did_you_mean
+from architectures.quantizer import UniformQuantizer
 from deployment import ExitPolicy, build_policy, offline, zstd_bytes
 from lightning_modules.base import Batch, CalibrationError
 from lightning_modules.taught import TaughtTask
@@ -211,7 +212,8 @@ class ExitTask(TaughtTask):
             raise ValueError("weights='shallow_deep' grow until the end of the run, which has none; set max_epochs")
         if self.network.bottleneck is not None and "bottleneck" not in self.trained_parts:
             quantizer = self.network.bottleneck.quantizer
-            if quantizer.range != "sample" and not quantizer.initialized:
+            measures = isinstance(quantizer, UniformQuantizer) and quantizer.range != "sample"
+            if measures and not quantizer.initialized:
                 raise ValueError(
                     f"the bottleneck at {self.network.split} is frozen, but was never trained; add it to method.train, "
                     "or train it in a stage before"

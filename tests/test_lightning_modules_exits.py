@@ -306,6 +306,14 @@ def test_the_scales_of_an_ensemble_do_not_decay() -> None:
     assert [group["weight_decay"] for group in task.parameter_groups()] == [0.0]
 
 
+@pytest.mark.parametrize("codec", [{"bits": 32}, {"bits": 4, "range": "sample"}])
+def test_a_frozen_bottleneck_whose_range_is_not_measured_may_have_been_trained(codec: dict[str, Any]) -> None:
+    task = build(ExitsSeparate, SPLIT | {"codec": codec})
+    before = snapshot(task.network.bottleneck)
+    fit(task, epochs=1)
+    assert not changed(before, task.network.bottleneck)
+
+
 def test_what_would_train_for_nothing_is_told_before_training() -> None:
     with pytest.raises(ValueError, match="the bottleneck at layer2 is frozen, but was never trained"):
         fit(build(ExitsSeparate, SPLIT))
