@@ -291,6 +291,19 @@ def build_quantizer(settings: Mapping[str, Any], shape: tuple[int, ...], axis: i
 
 
 @torch.compiler.disable
+def check_measured(quantizer: nn.Module) -> None:
+    """Refuse codes whose range nobody has measured.
+
+    Raises:
+        ValueError: The quantiser's range still waits for its first training batch.
+    """
+    if isinstance(quantizer, UniformQuantizer) and quantizer.range != "sample" and not quantizer.initialized:
+        raise ValueError(
+            f"codec.range={quantizer.range} is measured in training, which this network's bottleneck has not seen; "
+            "train it, or use codec.range=sample"
+        )
+
+
 def _over_ranks(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Return the extremes over all ranks, which each set their range from their own part of the batch."""
     if not distributed.is_available() or not distributed.is_initialized():

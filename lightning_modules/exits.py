@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from architectures.multi_exit import MultiExitNetwork
 from architectures.naming import did_you_mean
-from architectures.quantizer import UniformQuantizer
+from architectures.quantizer import check_measured
 from deployment import ExitPolicy, build_policy, offline, zstd_bytes
 from lightning_modules.base import Batch, CalibrationError
 from lightning_modules.taught import TaughtTask
@@ -211,13 +211,7 @@ class ExitTask(TaughtTask):
         if endless and getattr(self.objective, "weights", None) == "shallow_deep":
             raise ValueError("weights='shallow_deep' grow until the end of the run, which has none; set max_epochs")
         if self.network.bottleneck is not None and "bottleneck" not in self.trained_parts:
-            quantizer = self.network.bottleneck.quantizer
-            measures = isinstance(quantizer, UniformQuantizer) and quantizer.range != "sample"
-            if measures and not quantizer.initialized:
-                raise ValueError(
-                    f"the bottleneck at {self.network.split} is frozen, but was never trained; add it to method.train, "
-                    "or train it in a stage before"
-                )
+            check_measured(self.network.bottleneck.quantizer)
         super().on_fit_start()
 
     # --- frozen features --------------------------------------------------------------------------------------------
@@ -259,7 +253,13 @@ class ExitTask(TaughtTask):
         self.log_dict(values, sync_dist=True)
 
     def on_test_start(self) -> None:
-        """Give the policy what the network has learned since it was built."""
+        """Give the policy what the network has learned since it was built.
+
+        Raises:
+            ValueError: The range of the codes was never measured.
+        """
+        if self.network.bottleneck is not None:
+            check_measured(self.network.bottleneck.quantizer)
         if self.policy_settings is not None:
             self.policy = network_policy(self.network, self.policy_settings)
 

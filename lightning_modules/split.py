@@ -14,7 +14,7 @@ from architectures.entropy_bottleneck import EntropyBottleneck
 from architectures.gaussian import GaussianEncoder
 from architectures.modes import evaluating
 from architectures.naming import did_you_mean
-from architectures.quantizer import UniformQuantizer
+from architectures.quantizer import check_measured
 from architectures.split import HEAD, LIKELIHOODS, PARTS, SplitNetwork
 from architectures.stages import LOGITS, CutError, Stages, cut
 from architectures.switchable import draw_width
@@ -237,12 +237,7 @@ class SplitTask(TaughtTask):
         Raises:
             ValueError: The quantiser's range still waits for its first training batch.
         """
-        quantizer = self.network.quantizer
-        if isinstance(quantizer, UniformQuantizer) and quantizer.range != "sample" and not quantizer.initialized:
-            raise ValueError(
-                f"codec.range={quantizer.range} is measured in training, which this network has not seen; train it, or "
-                "use codec.range=sample"
-            )
+        check_measured(self.network.quantizer)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure accuracy and the bytes sent on a test batch, through the bytes; the encoder runs once."""

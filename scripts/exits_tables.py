@@ -65,7 +65,8 @@ def shares_table(report: Mapping[str, Any]) -> None:
         for point in figures["points"]
         if point["accuracy"] is not None
     ]
-    table("Test images that leave at each exit", rows, ("policy", "budget", "thresholds", *map(escape, names)))
+    if rows:
+        table("Test images that leave at each exit", rows, ("policy", "budget", "thresholds", *map(escape, names)))
 
 
 def exits_table(report: Mapping[str, Any]) -> None:

@@ -315,8 +315,9 @@ def test_a_frozen_bottleneck_whose_range_is_not_measured_may_have_been_trained(c
 
 
 def test_what_would_train_for_nothing_is_told_before_training() -> None:
-    with pytest.raises(ValueError, match="the bottleneck at layer2 is frozen, but was never trained"):
-        fit(build(ExitsSeparate, SPLIT))
+    for run in (fit, measured):
+        with pytest.raises(ValueError, match="codec.range=.* which this network's bottleneck has not seen; train it"):
+            run(build(ExitsSeparate, SPLIT))
     with pytest.raises(ValueError, match="grow until the end of the run, which has none; set max_epochs"):
         fit(build(ExitsJoint, objective=JointExitLoss("shallow_deep")), epochs=-1)
 
