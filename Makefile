@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## train a teacher and a split model on real digits, export and run them (about 5 minutes)
-	$(BIN)/python -m scripts.demo
+	$(BIN)/python scripts/demo.py
 
 test: $(READY)  ## run the tests with coverage (about 10 minutes on two cores)
 	$(PYTEST) -m "not slow" --cov --cov-report=term

@@ -1,20 +1,11 @@
 """Plain networks: backbones, cutting, bottlenecks, quantisers and split networks."""
 
-from architectures.backbones import Backbone, create_backbone
-from architectures.bottleneck import Bottleneck, build_bottleneck
-from architectures.calibration import calibrate_range
-from architectures.channels import BitErrors, GaussianNoise, PacketLoss, build_channel
-from architectures.costs import profile
-from architectures.entropy_bottleneck import EntropyBottleneck
-from architectures.exit_heads import ExitHead
-from architectures.gaussian import GaussianEncoder, make_gaussian
-from architectures.macs import count_macs, count_params
-from architectures.multi_exit import MultiExitNetwork
-from architectures.partitions import DevicePart, ServerPart, WholePart, export_parts
-from architectures.quantizer import UniformQuantizer
-from architectures.recalibrate import recalibrate_batchnorm
-from architectures.split import SplitNetwork
-from architectures.stages import (
+from cleave.architectures.backbones import Backbone, create_backbone
+from cleave.architectures.bottleneck import Bottleneck, build_bottleneck
+from cleave.architectures.calibration import calibrate_range
+from cleave.architectures.channels import BitErrors, GaussianNoise, PacketLoss, build_channel
+from cleave.architectures.costs import profile
+from cleave.architectures.cutting.stages import (
     CutError,
     CutPoint,
     NodeGraph,
@@ -26,7 +17,16 @@ from architectures.stages import (
     spread,
     trace_graph,
 )
-from architectures.switchable import SwitchableBatchNorm2d, select, switchable
+from cleave.architectures.entropy_bottleneck import EntropyBottleneck
+from cleave.architectures.exit_heads import ExitHead
+from cleave.architectures.gaussian import GaussianEncoder, make_gaussian
+from cleave.architectures.macs import count_macs, count_params
+from cleave.architectures.multi_exit import MultiExitNetwork
+from cleave.architectures.partitions import DevicePart, ServerPart, WholePart, export_parts
+from cleave.architectures.quantizer import UniformQuantizer
+from cleave.architectures.recalibrate import recalibrate_batchnorm
+from cleave.architectures.split import SplitNetwork
+from cleave.architectures.switchable import SwitchableBatchNorm2d, select, switchable
 
 __all__ = [
     "Backbone",

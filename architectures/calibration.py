@@ -9,9 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 import torch
+from cleave.deployment import check_bits
 from torch import Tensor
-
-from deployment import check_bits
 
 METHODS = ("mse", "minmax", "percentile")
 _Values = npt.NDArray[np.float64]
@@ -35,7 +34,7 @@ def calibrate_range(
 
     .. math:: (l, h) = \arg\min_{l, h} \; \mathrm{E} \, (z - Q_{l, h}(z))^2,
 
-    with Q as in :class:`~architectures.quantizer.UniformQuantizer` (Banner et al., "Post Training 4-bit Quantization of
+    with Q as in ``UniformQuantizer`` (Banner et al., "Post Training 4-bit Quantization of
     Convolutional Networks for Rapid-Deployment", 2019, who solve it for an assumed distribution; Nagel et al., "A White
     Paper on Neural Network Quantization", 2021, who search, as is done here). Both ends move independently between the
     median and the extreme on a geometric grid, so that an outlier a thousand times as large as the bulk is given up as

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from cleave.architectures.naming import did_you_mean
+from cleave.architectures.quantizer import Quantizer, UniformQuantizer
 from torch import Tensor, nn
-
-from architectures.naming import did_you_mean
-from architectures.quantizer import Quantizer, UniformQuantizer
 
 WHEN = ("train", "eval", "always", "never")
 _FLOAT_BITS = 32

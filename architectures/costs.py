@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
+from cleave.architectures.macs import count_macs, count_params
+from cleave.architectures.multi_exit import MultiExitNetwork
+from cleave.architectures.split import SplitNetwork
 from torch import nn
-
-from architectures.macs import count_macs, count_params
-from architectures.multi_exit import MultiExitNetwork
-from architectures.split import SplitNetwork
 
 
 def profile(network: nn.Module, shape: tuple[int, int, int]) -> dict[str, dict[str, int]]:

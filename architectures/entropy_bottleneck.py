@@ -10,11 +10,10 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 import torch
+from cleave.deployment import CodecError, EntropyCodec
+from cleave.deployment.entropy_codec import MAX_SYMBOLS
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from deployment import CodecError, EntropyCodec
-from deployment.entropy_codec import MAX_SYMBOLS
 
 LIKELIHOOD_BOUND = 1e-9
 TAIL_MASS = 1e-6

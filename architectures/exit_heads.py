@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from cleave.architectures.bottleneck import MAP_LAYOUTS, VECTOR_LAYOUTS, Permute, conv_block
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from architectures.bottleneck import MAP_LAYOUTS, VECTOR_LAYOUTS, Permute, conv_block
 
 POOLINGS = ("average", "max", "mix")
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from cleave.architectures.modes import evaluating
+from cleave.architectures.multi_exit import FINAL, MultiExitNetwork
+from cleave.architectures.normalize import Normalize
+from cleave.deployment import Codec, ExitPolicy, ExitSpec, FloatCodec, ImageInput, Part
+from cleave.deployment.signatures import part_inputs, part_outputs
 from torch import Tensor, nn
-
-from architectures.modes import evaluating
-from architectures.multi_exit import FINAL, MultiExitNetwork
-from architectures.normalize import Normalize
-from deployment import Codec, ExitPolicy, ExitSpec, FloatCodec, ImageInput, Part
-from deployment.signatures import part_inputs, part_outputs
 
 DEVICE, SERVER = "device", "server"
 
@@ -108,7 +107,7 @@ def exit_specs(
     """Describe the exits of a network that was cut by :func:`exit_parts`.
 
     Their MACs are those of all partitions until there and of the policy. An exit at the split pays for the encoder
-    beside it too, which :meth:`~architectures.MultiExitNetwork.exit_costs` leaves out: one partition runs both.
+    beside it too, which :meth:`~cleave.architectures.MultiExitNetwork.exit_costs` leaves out: one partition runs both.
 
     Args:
         network: The network.

@@ -75,7 +75,7 @@ class GaussianEncoder(nn.Module):
 
 
 def make_gaussian(encoder: nn.Module, variance: str | float = "learned") -> GaussianEncoder:
-    """Make an encoder of :func:`~architectures.bottleneck.build_bottleneck` stochastic; it becomes the mean.
+    """Make an encoder of :func:`~cleave.architectures.bottleneck.build_bottleneck` stochastic; it becomes the mean.
 
     Args:
         encoder: A sequence that ends in the projection, a convolution or a linear layer; or a linear layer alone. Its

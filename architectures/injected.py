@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cleave.architectures.bottleneck import VECTOR_LAYOUTS, build_bottleneck
+from cleave.architectures.quantizer import build_quantizer
+from cleave.deployment import Codec
 from torch import Tensor, nn
-
-from architectures.bottleneck import VECTOR_LAYOUTS, build_bottleneck
-from architectures.quantizer import build_quantizer
-from deployment import Codec
 
 
 class InjectedBottleneck(nn.Module):
@@ -17,11 +16,11 @@ class InjectedBottleneck(nn.Module):
 
     Args:
         shape: Per-sample shape of the feature, in ``layout``.
-        layout: As of :class:`~architectures.stages.Stages`.
-        bottleneck: Keyword arguments of :func:`~architectures.bottleneck.build_bottleneck`; ``None`` quantises the
+        layout: As of :class:`~cleave.architectures.cutting.stages.Stages`.
+        bottleneck: Keyword arguments of ``build_bottleneck``; ``None`` quantises the
             feature itself.
         codec: ``bits``, ``range``, ``momentum``, ``coding`` and ``quality`` of
-            :class:`~architectures.split.SplitNetwork`'s ``codec`` of kind ``uniform``.
+            :class:`~cleave.architectures.split.SplitNetwork`'s ``codec`` of kind ``uniform``.
 
     Raises:
         ValueError: An argument is out of range, or has no meaning beside exits.

@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from cleave.architectures.cutting.cut_points import cut_points, spread
+from cleave.architectures.cutting.slicing import check_size
+from cleave.architectures.cutting.stages import LOGITS, CutError, Stages, cut
+from cleave.architectures.exit_heads import ExitHead
+from cleave.architectures.injected import InjectedBottleneck
+from cleave.architectures.macs import count_macs, count_params
+from cleave.architectures.modes import evaluating
+from cleave.architectures.naming import did_you_mean
+from cleave.deployment import Exited, ExitPolicy, leave_early
+from cleave.losses import geometric_ensemble
 from torch import Tensor, nn
-
-from architectures.cut_points import cut_points, spread
-from architectures.exit_heads import ExitHead
-from architectures.injected import InjectedBottleneck
-from architectures.macs import count_macs, count_params
-from architectures.modes import evaluating
-from architectures.naming import did_you_mean
-from architectures.slicing import check_size
-from architectures.stages import LOGITS, CutError, Stages, cut
-from deployment import Exited, ExitPolicy, leave_early
-from losses import geometric_ensemble
 
 FINAL = "final"
 Step = Callable[[dict[str, Tensor]], tuple[Tensor | None, dict[str, Tensor]]]
@@ -36,13 +35,13 @@ class MultiExitNetwork(nn.Module):
         sample: Normalised images (B, C, H, W) of the size the network will see; one is enough.
         at: Names of the layers with an exit behind them, in any order. Either this or ``count``.
         count: Number of exits before the last one, at even shares of the backbone's MACs.
-        heads: Keyword arguments of :class:`~architectures.exit_heads.ExitHead`: ``pooling``, ``grid``, ``size``,
+        heads: Keyword arguments of :class:`~cleave.architectures.exit_heads.ExitHead`: ``pooling``, ``grid``, ``size``,
             ``convs``, ``width``, ``kernel``.
         cascade: Whether each exit also reads the class probabilities of the one before.
         ensemble: Whether each exit answers with the weighted geometric mean of all exits so far.
         split: Name of the layer behind which the bottleneck is inserted, or ``None``.
-        bottleneck: As of :class:`~architectures.split.SplitNetwork`, in the form ``insert``.
-        codec: As of :class:`~architectures.split.SplitNetwork`, of kind ``uniform``, for one width.
+        bottleneck: As of :class:`~cleave.architectures.split.SplitNetwork`, in the form ``insert``.
+        codec: As of :class:`~cleave.architectures.split.SplitNetwork`, of kind ``uniform``, for one width.
 
     Attributes:
         exit_names: The layers with an exit in the order of execution, then ``final``.

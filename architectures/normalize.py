@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
+from cleave.deployment import ImageInput
 from torch import Tensor, nn
-
-from deployment import ImageInput
 
 
 class Normalize(nn.Module):

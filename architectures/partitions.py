@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cleave.architectures.costs import profile
+from cleave.architectures.exit_partitions import exit_parts
+from cleave.architectures.multi_exit import MultiExitNetwork
+from cleave.architectures.normalize import Normalize
+from cleave.architectures.split import SplitNetwork
+from cleave.architectures.switchable import select
+from cleave.deployment import Codec, ImageInput, Part
 from torch import Tensor, nn
-
-from architectures.costs import profile
-from architectures.exit_partitions import exit_parts
-from architectures.multi_exit import MultiExitNetwork
-from architectures.normalize import Normalize
-from architectures.split import SplitNetwork
-from architectures.switchable import select
-from deployment import Codec, ImageInput, Part
 
 
 class WholePart(nn.Module):
@@ -67,12 +66,12 @@ def export_parts(
     """Describe a network as partitions in the order of its route, with the codec of each edge between them.
 
     Args:
-        network: A :class:`~architectures.split.SplitNetwork`, cut into device and server; a
-            :class:`~architectures.multi_exit.MultiExitNetwork`, cut at its exits as well; or any other network, which
+        network: A :class:`~cleave.architectures.split.SplitNetwork`, cut into device and server; a
+            ``MultiExitNetwork``, cut at its exits as well; or any other network, which
             makes one partition for the device. A channel that disturbs the link is no part of either.
         image_input: The network's input; the first partition normalises by it.
         placements: Where each partition of a multi-exit network runs; see
-            :func:`~architectures.exit_partitions.exit_parts`.
+            :func:`~cleave.architectures.exit_partitions.exit_parts`.
 
     Returns:
         The parts, and one codec fewer than there are parts.

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from cleave.architectures.entropy_bottleneck import EntropyBottleneck
+from cleave.architectures.naming import did_you_mean
+from cleave.deployment import FLOAT_BITS, Codec, FloatCodec, check_bits, code_codec
 from torch import Tensor, distributed, nn
-
-from architectures.entropy_bottleneck import EntropyBottleneck
-from architectures.naming import did_you_mean
-from deployment import FLOAT_BITS, Codec, FloatCodec, check_bits, code_codec
 
 RANGES = ("learned", "observed", "sample")
 _TINY = 1e-8
@@ -95,7 +94,7 @@ class UniformQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_range(self, low: float, high: float) -> None:
-        """Set the range all samples share, as :func:`~architectures.calibration.calibrate_range` measures it.
+        """Set the range all samples share, as :func:`~cleave.architectures.calibration.calibrate_range` measures it.
 
         Training goes on from there: a learned range is trained further, an observed one keeps following the batches.
 
@@ -115,7 +114,7 @@ class UniformQuantizer(nn.Module):
         self.initialized.fill_(True)
 
     def codec(self, shape: tuple[int, ...], coding: str = "packed", quality: int | None = None) -> Codec:
-        """How codes of this width and range become bytes; see :func:`deployment.code_codec`."""
+        """How codes of this width and range become bytes; see :func:`cleave.deployment.code_codec`."""
         low, high = self.fixed_range or (None, None)
         return code_codec(coding, shape, self.bits, low, high, quality=quality)
 
@@ -261,7 +260,7 @@ def build_quantizer(settings: Mapping[str, Any], shape: tuple[int, ...], axis: i
     Args:
         settings: ``kind``: ``uniform`` (default) with ``bits`` (2 to 16, or 32 for float) and the arguments of
             :class:`UniformQuantizer`, or ``entropy`` with those of
-            :class:`~architectures.entropy_bottleneck.EntropyBottleneck`.
+            :class:`~cleave.architectures.entropy_bottleneck.EntropyBottleneck`.
         shape: Per-sample shape of the representation.
         axis: Where its channels stand: 0, or -1 for tokens.
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from cleave.architectures.modes import evaluating
+from cleave.architectures.switchable import SwitchableBatchNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from architectures.modes import evaluating
-from architectures.switchable import SwitchableBatchNorm2d
 
 
 @torch.no_grad()

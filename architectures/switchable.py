@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from cleave.deployment import check_bits
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from deployment import check_bits
 
 
 class SwitchableBatchNorm2d(nn.Module):

@@ -35,10 +35,9 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from cleave.architectures.cutting.stages import CutError, CutPoint, Stages, cut, cut_points, spread
+from cleave.architectures.macs import count_macs
 from torch import Tensor, nn
-
-from architectures.macs import count_macs
-from architectures.stages import CutError, CutPoint, Stages, cut, cut_points, spread
 
 SECONDS = 30.0
 SHARES = (0.25, 0.5, 0.75)

@@ -14,9 +14,8 @@ import time
 
 import numpy as np
 import torch
-
-from planning import place_exits
-from scripts.terminal import quiet, table
+from cleave.planning import place_exits
+from cleave.scripts.terminal import quiet, table
 
 
 def main() -> None:

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from scripts.assembly import compose_config, restore, restore_data
-from scripts.plotting import accuracy_axis, legend, matplotlib_defaults, new_figure, png, styles
-from scripts.report_csv import write_csv
-from scripts.terminal import quiet, table
-from scripts.train import train
+from cleave.scripts.assembly import compose_config, restore, restore_data
+from cleave.scripts.plotting import accuracy_axis, legend, matplotlib_defaults, new_figure, png, styles
+from cleave.scripts.report_csv import write_csv
+from cleave.scripts.terminal import quiet, table
+from cleave.scripts.train import train
 
 SEEDS = (0, 1, 2)
 PLAIN = ["trainer=cpu", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]

@@ -16,14 +16,13 @@ import os
 import sys
 from pathlib import Path
 
+from cleave.scripts.collect import collect, reference_accuracy
+from cleave.scripts.compare import write_report
+from cleave.scripts.rate_accuracy import interpolate, settings
+from cleave.scripts.results import RESULTS
+from cleave.scripts.terminal import table
 from resumable import line, percent
 from resumable import run as run_until
-
-from scripts.collect import collect, reference_accuracy
-from scripts.compare import write_report
-from scripts.rate_accuracy import interpolate, settings
-from scripts.results import RESULTS
-from scripts.terminal import table
 
 run = functools.partial(run_until, done=RESULTS)
 BUDGET = 70_000

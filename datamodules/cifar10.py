@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cleave.deployment import ImageInput
 from torchvision import datasets
-
-from deployment import ImageInput
 
 from .base import ImageDataModule, say
 from .sources import ArraySource, ImageSource

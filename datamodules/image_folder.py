@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deployment import ImageInput
+from cleave.deployment import ImageInput
 
 from .base import SPLITS, ImageDataModule, say
 from .sources import FileSource, ImageSource

@@ -41,7 +41,7 @@ def offline(policy: ExitPolicy, logits: Tensor) -> Exited:
         ValueError: The logits are not finite floats (E, B, C) of the policy's exits.
 
     Example:
-        >>> from deployment import build_policy
+        >>> from cleave.deployment import build_policy
         >>> logits = torch.tensor([[[4.0, 0.0], [0.1, 0.0]], [[5.0, 0.0], [0.0, 5.0]]])
         >>> exited = offline(build_policy("confidence", 0.9, exits=2), logits)
         >>> exited.index.tolist(), exited.logits.argmax(1).tolist()
@@ -80,7 +80,7 @@ def leave_early(steps: Sequence[Step], carried: dict[str, Tensor], policy: ExitP
             not one row for each sample; or the policy refuses the logits.
 
     Example:
-        >>> from deployment import build_policy
+        >>> from cleave.deployment import build_policy
         >>> def first(carried):
         ...     return carried["x"], {"x": 10 * carried["x"]}
         >>> def second(carried):

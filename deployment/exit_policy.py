@@ -44,7 +44,7 @@ class ExitPolicy(abc.ABC):
         latest: The exit at which all leave that still remain; ``None``: the last. :meth:`with_deadline` finds it.
 
     Attributes:
-        kind: The name under which :data:`~deployment.POLICIES` knows the class.
+        kind: The name under which :data:`~cleave.deployment.POLICIES` knows the class.
         rising: Whether a sample leaves at a score of at least the threshold; else at a score of at most that.
         carries: Whether state passes from exit to exit, so that exits on different machines cannot share the policy.
         final_needs_state: Whether the last exit's answer depends on that state.
@@ -155,7 +155,7 @@ class ExitPolicy(abc.ABC):
             ValueError: Not even the first exit can be reached, or the costs are not positive and rising.
 
         Example:
-            >>> from deployment import build_policy
+            >>> from cleave.deployment import build_policy
             >>> build_policy("confidence", 0.9, exits=3).with_deadline(5.5, costs=[1, 5, 9]).latest
             1
         """
@@ -167,7 +167,7 @@ class ExitPolicy(abc.ABC):
         return dataclasses.replace(self, latest=sum(cost <= deadline for cost in values) - 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values with ``kind`` among them; :func:`~deployment.policy_from_dict` reads them back."""
+        """Return plain JSON values with ``kind`` among them; ``policy_from_dict`` reads them back."""
         return {"kind": self.kind} | {
             field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
         }

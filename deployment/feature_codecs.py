@@ -192,7 +192,7 @@ class ZstdCodec(Codec):
     """Another codec's payloads, each compressed on its own as a Zstandard frame (RFC 8878) without its magic number.
 
     Args:
-        inner: The other codec; or its :meth:`~deployment.codec.Codec.to_dict`, as a manifest holds it.
+        inner: The other codec; or its :meth:`~cleave.deployment.codec.Codec.to_dict`, as a manifest holds it.
         level: Effort, 1 to 22.
 
     Raises:
@@ -317,7 +317,7 @@ def code_codec(
     """Build a codec of integer codes by the name of its coding.
 
     Args:
-        coding: ``packed`` (dense, :class:`~deployment.codec.UniformCodec`), ``sparse``, ``tiled_png``, ``tiled_webp``
+        coding: ``packed`` (dense, ``UniformCodec``), ``sparse``, ``tiled_png``, ``tiled_webp``
             or ``tiled_jpeg``; with ``_zstd`` behind it, compressed by zstd on top.
         shape: Shape of one sample's codes, without the batch; (C, H, W) where they are tiled.
         bits: Width of a code, 2 to 16, or to 8 where they are tiled.

@@ -1,21 +1,21 @@
 """Training and evaluation logic: one thin module per family of methods."""
 
-from lightning_modules.base import Task
-from lightning_modules.classification import Classification
-from lightning_modules.cross_entropy import CrossEntropy
-from lightning_modules.entropic import Entropic
-from lightning_modules.exits import ExitTask
-from lightning_modules.exits_distilled import ExitsDistilled
-from lightning_modules.exits_joint import ExitsJoint
-from lightning_modules.exits_separate import ExitsSeparate
-from lightning_modules.generalized_head_distillation import GeneralizedHeadDistillation
-from lightning_modules.head_distillation import HeadDistillation
-from lightning_modules.information_bottleneck import InformationBottleneck
-from lightning_modules.knowledge_distillation import KnowledgeDistillation
-from lightning_modules.reconstruction import Reconstruction
-from lightning_modules.split import SplitTask
-from lightning_modules.teacher import Teacher
-from lightning_modules.terms import (
+from cleave.lightning_modules.base import Task
+from cleave.lightning_modules.classification import Classification
+from cleave.lightning_modules.cross_entropy import CrossEntropy
+from cleave.lightning_modules.entropic import Entropic
+from cleave.lightning_modules.exits import ExitTask
+from cleave.lightning_modules.exits_distilled import ExitsDistilled
+from cleave.lightning_modules.exits_joint import ExitsJoint
+from cleave.lightning_modules.exits_separate import ExitsSeparate
+from cleave.lightning_modules.generalized_head_distillation import GeneralizedHeadDistillation
+from cleave.lightning_modules.head_distillation import HeadDistillation
+from cleave.lightning_modules.information_bottleneck import InformationBottleneck
+from cleave.lightning_modules.knowledge_distillation import KnowledgeDistillation
+from cleave.lightning_modules.reconstruction import Reconstruction
+from cleave.lightning_modules.split import SplitTask
+from cleave.lightning_modules.teacher import Teacher
+from cleave.lightning_modules.terms import (
     FeaturesTerm,
     FeatureTerm,
     GaussianTerm,
@@ -25,7 +25,7 @@ from lightning_modules.terms import (
     ReconstructionTerm,
     Term,
 )
-from lightning_modules.zero_time_waste import ZeroTimeWaste
+from cleave.lightning_modules.zero_time_waste import ZeroTimeWaste
 
 __all__ = [
     "Classification",

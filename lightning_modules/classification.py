@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from cleave.lightning_modules.base import Batch, Task
 from torch import Tensor
 from torch.nn import functional as F
-
-from lightning_modules.base import Batch, Task
 
 
 class Classification(Task):
     """Cross entropy on logits, with label smoothing (Szegedy et al. 2016).
 
     Args:
-        *args: As of :class:`~lightning_modules.base.Task`.
+        *args: As of :class:`~cleave.lightning_modules.base.Task`.
         label_smoothing: Share of each label's weight spread over all classes, in [0, 1).
-        **kwargs: As of :class:`~lightning_modules.base.Task`.
+        **kwargs: As of :class:`~cleave.lightning_modules.base.Task`.
 
     Raises:
         ValueError: ``label_smoothing`` lies outside [0, 1).

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cleave.architectures.split import PARTS, SplitNetwork
+from cleave.lightning_modules.split import SplitTask
+from cleave.lightning_modules.terms import LabelTerm
 from torch import nn
-
-from architectures.split import PARTS, SplitNetwork
-from lightning_modules.split import SplitTask
-from lightning_modules.terms import LabelTerm
 
 
 class CrossEntropy(SplitTask):
@@ -19,9 +18,9 @@ class CrossEntropy(SplitTask):
 
     Args:
         network: The split network to train.
-        *args: As of :class:`~lightning_modules.split.SplitTask`.
+        *args: As of :class:`~cleave.lightning_modules.split.SplitTask`.
         objective: Compares logits (B, classes) with labels (B,).
-        **kwargs: As of :class:`~lightning_modules.split.SplitTask`.
+        **kwargs: As of :class:`~cleave.lightning_modules.split.SplitTask`.
     """
 
     trains = PARTS

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from architectures.split import SplitNetwork
-from lightning_modules.split import SplitTask
-from lightning_modules.terms import FeaturesTerm, RateTerm
-from losses import GeneralizedHeadDistillationLoss, RateLoss
+from cleave.architectures.split import SplitNetwork
+from cleave.lightning_modules.split import SplitTask
+from cleave.lightning_modules.terms import FeaturesTerm, RateTerm
+from cleave.losses import GeneralizedHeadDistillationLoss, RateLoss
 
 
 class Entropic(SplitTask):
@@ -22,10 +22,10 @@ class Entropic(SplitTask):
 
     Args:
         network: The split network to train, with a learned prior (``codec=entropy``).
-        *args: As of :class:`~lightning_modules.split.SplitTask`.
+        *args: As of :class:`~cleave.lightning_modules.split.SplitTask`.
         objective: Compares features at named layers with a weight each.
         beta: Weight of the rate.
-        **kwargs: As of :class:`~lightning_modules.split.SplitTask`.
+        **kwargs: As of :class:`~cleave.lightning_modules.split.SplitTask`.
     """
 
     def __init__(

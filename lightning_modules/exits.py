@@ -8,18 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+from cleave.architectures.multi_exit import MultiExitNetwork
+from cleave.architectures.naming import did_you_mean
+from cleave.architectures.quantizer import check_measured
+from cleave.deployment import ExitPolicy, build_policy, offline, zstd_bytes
+from cleave.lightning_modules.base import Batch, CalibrationError
+from cleave.lightning_modules.taught import TaughtTask
+from cleave.lightning_modules.teacher import Teacher
+from cleave.losses.exit_weights import WeightedExits
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
-
-from architectures.multi_exit import MultiExitNetwork
-from architectures.naming import did_you_mean
-from architectures.quantizer import check_measured
-from deployment import ExitPolicy, build_policy, offline, zstd_bytes
-from lightning_modules.base import Batch, CalibrationError
-from lightning_modules.taught import TaughtTask
-from lightning_modules.teacher import Teacher
-from losses.exit_weights import WeightedExits
 
 TEACHER = "teacher logits"
 
@@ -40,7 +39,7 @@ class SeenExits:
 
 
 class ExitTask(TaughtTask):
-    """Trains a :class:`~architectures.multi_exit.MultiExitNetwork`; a subclass states the objective's terms.
+    """Trains a :class:`~cleave.architectures.multi_exit.MultiExitNetwork`; a subclass states the objective's terms.
 
     The backbone runs once a step; where it is frozen, ``feature_cache.use`` runs it once in all, and stores what the
     exits read of it. Besides the last exit's figures (``val/acc`` …) it reports ``val/acc_exit/NAME`` and
@@ -52,13 +51,13 @@ class ExitTask(TaughtTask):
 
     Args:
         network: The multi-exit network to train.
-        *args: As of :class:`~lightning_modules.taught.TaughtTask`.
+        *args: As of :class:`~cleave.lightning_modules.taught.TaughtTask`.
         train: Parts that learn: of ``backbone``, ``bottleneck``, ``heads``, ``ensemble``, and ``exit1`` to ``exitN``
             for single heads; ``None`` takes the method's own. The others are frozen, running statistics included.
         teacher: A frozen teacher; left aside by a method that needs none.
         policy: Settings of an exit policy, ``kind`` and ``thresholds``, to test with; ``None`` tests none. An ensemble
             takes the network's weights as they are when testing starts.
-        **kwargs: As of :class:`~lightning_modules.taught.TaughtTask`.
+        **kwargs: As of :class:`~cleave.lightning_modules.taught.TaughtTask`.
 
     Raises:
         TypeError: ``network`` has no exits.
@@ -123,7 +122,7 @@ class ExitTask(TaughtTask):
         return SeenExits(labels, self.network.classify(cached[0]), cached[0].get(TEACHER))
 
     def reducing(self) -> dict[str, Any]:
-        """Further arguments of :meth:`architectures.MultiExitNetwork.reduced` in training."""
+        """Further arguments of :meth:`cleave.architectures.MultiExitNetwork.reduced` in training."""
         return {}
 
     def _teach(self, images: Tensor) -> Tensor | None:

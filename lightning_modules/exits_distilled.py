@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from cleave.architectures.modes import evaluating
+from cleave.architectures.multi_exit import MultiExitNetwork
+from cleave.lightning_modules.exits import ExitTask, SeenExits
+from cleave.lightning_modules.teacher import Teacher
+from cleave.losses import ExitDistillationLoss
 from torch import Tensor
-
-from architectures.modes import evaluating
-from architectures.multi_exit import MultiExitNetwork
-from lightning_modules.exits import ExitTask, SeenExits
-from lightning_modules.teacher import Teacher
-from losses import ExitDistillationLoss
 
 
 class ExitsDistilled(ExitTask):
@@ -22,10 +21,10 @@ class ExitsDistilled(ExitTask):
 
     Args:
         network: The multi-exit network to train.
-        *args: As of :class:`~lightning_modules.exits.ExitTask`.
+        *args: As of :class:`~cleave.lightning_modules.exits.ExitTask`.
         objective: Says whom the exits learn from, and how much.
         teacher: The frozen teacher, where ``objective.source`` is ``teacher``; left aside otherwise.
-        **kwargs: As of :class:`~lightning_modules.exits.ExitTask`.
+        **kwargs: As of :class:`~cleave.lightning_modules.exits.ExitTask`.
 
     Raises:
         ValueError: The teacher's logits are of other classes, or the weights do not fit the exits or leave nothing of

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cleave.architectures.multi_exit import MultiExitNetwork
+from cleave.lightning_modules.exits import ExitTask, SeenExits
+from cleave.losses import JointExitLoss
 from torch import Tensor
-
-from architectures.multi_exit import MultiExitNetwork
-from lightning_modules.exits import ExitTask, SeenExits
-from losses import JointExitLoss
 
 
 class ExitsJoint(ExitTask):
@@ -16,11 +15,11 @@ class ExitsJoint(ExitTask):
 
     Args:
         network: The multi-exit network to train.
-        *args: As of :class:`~lightning_modules.exits.ExitTask`.
+        *args: As of :class:`~cleave.lightning_modules.exits.ExitTask`.
         objective: Weighs the exits; it may follow the progress of the training.
         gradient_equilibrium: Scale gradients where exits branch off (Li et al. 2019), so that those of many exits do
             not add up in early layers.
-        **kwargs: As of :class:`~lightning_modules.exits.ExitTask`.
+        **kwargs: As of :class:`~cleave.lightning_modules.exits.ExitTask`.
 
     Raises:
         ValueError: The weights do not fit the exits, or leave nothing of ``train`` to learn.

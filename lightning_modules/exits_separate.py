@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from architectures.multi_exit import MultiExitNetwork
-from lightning_modules.exits_joint import ExitsJoint
+from cleave.architectures.multi_exit import MultiExitNetwork
+from cleave.lightning_modules.exits_joint import ExitsJoint
 
 
 class ExitsSeparate(ExitsJoint):
@@ -16,8 +16,8 @@ class ExitsSeparate(ExitsJoint):
 
     Args:
         network: The multi-exit network to train.
-        *args: As of :class:`~lightning_modules.exits_joint.ExitsJoint`.
-        **kwargs: As of :class:`~lightning_modules.exits_joint.ExitsJoint`.
+        *args: As of :class:`~cleave.lightning_modules.exits_joint.ExitsJoint`.
+        **kwargs: As of :class:`~cleave.lightning_modules.exits_joint.ExitsJoint`.
 
     Raises:
         ValueError: ``train`` names the backbone or the bottleneck.

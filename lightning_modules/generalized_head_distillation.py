@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from architectures.split import SplitNetwork
-from lightning_modules.split import SplitTask
-from lightning_modules.terms import FeaturesTerm
-from losses import GeneralizedHeadDistillationLoss
+from cleave.architectures.split import SplitNetwork
+from cleave.lightning_modules.split import SplitTask
+from cleave.lightning_modules.terms import FeaturesTerm
+from cleave.losses import GeneralizedHeadDistillationLoss
 
 
 class GeneralizedHeadDistillation(SplitTask):
@@ -17,9 +17,9 @@ class GeneralizedHeadDistillation(SplitTask):
 
     Args:
         network: The split network to train; it observes every layer that the objective names.
-        *args: As of :class:`~lightning_modules.split.SplitTask`.
+        *args: As of :class:`~cleave.lightning_modules.split.SplitTask`.
         objective: Compares features at named layers with a weight each.
-        **kwargs: As of :class:`~lightning_modules.split.SplitTask`.
+        **kwargs: As of :class:`~cleave.lightning_modules.split.SplitTask`.
     """
 
     def __init__(

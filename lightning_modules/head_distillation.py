@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cleave.architectures.split import SplitNetwork
+from cleave.lightning_modules.split import SplitTask
+from cleave.lightning_modules.terms import FeatureTerm
 from torch import nn
-
-from architectures.split import SplitNetwork
-from lightning_modules.split import SplitTask
-from lightning_modules.terms import FeatureTerm
 
 
 class HeadDistillation(SplitTask):
@@ -19,9 +18,9 @@ class HeadDistillation(SplitTask):
 
     Args:
         network: The split network to train.
-        *args: As of :class:`~lightning_modules.split.SplitTask`.
+        *args: As of :class:`~cleave.lightning_modules.split.SplitTask`.
         objective: Compares the features (B, ...) of student and teacher at the split.
-        **kwargs: As of :class:`~lightning_modules.split.SplitTask`.
+        **kwargs: As of :class:`~cleave.lightning_modules.split.SplitTask`.
     """
 
     def __init__(self, network: SplitNetwork, *args: Any, objective: nn.Module, **kwargs: Any) -> None:

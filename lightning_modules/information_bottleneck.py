@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cleave.architectures.split import PARTS, SplitNetwork
+from cleave.lightning_modules.split import SplitTask
+from cleave.lightning_modules.terms import GaussianTerm, LabelTerm
 from torch import nn
-
-from architectures.split import PARTS, SplitNetwork
-from lightning_modules.split import SplitTask
-from lightning_modules.terms import GaussianTerm, LabelTerm
 
 
 class InformationBottleneck(SplitTask):
@@ -19,11 +18,11 @@ class InformationBottleneck(SplitTask):
 
     Args:
         network: The split network to train, with a stochastic encoder (``bottleneck.variance``).
-        *args: As of :class:`~lightning_modules.split.SplitTask`.
+        *args: As of :class:`~cleave.lightning_modules.split.SplitTask`.
         objective: Compares logits (B, classes) with labels (B,).
         rate: Divergence of (mean, log_variance) from the prior.
         beta: Weight of the rate.
-        **kwargs: As of :class:`~lightning_modules.split.SplitTask`.
+        **kwargs: As of :class:`~cleave.lightning_modules.split.SplitTask`.
     """
 
     trains = PARTS

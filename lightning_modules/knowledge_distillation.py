@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cleave.architectures.split import PARTS, SplitNetwork
+from cleave.lightning_modules.split import SplitTask
+from cleave.lightning_modules.terms import LogitsTerm
 from torch import nn
-
-from architectures.split import PARTS, SplitNetwork
-from lightning_modules.split import SplitTask
-from lightning_modules.terms import LogitsTerm
 
 
 class KnowledgeDistillation(SplitTask):
@@ -18,9 +17,9 @@ class KnowledgeDistillation(SplitTask):
 
     Args:
         network: The split network to train.
-        *args: As of :class:`~lightning_modules.split.SplitTask`.
+        *args: As of :class:`~cleave.lightning_modules.split.SplitTask`.
         objective: Compares the logits (B, classes) of student and teacher, and the labels (B,).
-        **kwargs: As of :class:`~lightning_modules.split.SplitTask`.
+        **kwargs: As of :class:`~cleave.lightning_modules.split.SplitTask`.
     """
 
     trains = PARTS

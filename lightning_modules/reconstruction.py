@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cleave.architectures.split import SplitNetwork
+from cleave.lightning_modules.split import SplitTask
+from cleave.lightning_modules.terms import ReconstructionTerm
 from torch import nn
-
-from architectures.split import SplitNetwork
-from lightning_modules.split import SplitTask
-from lightning_modules.terms import ReconstructionTerm
 
 
 class Reconstruction(SplitTask):
@@ -19,9 +18,9 @@ class Reconstruction(SplitTask):
 
     Args:
         network: The split network to train, of the form ``insert``.
-        *args: As of :class:`~lightning_modules.split.SplitTask`.
+        *args: As of :class:`~cleave.lightning_modules.split.SplitTask`.
         objective: Compares the decoder's output (B, ...) with the feature at the split.
-        **kwargs: As of :class:`~lightning_modules.split.SplitTask`.
+        **kwargs: As of :class:`~cleave.lightning_modules.split.SplitTask`.
 
     Raises:
         ValueError: The network's bottleneck replaces the head, so that there is nothing to reconstruct.

@@ -6,30 +6,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+from cleave.architectures.cutting.stages import LOGITS, CutError, Stages, cut
+from cleave.architectures.entropy_bottleneck import EntropyBottleneck
+from cleave.architectures.gaussian import GaussianEncoder
+from cleave.architectures.modes import evaluating
+from cleave.architectures.naming import did_you_mean
+from cleave.architectures.quantizer import check_measured
+from cleave.architectures.split import HEAD, LIKELIHOODS, PARTS, SplitNetwork
+from cleave.architectures.switchable import draw_width
+from cleave.deployment import zstd_bytes
+from cleave.lightning_modules.base import Batch
+from cleave.lightning_modules.taught import TaughtTask
+from cleave.lightning_modules.teacher import Teacher
+from cleave.lightning_modules.terms import Seen, Term
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
-
-from architectures.entropy_bottleneck import EntropyBottleneck
-from architectures.gaussian import GaussianEncoder
-from architectures.modes import evaluating
-from architectures.naming import did_you_mean
-from architectures.quantizer import check_measured
-from architectures.split import HEAD, LIKELIHOODS, PARTS, SplitNetwork
-from architectures.stages import LOGITS, CutError, Stages, cut
-from architectures.switchable import draw_width
-from deployment import zstd_bytes
-from lightning_modules.base import Batch
-from lightning_modules.taught import TaughtTask
-from lightning_modules.teacher import Teacher
-from lightning_modules.terms import Seen, Term
 
 TEACHER = "teacher."
 BOTTLENECK = ("encoder", "quantizer", "decoder")
 
 
 class SplitTask(TaughtTask):
-    """Trains a :class:`~architectures.split.SplitNetwork` on a sum of weighted terms, with or without a frozen teacher.
+    """Trains a ``SplitNetwork`` on a sum of weighted terms, with or without a frozen teacher.
 
     Student and teacher run once a step, no further than the terms ask. Testing goes through real bytes: every sample's
     representation is encoded, decoded and then classified. It reports ``test/payload_bytes`` as sent,
@@ -40,7 +39,7 @@ class SplitTask(TaughtTask):
 
     Args:
         network: The split network to train.
-        *args: As of :class:`~lightning_modules.taught.TaughtTask`.
+        *args: As of :class:`~cleave.lightning_modules.taught.TaughtTask`.
         terms: The objective's terms by name; a method says them.
         teacher: Frozen teacher that maps the same images to logits; cut at the network's own names, so that both give
             features under the same names. Left aside where no term asks for it; without one where a term does, the
@@ -48,7 +47,7 @@ class SplitTask(TaughtTask):
         train: Parts that learn: of ``head``, ``encoder``, ``quantizer``, ``decoder``, ``tail``, or ``bottleneck`` for
             the middle three; ``None`` takes the method's own. The others are frozen, running statistics included.
         extra_terms: More terms by name, such as a reconstruction beside distillation.
-        **kwargs: As of :class:`~lightning_modules.taught.TaughtTask`; what ``feature_cache`` stores are the head's
+        **kwargs: As of ``TaughtTask``; what ``feature_cache`` stores are the head's
             output and the teacher's.
 
     Raises:

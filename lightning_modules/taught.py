@@ -9,22 +9,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from cleave.architectures.modes import evaluating
+from cleave.datamodules import ImageDataModule
+from cleave.lightning_modules.base import Task
+from cleave.lightning_modules.teacher import Teacher
 from torch import Tensor, nn
-
-from architectures.modes import evaluating
-from datamodules import ImageDataModule
-from lightning_modules.base import Task
-from lightning_modules.teacher import Teacher
 
 
 class TaughtTask(Task):
     """A task that may learn from a frozen teacher, and may store what frozen parts make of the training images.
 
     Args:
-        *args: As of :class:`~lightning_modules.base.Task`.
+        *args: As of :class:`~cleave.lightning_modules.base.Task`.
         feature_cache: ``use``: whether to compute once what frozen parts make of the training images; and
-            ``directory``, ``dtype`` and ``views`` of :meth:`~datamodules.ImageDataModule.cache_features`.
-        **kwargs: As of :class:`~lightning_modules.base.Task`.
+            ``directory``, ``dtype`` and ``views`` of :meth:`~cleave.datamodules.ImageDataModule.cache_features`.
+        **kwargs: As of :class:`~cleave.lightning_modules.base.Task`.
     """
 
     trained_parts: tuple[str, ...]

@@ -7,10 +7,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from cleave.architectures.cutting.stages import LOGITS
+from cleave.architectures.split import HEAD, LIKELIHOODS, LOG_VARIANCE, MEAN
 from torch import Tensor, nn
-
-from architectures.split import HEAD, LIKELIHOODS, LOG_VARIANCE, MEAN
-from architectures.stages import LOGITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +35,8 @@ class Term(nn.Module, abc.ABC):
         weight: Factor on the loss, at least 0.
 
     Attributes:
-        student: Names that it asks of :meth:`architectures.SplitNetwork.features`.
-        teacher: Names that it asks of the teacher, :meth:`architectures.Stages.features`.
+        student: Names that it asks of :meth:`cleave.architectures.SplitNetwork.features`.
+        teacher: Names that it asks of the teacher, :meth:`cleave.architectures.Stages.features`.
 
     Raises:
         ValueError: ``weight`` is negative or not finite.
@@ -105,7 +104,7 @@ class FeaturesTerm(Term):
     """Features at several layers against the teacher's, each with its own weight λ and logged by its layer's name.
 
     Args:
-        objective: A :class:`losses.GeneralizedHeadDistillationLoss`, which names the layers.
+        objective: A :class:`cleave.losses.GeneralizedHeadDistillationLoss`, which names the layers.
         weight: As of :class:`Term`.
     """
 

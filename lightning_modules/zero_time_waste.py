@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cleave.architectures.multi_exit import MultiExitNetwork
+from cleave.lightning_modules.exits import ExitTask, SeenExits
+from cleave.losses import GeometricEnsembleLoss
 from torch import Tensor
-
-from architectures.multi_exit import MultiExitNetwork
-from lightning_modules.exits import ExitTask, SeenExits
-from losses import GeometricEnsembleLoss
 
 
 class ZeroTimeWaste(ExitTask):
@@ -20,9 +19,9 @@ class ZeroTimeWaste(ExitTask):
 
     Args:
         network: The multi-exit network to train, with an ensemble.
-        *args: As of :class:`~lightning_modules.exits.ExitTask`.
+        *args: As of :class:`~cleave.lightning_modules.exits.ExitTask`.
         objective: Compares the ensembles' answers with the labels.
-        **kwargs: As of :class:`~lightning_modules.exits.ExitTask`.
+        **kwargs: As of :class:`~cleave.lightning_modules.exits.ExitTask`.
 
     Raises:
         ValueError: The network has no ensemble.

@@ -1,14 +1,14 @@
 """Pure objectives: tensors in, scalar out."""
 
-from losses.exit_distillation import ExitDistillationLoss
-from losses.generalized_head_distillation import GeneralizedHeadDistillationLoss
-from losses.geometric_ensemble import GeometricEnsembleLoss, geometric_ensemble
-from losses.head_distillation import HeadDistillationLoss
-from losses.information_bottleneck import InformationBottleneckLoss
-from losses.joint_exit import JointExitLoss
-from losses.knowledge_distillation import KnowledgeDistillationLoss
-from losses.rate import RateLoss
-from losses.reconstruction import ReconstructionLoss
+from cleave.losses.exit_distillation import ExitDistillationLoss
+from cleave.losses.generalized_head_distillation import GeneralizedHeadDistillationLoss
+from cleave.losses.geometric_ensemble import GeometricEnsembleLoss, geometric_ensemble
+from cleave.losses.head_distillation import HeadDistillationLoss
+from cleave.losses.information_bottleneck import InformationBottleneckLoss
+from cleave.losses.joint_exit import JointExitLoss
+from cleave.losses.knowledge_distillation import KnowledgeDistillationLoss
+from cleave.losses.rate import RateLoss
+from cleave.losses.reconstruction import ReconstructionLoss
 
 __all__ = [
     "ExitDistillationLoss",

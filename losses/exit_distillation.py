@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from cleave.losses.exit_weights import WeightedExits, at_least_single
+from cleave.losses.knowledge_distillation import KnowledgeDistillationLoss
 from torch import Tensor
 from torch.nn import functional as F
-
-from losses.exit_weights import WeightedExits, at_least_single
-from losses.knowledge_distillation import KnowledgeDistillationLoss
 
 SOURCES = ("final", "next", "teacher")
 
@@ -22,7 +21,7 @@ class ExitDistillationLoss(WeightedExits):
     .. math:: L = \sum_{j=1}^{E} \lambda_j \, \frac{1}{B} \sum_{b=1}^{B}
         \alpha \, \mathrm{CE}(s_{j,b}, y_b) + (1 - \alpha) \, \tau^2 \, \mathrm{KL}(p_{j,b} \Vert q_{j,b}).
 
-    What is summed is :class:`~losses.KnowledgeDistillationLoss`, eq. 3-4 of Matsubara, Levorato and Restuccia, "Split
+    What is summed is ``KnowledgeDistillationLoss``, eq. 3-4 of Matsubara, Levorato and Restuccia, "Split
     Computing and Early Exiting for Deep Learning Applications", 2022. The sources:
 
     - ``"final"``: the final classifier teaches every early exit. Phuong and Lampert, "Distillation-Based Training for
@@ -38,7 +37,7 @@ class ExitDistillationLoss(WeightedExits):
         source: Whom the exits learn from.
         alpha: Weight of the cross entropy, in [0, 1].
         temperature: τ > 0; the larger, the softer both distributions.
-        weights: λ of the exits as in :class:`~losses.JointExitLoss`: a preset, or one number per exit.
+        weights: λ of the exits as in :class:`~cleave.losses.JointExitLoss`: a preset, or one number per exit.
         start: What an early exit weighs at first with ``"shallow_deep"``, in [0, 1].
 
     Attributes:

@@ -13,7 +13,7 @@ PRESETS = ("equal", "branchynet", "linear", "final", "shallow_deep", "learned")
 
 
 class WeightedExits(nn.Module):
-    """Base of the losses that sum over the exits of a network; :class:`~losses.JointExitLoss` describes the weights.
+    """Base of the losses that sum over the exits of a network; ``JointExitLoss`` describes the weights.
 
     A subclass says in ``terms`` what the loss of one exit is and leaves the weights to :meth:`weigh`.
 

@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping
 
 import torch
+from cleave.losses.head_distillation import HeadDistillationLoss
 from torch import Tensor, nn
-
-from losses.head_distillation import HeadDistillationLoss
 
 
 class GeneralizedHeadDistillationLoss(nn.Module):
@@ -19,7 +18,7 @@ class GeneralizedHeadDistillationLoss(nn.Module):
 
     eq. 7 of Matsubara, Levorato and Restuccia, "Split Computing and Early Exiting for Deep Learning Applications",
     2022; from Matsubara and Levorato, "Neural Compression and Filtering for Edge-assisted Real-time Object Detection in
-    Challenged Networks", 2020. With one layer and λ = 1 it is :class:`~losses.HeadDistillationLoss`.
+    Challenged Networks", 2020. With one layer and λ = 1 it is :class:`~cleave.losses.HeadDistillationLoss`.
 
     Args:
         weights: λ ≥ 0 of each layer by its name, at least one above 0. A layer of weight 0 is left out: neither

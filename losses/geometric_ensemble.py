@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from cleave.losses.exit_weights import at_least_single, check_exits
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from losses.exit_weights import at_least_single, check_exits
 
 
 def geometric_ensemble(logits: Sequence[Tensor], weights: Tensor, log_bias: Tensor) -> Tensor:
@@ -58,7 +57,7 @@ class GeometricEnsembleLoss(nn.Module):
     .. math:: L = \sum_{m=1}^{E} \frac{1}{B} \sum_{b=1}^{B} - \log q_{m,b}^{y_b}
 
     The last stage of training in section 3 of Wołczyk et al., "Zero Time Waste: Recycling Predictions in Early Exit
-    Neural Networks", 2021, with q of their eq. of geometric ensembling, :func:`~losses.geometric_ensemble`. The network
+    Neural Networks", 2021, with q of their eq. of geometric ensembling, ``geometric_ensemble``. The network
     is trained before and frozen.
 
     Shape:

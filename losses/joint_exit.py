@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from cleave.losses.exit_weights import WeightedExits, at_least_single
 from torch import Tensor
 from torch.nn import functional as F
-
-from losses.exit_weights import WeightedExits, at_least_single
 
 
 class JointExitLoss(WeightedExits):

@@ -1,14 +1,14 @@
 """Where to leave, cut and place: pure functions over what was measured. Never Lightning, never Hydra."""
 
-from planning.exit_calibration import (
+from cleave.planning.exit_calibration import (
     Calibrated,
     budgeted_batch,
     calibrate_accuracy_drop,
     calibrate_budget,
     cost_curve,
 )
-from planning.exit_placement import Placement, exit_bits, place_exits
-from planning.exit_statistics import (
+from cleave.planning.exit_placement import Placement, exit_bits, place_exits
+from cleave.planning.exit_statistics import (
     CurvePoint,
     Overthinking,
     accuracy_at,
@@ -17,7 +17,7 @@ from planning.exit_statistics import (
     measure,
     overthinking,
 )
-from planning.temperature import fit_temperatures
+from cleave.planning.temperature import fit_temperatures
 
 __all__ = [
     "Calibrated",

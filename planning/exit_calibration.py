@@ -8,13 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-
-from deployment import ExitPolicy
-from planning.exit_statistics import CurvePoint, measure
-from planning.stored_logits import Floats, check_costs, check_logits, decisions
-from planning.temperature import check_split
-from planning.threshold_search import (
+from cleave.deployment import ExitPolicy
+from cleave.planning.exit_statistics import CurvePoint, measure
+from cleave.planning.stored_logits import Floats, check_costs, check_logits, decisions
+from cleave.planning.temperature import check_split
+from cleave.planning.threshold_search import (
     ROUNDING,
     Goal,
     Table,
@@ -24,6 +22,7 @@ from planning.threshold_search import (
     sweep,
     within_budget,
 )
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def calibrate_budget(
             must be.
 
     Example:
-        >>> from deployment import build_policy
+        >>> from cleave.deployment import build_policy
         >>> logits = torch.tensor([[[4.0, 0.0], [0.1, 0.0]], [[5.0, 0.0], [0.0, 5.0]]])
         >>> policy = build_policy("confidence", 1.0, exits=2)
         >>> found = calibrate_budget(policy, logits, torch.tensor([0, 1]), costs=[1, 4], budget=3)
@@ -122,7 +121,7 @@ def calibrate_accuracy_drop(
         ValueError: ``drop`` is out of range, the split is the test split, or a shape or value is not what it must be.
 
     Example:
-        >>> from deployment import build_policy
+        >>> from cleave.deployment import build_policy
         >>> logits = torch.tensor([[[4.0, 0.0], [0.1, 0.0]], [[5.0, 0.0], [0.0, 5.0]]])
         >>> policy = build_policy("confidence", 1.0, exits=2)
         >>> calibrate_accuracy_drop(policy, logits, torch.tensor([0, 1]), costs=[1, 4], drop=0.5).cost
@@ -169,7 +168,7 @@ def budgeted_batch(
             shape or value is not what it must be.
 
     Example:
-        >>> from deployment import build_policy
+        >>> from cleave.deployment import build_policy
         >>> logits = torch.tensor([[[4.0, 0.0], [0.1, 0.0]], [[5.0, 0.0], [0.0, 5.0]]])
         >>> policy = build_policy("confidence", 1.0, exits=2)
         >>> budgeted_batch(policy, logits, torch.tensor([0, 1]), costs=[1, 4], budget=2.5).shares
@@ -201,7 +200,7 @@ def cost_curve(
     With one shared threshold nothing is fitted: the curve runs over evenly spaced quantiles of the scores, for patience
     over all whole numbers, and may be drawn on any split. With thresholds per exit each point is calibrated at one of
     evenly spaced budgets, which the test split is not for; draw those with
-    :func:`~planning.exit_statistics.measure`.
+    :func:`~cleave.planning.exit_statistics.measure`.
 
     Args:
         policy: Its temperatures stay as they are; its thresholds do not matter.
@@ -216,7 +215,7 @@ def cost_curve(
         ValueError: A shape or value is not what it must be, or thresholds per exit are asked for on the test split.
 
     Example:
-        >>> from deployment import build_policy
+        >>> from cleave.deployment import build_policy
         >>> logits = torch.tensor([[[4.0, 0.0], [0.1, 0.0]], [[5.0, 0.0], [0.0, 5.0]]])
         >>> policy = build_policy("confidence", 1.0, exits=2)
         >>> [(p.cost, p.accuracy) for p in cost_curve(policy, logits, torch.tensor([0, 1]), costs=[1, 4])]

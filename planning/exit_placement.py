@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from cleave.deployment import ExitPolicy
+from cleave.planning.stored_logits import check_logits, decisions
 from torch import Tensor
-
-from deployment import ExitPolicy
-from planning.stored_logits import check_logits, decisions
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def exit_bits(policy: ExitPolicy, logits: Tensor, labels: Tensor) -> tuple[Tenso
             a shape or value is not what it must be.
 
     Example:
-        >>> from deployment import build_policy
+        >>> from cleave.deployment import build_policy
         >>> logits = torch.tensor([[[4.0, 0.0], [0.1, 0.0]], [[5.0, 0.0], [0.0, 5.0]]])
         >>> correct, leaves = exit_bits(build_policy("confidence", 0.9, exits=2), logits, torch.tensor([0, 1]))
         >>> correct.tolist(), leaves.tolist()

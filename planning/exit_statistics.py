@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from cleave.deployment import ExitPolicy, exit_shares, expected_cost, offline
+from cleave.planning.stored_logits import check_costs, check_logits
 from torch import Tensor
-
-from deployment import ExitPolicy, exit_shares, expected_cost, offline
-from planning.stored_logits import check_costs, check_logits
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def measure(policy: ExitPolicy, logits: Tensor, labels: Tensor, costs: Sequence[
         ValueError: A shape or value is not what it must be.
 
     Example:
-        >>> from deployment import build_policy
+        >>> from cleave.deployment import build_policy
         >>> logits = torch.tensor([[[4.0, 0.0], [0.1, 0.0]], [[5.0, 0.0], [0.0, 5.0]]])
         >>> point = measure(build_policy("confidence", 0.9, exits=2), logits, torch.tensor([0, 1]), [1.0, 4.0])
         >>> point.accuracy, point.cost, point.shares
@@ -158,7 +157,7 @@ def accuracy_at(curve: Sequence[CurvePoint], fractions: Sequence[float], backbon
     """Return the best accuracy on a curve at a mean cost of at most each fraction of the backbone's.
 
     Args:
-        curve: For instance of :func:`~planning.exit_calibration.cost_curve`.
+        curve: For instance of :func:`~cleave.planning.exit_calibration.cost_curve`.
         fractions: For instance 0.25, 0.5, 0.75 and 1.
         backbone: Cost of the backbone without exits, in the unit of the curve.
 

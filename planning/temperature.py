@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
+from cleave.planning.stored_logits import check_logits
 from torch import Tensor
-
-from planning.stored_logits import check_logits
 
 LEAST, MOST = 0.05, 100.0
 

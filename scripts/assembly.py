@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from cleave.architectures import Backbone, MultiExitNetwork, SplitNetwork
+from cleave.datamodules import ImageDataModule
+from cleave.deployment import FLOAT_BITS, ImageInput, check_bits
+from cleave.lightning_modules import Task, Teacher
+from cleave.lightning_modules.callbacks.metadata import KEY, SCHEMA
+from cleave.scripts.terminal import CONF
+from cleave.scripts.trust import check_targets
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-
-from architectures import Backbone, MultiExitNetwork, SplitNetwork
-from datamodules import ImageDataModule
-from deployment import FLOAT_BITS, ImageInput, check_bits
-from lightning_modules import Task, Teacher
-from lightning_modules.callbacks.metadata import KEY, SCHEMA
-from scripts.terminal import CONF
-from scripts.trust import check_targets
 
 
 def compose_config(name: str, overrides: Sequence[str], output_dir: Path) -> DictConfig:

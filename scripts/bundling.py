@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cleave.architectures import MultiExitNetwork, SplitNetwork, recalibrate_batchnorm
+from cleave.architectures.calibration import METHODS
+from cleave.architectures.naming import did_you_mean
+from cleave.datamodules import Digits, ImageDataModule
+from cleave.datamodules.sources import FileSource
+from cleave.deployment import Bundle, export_bundle
+from cleave.scripts.assembly import Restored
+from cleave.scripts.exit_bundling import Exits, all_edges, exit_partitions, exits_table
+from cleave.scripts.terminal import console, table
 from omegaconf import DictConfig
 from torch import Tensor, nn
-
-from architectures import MultiExitNetwork, SplitNetwork, recalibrate_batchnorm
-from architectures.calibration import METHODS
-from architectures.naming import did_you_mean
-from datamodules import Digits, ImageDataModule
-from datamodules.sources import FileSource
-from deployment import Bundle, export_bundle
-from scripts.assembly import Restored
-from scripts.exit_bundling import Exits, all_edges, exit_partitions, exits_table
-from scripts.terminal import console, table
 
 
 def write_bundle(

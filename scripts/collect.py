@@ -7,15 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cleave.deployment import read_manifest
+from cleave.deployment.manifest import MANIFEST
+from cleave.scripts.measured import measured_points
+from cleave.scripts.recipe import Stage
+from cleave.scripts.report_csv import read_csv
+from cleave.scripts.results import RESULTS, Point, check_accuracy, read_results
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-
-from deployment import read_manifest
-from deployment.manifest import MANIFEST
-from scripts.measured import measured_points
-from scripts.recipe import Stage
-from scripts.report_csv import read_csv
-from scripts.results import RESULTS, Point, check_accuracy, read_results
 
 KNOWN = f"run folders with a {RESULTS}, bundles, {RESULTS} files, or the rate_accuracy.csv of a report"
 

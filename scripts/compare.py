@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from cleave.architectures.naming import did_you_mean
+from cleave.lightning_modules.callbacks.tracking import log_artifact, recorded_outcome
+from cleave.scripts.assembly import instantiate_each, plain
+from cleave.scripts.collect import collect, reference_accuracy
+from cleave.scripts.rate_accuracy import Setting, settings, trade_offs
+from cleave.scripts.rate_plots import rate_plot, tradeoff_plot
+from cleave.scripts.rate_tables import print_tables
+from cleave.scripts.report_csv import write_csv
+from cleave.scripts.results import Point
+from cleave.scripts.terminal import CONF, console, friendly, start
 from omegaconf import DictConfig
 from pytorch_lightning import loggers as pl_loggers
-
-from architectures.naming import did_you_mean
-from lightning_modules.callbacks.tracking import log_artifact, recorded_outcome
-from scripts.assembly import instantiate_each, plain
-from scripts.collect import collect, reference_accuracy
-from scripts.rate_accuracy import Setting, settings, trade_offs
-from scripts.rate_plots import rate_plot, tradeoff_plot
-from scripts.rate_tables import print_tables
-from scripts.report_csv import write_csv
-from scripts.results import Point
-from scripts.terminal import CONF, console, friendly, start
 
 
 @recorded_outcome()

@@ -7,11 +7,10 @@ import math
 
 import hydra
 import torch
+from cleave.architectures import cut_points
+from cleave.scripts.terminal import CONF, console, friendly, next_command, short, start, table
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-
-from architectures import cut_points
-from scripts.terminal import CONF, console, friendly, next_command, short, start, table
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="cut_points")

@@ -6,15 +6,15 @@ import statistics
 from pathlib import Path
 from tempfile import mkdtemp
 
-from architectures import profile
-from datamodules import Digits
-from deployment import Pipeline, Result, load_bundle
-from scripts.assembly import compose_config, restore
-from scripts.bundling import parity_words
-from scripts.exits_report import POLICY, exits_report
-from scripts.export import export
-from scripts.terminal import USER_ERRORS, console, fail, next_command, quiet, table
-from scripts.train import train
+from cleave.architectures import profile
+from cleave.datamodules import Digits
+from cleave.deployment import Pipeline, Result, load_bundle
+from cleave.scripts.assembly import compose_config, restore
+from cleave.scripts.bundling import parity_words
+from cleave.scripts.exits_report import POLICY, exits_report
+from cleave.scripts.export import export
+from cleave.scripts.terminal import USER_ERRORS, console, fail, next_command, quiet, table
+from cleave.scripts.train import train
 
 SEEDS = (0, 1, 2)
 

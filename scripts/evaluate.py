@@ -6,17 +6,16 @@ from pathlib import Path
 
 import hydra
 import pytorch_lightning as pl
+from cleave.architectures import SplitNetwork, profile
+from cleave.lightning_modules.callbacks.tracking import recorded_outcome
+from cleave.scripts.assembly import Restored, build_task, instantiate_each, plain, restore, restore_data
+from cleave.scripts.bundling import recalibrate
+from cleave.scripts.measured import measured_points
+from cleave.scripts.recipe import Stage
+from cleave.scripts.results import RESULTS, write_results
+from cleave.scripts.terminal import CONF, friendly, next_command, profile_rows, results_table, start, table
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-
-from architectures import SplitNetwork, profile
-from lightning_modules.callbacks.tracking import recorded_outcome
-from scripts.assembly import Restored, build_task, instantiate_each, plain, restore, restore_data
-from scripts.bundling import recalibrate
-from scripts.measured import measured_points
-from scripts.recipe import Stage
-from scripts.results import RESULTS, write_results
-from scripts.terminal import CONF, friendly, next_command, profile_rows, results_table, start, table
 
 
 @recorded_outcome()

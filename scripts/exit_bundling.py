@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cleave.architectures import MultiExitNetwork, export_parts
+from cleave.architectures.exit_partitions import exit_specs
+from cleave.deployment import Bundle, Codec, ExitPolicy, ExitSpec, ImageInput, Part, check_parts, read_policy
+from cleave.lightning_modules.exits import network_policy
+from cleave.scripts.assembly import plain
+from cleave.scripts.terminal import table
 from omegaconf import DictConfig
 from torch import nn
-
-from architectures import MultiExitNetwork, export_parts
-from architectures.exit_partitions import exit_specs
-from deployment import Bundle, Codec, ExitPolicy, ExitSpec, ImageInput, Part, check_parts, read_policy
-from lightning_modules.exits import network_policy
-from scripts.assembly import plain
-from scripts.terminal import table
 
 PAYLOAD, POLICY = "test/payload_bytes", "test/policy"
 

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from cleave.architectures import MultiExitNetwork
+from cleave.datamodules import ImageDataModule
+from cleave.deployment import ExitPolicy
+from cleave.planning.stored_logits import check_costs
+from cleave.scripts.exits_timing import exit_seconds
 from torch import Tensor
-
-from architectures import MultiExitNetwork
-from datamodules import ImageDataModule
-from deployment import ExitPolicy
-from planning.stored_logits import check_costs
-from scripts.exits_timing import exit_seconds
 
 
 class Stored(NamedTuple):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from architectures import MultiExitNetwork
-from deployment import build_policy
-from planning import Placement, calibrate_budget, cost_curve, exit_bits, measure, place_exits
-from scripts.exits_points import Study
+from cleave.architectures import MultiExitNetwork
+from cleave.deployment import build_policy
+from cleave.planning import Placement, calibrate_budget, cost_curve, exit_bits, measure, place_exits
+from cleave.scripts.exits_points import Study
 
 SWEPT = 21  # thresholds that placements are sought for
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from scripts.plotting import accuracy_axis, legend, matplotlib_defaults, new_figure, png, styles
+from cleave.scripts.plotting import accuracy_axis, legend, matplotlib_defaults, new_figure, png, styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from architectures import MultiExitNetwork
-from deployment import ExitPolicy
-from lightning_modules.exits import network_policy
-from planning import (
+from cleave.architectures import MultiExitNetwork
+from cleave.deployment import ExitPolicy
+from cleave.lightning_modules.exits import network_policy
+from cleave.planning import (
     Calibrated,
     budgeted_batch,
     calibrate_accuracy_drop,
@@ -22,9 +22,9 @@ from planning import (
     measure,
     overthinking,
 )
-from planning.stored_logits import decisions
-from planning.threshold_search import ROUNDING
-from scripts.exits_measure import Costs, Stored
+from cleave.planning.stored_logits import decisions
+from cleave.planning.threshold_search import ROUNDING
+from cleave.scripts.exits_measure import Costs, Stored
 
 
 @dataclasses.dataclass(frozen=True)

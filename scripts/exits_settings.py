@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from cleave.architectures.naming import did_you_mean
+from cleave.deployment import POLICIES
+from cleave.scripts.assembly import plain
 from omegaconf import DictConfig
-
-from architectures.naming import did_you_mean
-from deployment import POLICIES
-from scripts.assembly import plain
 
 
 def checked(cfg: DictConfig) -> dict[str, Any]:

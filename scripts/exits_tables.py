@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cleave.scripts.terminal import console, short, table
 from rich.markup import escape
-
-from scripts.terminal import console, short, table
 
 OF = {"macs": "the backbone's MACs", "seconds": "the backbone's seconds", "given": "the last exit's cost"}
 

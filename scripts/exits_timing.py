@@ -9,11 +9,10 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
+from cleave.architectures import MultiExitNetwork
+from cleave.datamodules import ImageDataModule
+from cleave.deployment import Exited, ExitPolicy, build_policy, expected_cost
 from torch import Tensor
-
-from architectures import MultiExitNetwork
-from datamodules import ImageDataModule
-from deployment import Exited, ExitPolicy, build_policy, expected_cost
 
 
 def timed_batches(data: ImageDataModule, size: int, count: int, device: torch.device) -> list[Tensor]:

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import hydra
 import pytorch_lightning as pl
+from cleave.architectures import SplitNetwork
+from cleave.deployment import check_target
+from cleave.lightning_modules import ExitTask
+from cleave.lightning_modules.callbacks.tracking import WandbTracking, log_artifact, recorded_outcome, wandb_run
+from cleave.scripts.assembly import build_task, instantiate_each, plain, restore, restore_data
+from cleave.scripts.bundling import example_input, recalibrate, write_bundle
+from cleave.scripts.exit_bundling import chosen_exits
+from cleave.scripts.terminal import CONF, friendly, next_command, results_table, start
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-
-from architectures import SplitNetwork
-from deployment import check_target
-from lightning_modules import ExitTask
-from lightning_modules.callbacks.tracking import WandbTracking, log_artifact, recorded_outcome, wandb_run
-from scripts.assembly import build_task, instantiate_each, plain, restore, restore_data
-from scripts.bundling import example_input, recalibrate, write_bundle
-from scripts.exit_bundling import chosen_exits
-from scripts.terminal import CONF, friendly, next_command, results_table, start
 
 
 @recorded_outcome()

@@ -8,13 +8,9 @@ import warnings
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-from hydra.utils import instantiate
-from pytorch_lightning.callbacks import LearningRateMonitor
-from pytorch_lightning.utilities import rank_zero_only
-
-from lightning_modules import Task
-from lightning_modules.callbacks import CheckpointMetadata, FitRecord, StageMarker, WandbTracking
-from scripts.assembly import (
+from cleave.lightning_modules import Task
+from cleave.lightning_modules.callbacks import CheckpointMetadata, FitRecord, StageMarker, WandbTracking
+from cleave.scripts.assembly import (
     Assembly,
     build_task,
     instantiate_each,
@@ -23,8 +19,11 @@ from scripts.assembly import (
     plain,
     read_checkpoint,
 )
-from scripts.recipe import Stage
-from scripts.terminal import console, number
+from cleave.scripts.recipe import Stage
+from cleave.scripts.terminal import console, number
+from hydra.utils import instantiate
+from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.utilities import rank_zero_only
 
 
 class Fit(NamedTuple):

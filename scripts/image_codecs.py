@@ -8,17 +8,16 @@ from typing import Any
 
 import hydra
 import torch
+from cleave.architectures import SplitNetwork
+from cleave.architectures.naming import did_you_mean
+from cleave.datamodules import ImageDataModule
+from cleave.deployment import ImageCodec, image_codec, zstd_bytes
+from cleave.scripts.assembly import restore, restore_data
+from cleave.scripts.results import RESULTS, Point, write_results
+from cleave.scripts.terminal import CONF, console, friendly, next_command, start, table
 from omegaconf import DictConfig
 from rich.markup import escape
 from torch import Tensor, nn
-
-from architectures import SplitNetwork
-from architectures.naming import did_you_mean
-from datamodules import ImageDataModule
-from deployment import ImageCodec, image_codec, zstd_bytes
-from scripts.assembly import restore, restore_data
-from scripts.results import RESULTS, Point, write_results
-from scripts.terminal import CONF, console, friendly, next_command, start, table
 
 LOSSY, LOSSLESS = ("jpeg", "webp"), {"webp_lossless": "webp", "png": "png"}
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import hydra
 import torch
+from cleave.datamodules import Digits
+from cleave.datamodules.image_folder import EXTENSIONS
+from cleave.deployment import Pipeline, Result, exit_shares, load_bundle, read_policy
+from cleave.scripts.terminal import CONF, console, friendly, start, table
 from omegaconf import DictConfig
 from torch import Tensor
-
-from datamodules import Digits
-from datamodules.image_folder import EXTENSIONS
-from deployment import Pipeline, Result, exit_shares, load_bundle, read_policy
-from scripts.terminal import CONF, console, friendly, start, table
 
 
 def infer(cfg: DictConfig) -> list[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cleave.scripts.results import Point
 from omegaconf import DictConfig
-
-from scripts.results import Point
 
 
 def measured_points(

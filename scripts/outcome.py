@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from cleave.architectures import MultiExitNetwork, profile
+from cleave.lightning_modules.callbacks.tracking import log_artifact, wandb_run
+from cleave.scripts.assembly import Assembly, plain, restore
+from cleave.scripts.bundling import example_input, write_bundle
+from cleave.scripts.exit_bundling import chosen_exits
+from cleave.scripts.fitting import Fitted
+from cleave.scripts.measured import measured_points
+from cleave.scripts.results import RESULTS, write_results
+from cleave.scripts.terminal import console, next_command, number, profile_rows, results_table, table
 from omegaconf import DictConfig
-
-from architectures import MultiExitNetwork, profile
-from lightning_modules.callbacks.tracking import log_artifact, wandb_run
-from scripts.assembly import Assembly, plain, restore
-from scripts.bundling import example_input, write_bundle
-from scripts.exit_bundling import chosen_exits
-from scripts.fitting import Fitted
-from scripts.measured import measured_points
-from scripts.results import RESULTS, write_results
-from scripts.terminal import console, next_command, number, profile_rows, results_table, table
 
 
 def finish(

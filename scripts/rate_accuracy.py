@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from scripts.results import Point
+from cleave.scripts.results import Point
 
 MEASURED = ("accuracy", "payload_bytes", "payload_zstd_bytes", "train_seconds")
 

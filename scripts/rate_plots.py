@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scripts.plotting import Style, accuracy_axis, byte_axis, legend, matplotlib_defaults, new_figure, png, styles
-from scripts.rate_accuracy import Setting, trade_offs
-from scripts.terminal import short
+from cleave.scripts.plotting import (
+    Style,
+    accuracy_axis,
+    byte_axis,
+    legend,
+    matplotlib_defaults,
+    new_figure,
+    png,
+    styles,
+)
+from cleave.scripts.rate_accuracy import Setting, trade_offs
+from cleave.scripts.terminal import short
 
 
 def lines(known: Sequence[Setting]) -> dict[str, list[Setting]]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cleave.scripts.rate_accuracy import Setting, trade_offs
+from cleave.scripts.terminal import console, number, short, table
 from rich.markup import escape
-
-from scripts.rate_accuracy import Setting, trade_offs
-from scripts.terminal import console, number, short, table
 
 
 def print_tables(known: Sequence[Setting], reference: float | None) -> None:

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cleave.architectures.naming import did_you_mean
+from cleave.lightning_modules.callbacks.metadata import KEY
+from cleave.scripts.assembly import plain
+from cleave.scripts.terminal import USER_ERRORS, unwrapped
 from omegaconf import DictConfig, OmegaConf, open_dict
-
-from architectures.naming import did_you_mean
-from lightning_modules.callbacks.metadata import KEY
-from scripts.assembly import plain
-from scripts.terminal import USER_ERRORS, unwrapped
 
 NAME = re.compile(r"\w[\w-]*")
 KNOWN = ("method", "trainer")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.results import COUNTS, TEXTS, Point, content, place
+from cleave.scripts.results import COUNTS, TEXTS, Point, content, place
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Point))
 

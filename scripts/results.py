@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deployment.canonical_json import dump, parse
+from cleave.deployment.canonical_json import dump, parse
 
 SCHEMA = 1
 RESULTS = "results.json"

@@ -7,19 +7,26 @@ from typing import Any
 import hydra
 import pytorch_lightning as pl
 import torch
+from cleave.architectures import profile
+from cleave.lightning_modules.callbacks.metadata import KEY
+from cleave.lightning_modules.callbacks.tracking import recorded_outcome
+from cleave.scripts.assembly import (
+    Assembly,
+    assemble,
+    instantiate_each,
+    load_strictly,
+    network_state,
+    plain,
+    read_checkpoint,
+)
+from cleave.scripts.exit_bundling import chosen_exits
+from cleave.scripts.fitting import Fit, Fitted, fit, prepare, tested
+from cleave.scripts.outcome import finish
+from cleave.scripts.recipe import stages
+from cleave.scripts.terminal import CONF, friendly, quiet, start
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
-
-from architectures import profile
-from lightning_modules.callbacks.metadata import KEY
-from lightning_modules.callbacks.tracking import recorded_outcome
-from scripts.assembly import Assembly, assemble, instantiate_each, load_strictly, network_state, plain, read_checkpoint
-from scripts.exit_bundling import chosen_exits
-from scripts.fitting import Fit, Fitted, fit, prepare, tested
-from scripts.outcome import finish
-from scripts.recipe import stages
-from scripts.terminal import CONF, friendly, quiet, start
 
 
 @recorded_outcome()

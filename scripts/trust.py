@@ -10,9 +10,9 @@ from hydra.utils import get_object
 
 # A class by its own name, at the end of lower-case modules; and the one function that makes backbones.
 ROOMS = ("architectures", "datamodules", "lightning_modules", "losses")
-OURS = re.compile(rf"({'|'.join(ROOMS)})(\.[a-z]\w*)*\.[A-Z]\w*")
+OURS = re.compile(rf"cleave\.({'|'.join(ROOMS)})(\.[a-z]\w*)*\.[A-Z]\w*")
 TORCH = re.compile(r"torch\.(optim(\.lr_scheduler)?\.[A-Z]\w*|nn\.[A-Z]\w*Loss)")
-FACTORY = "architectures.backbones.create_backbone"
+FACTORY = "cleave.architectures.backbones.create_backbone"
 
 
 def check_targets(config: Any, path: str, trusted: bool) -> None:
@@ -52,4 +52,4 @@ def targets(config: Any) -> Iterator[str]:
 
 def _is_ours(target: str) -> bool:
     """Whether a class was defined in a room: modules also hold names that they imported."""
-    return str(getattr(get_object(target), "__module__", "")).split(".")[0] in ROOMS
+    return str(getattr(get_object(target), "__module__", "")).startswith(tuple(f"cleave.{room}." for room in ROOMS))

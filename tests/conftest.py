@@ -31,9 +31,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of digits_teacher after one short epoch: a teacher file for whatever needs one."""
-    from scripts.assembly import compose_config
-    from scripts.terminal import quiet
-    from scripts.train import train
+    from cleave.scripts.assembly import compose_config
+    from cleave.scripts.terminal import quiet
+    from cleave.scripts.train import train
 
     quiet()
     folder = tmp_path_factory.mktemp("teacher")

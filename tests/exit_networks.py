@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cleave.architectures import MultiExitNetwork, export_parts
+from cleave.architectures.exit_partitions import exit_specs
+from cleave.deployment import Bundle, ExitPolicy, ImageInput, build_policy, export_bundle
 from torch import Tensor, nn
-
-from architectures import MultiExitNetwork, export_parts
-from architectures.exit_partitions import exit_specs
-from deployment import Bundle, ExitPolicy, ImageInput, build_policy, export_bundle
 
 INPUT = ImageInput(height=8, width=8, color_mode="L", mean=(0.4,), std=(0.3,), resize=8)
 CLASSES = ("ant", "bee", "cat", "dog")

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import lightning_modules  # noqa: F401  and with it torch, Lightning, timm and torchvision
+from cleave import lightning_modules  # noqa: F401  and with it torch, Lightning, timm and torchvision
 
 
 def run(request: dict[str, Any]) -> int:

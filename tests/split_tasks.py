@@ -11,12 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-
-from architectures import EntropyBottleneck, GaussianEncoder, SplitNetwork
-from architectures.zoo import CifarResNet
-from lightning_modules import (
+from cleave.architectures import EntropyBottleneck, GaussianEncoder, SplitNetwork
+from cleave.architectures.backbones.zoo import CifarResNet
+from cleave.lightning_modules import (
     CrossEntropy,
     Entropic,
     GeneralizedHeadDistillation,
@@ -27,13 +24,15 @@ from lightning_modules import (
     SplitTask,
     Teacher,
 )
-from losses import (
+from cleave.losses import (
     GeneralizedHeadDistillationLoss,
     HeadDistillationLoss,
     InformationBottleneckLoss,
     KnowledgeDistillationLoss,
     ReconstructionLoss,
 )
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 NAMES = [str(i) for i in range(10)]
 ADAM = functools.partial(torch.optim.AdamW, lr=1e-2)

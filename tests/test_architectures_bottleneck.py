@@ -1,8 +1,7 @@
 import pytest
 import torch
+from cleave.architectures.bottleneck import build_bottleneck
 from torch import nn
-
-from architectures.bottleneck import build_bottleneck
 
 
 def run(source, target, layout, **settings):

@@ -4,9 +4,8 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from architectures.calibration import METHODS, _collect, calibrate_range
-from architectures.quantizer import UniformQuantizer
+from cleave.architectures.calibration import METHODS, _collect, calibrate_range
+from cleave.architectures.quantizer import UniformQuantizer
 
 
 def draw(kind, count=4000, seed=0):

@@ -2,9 +2,8 @@ import math
 
 import pytest
 import torch
-
-from architectures.channels import BitErrors, GaussianNoise, PacketLoss, build_channel
-from architectures.quantizer import RANGES, UniformQuantizer
+from cleave.architectures.channels import BitErrors, GaussianNoise, PacketLoss, build_channel
+from cleave.architectures.quantizer import RANGES, UniformQuantizer
 
 
 def quantized(shape=(4, 3, 8, 8), bits=4, kind="observed"):

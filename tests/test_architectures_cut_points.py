@@ -7,12 +7,11 @@ import pytest
 import timm
 import torch
 import torchvision
+from cleave.architectures import tracing
+from cleave.architectures.cutting.cut_points import CutPoint, cut_points, spread
+from cleave.architectures.cutting.stages import CutError, cut
+from cleave.architectures.macs import count_macs, count_params
 from torch import Tensor, nn
-
-from architectures import tracing
-from architectures.cut_points import CutPoint, cut_points, spread
-from architectures.macs import count_macs, count_params
-from architectures.stages import CutError, cut
 
 tv = torchvision.models
 

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-
-from architectures import MultiExitNetwork, export_parts
-from architectures.exit_partitions import exit_specs
-from deployment import FloatCodec, build_policy
-from deployment.signatures import EXIT_LOGITS, part_arguments
-from lightning_modules.exits import send
+from cleave.architectures import MultiExitNetwork, export_parts
+from cleave.architectures.exit_partitions import exit_specs
+from cleave.deployment import FloatCodec, build_policy
+from cleave.deployment.signatures import EXIT_LOGITS, part_arguments
+from cleave.lightning_modules.exits import send
 
 from .exit_networks import INPUT, SPLIT, TIERS, Tiny, images, multi_exit
 

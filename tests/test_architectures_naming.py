@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from architectures.naming import did_you_mean
+from cleave.architectures.naming import did_you_mean
 
 
 def test_near_names_are_listed_nearest_first():

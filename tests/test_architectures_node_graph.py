@@ -9,11 +9,10 @@ import pytest
 import timm
 import torch
 import torchvision
+from cleave.architectures.cutting.node_graph import partition, trace_graph
+from cleave.architectures.cutting.stages import CutError, cut
+from cleave.architectures.macs import count_macs, count_params
 from torch import Tensor, nn
-
-from architectures.macs import count_macs, count_params
-from architectures.node_graph import partition, trace_graph
-from architectures.stages import CutError, cut
 
 tv = torchvision.models
 

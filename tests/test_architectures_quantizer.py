@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 import torch
-
-from architectures.quantizer import RANGES, UniformQuantizer
+from cleave.architectures.quantizer import RANGES, UniformQuantizer
 
 
 def reference(z: np.ndarray, low: float, high: float, bits: int) -> tuple[np.ndarray, np.ndarray]:

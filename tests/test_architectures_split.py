@@ -3,12 +3,11 @@ import pickle
 
 import pytest
 import torch
+from cleave.architectures import CutError, DevicePart, SplitNetwork, create_backbone, cut, profile
+from cleave.architectures.calibration import calibrate_range
+from cleave.architectures.quantizer import UniformQuantizer, Unquantized
+from cleave.deployment import CodecError, ImageInput
 from torch import nn
-
-from architectures import CutError, DevicePart, SplitNetwork, create_backbone, cut, profile
-from architectures.calibration import calibrate_range
-from architectures.quantizer import UniformQuantizer, Unquantized
-from deployment import CodecError, ImageInput
 
 SAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -9,12 +9,11 @@ import pytest
 import timm
 import torch
 import torchvision
+from cleave.architectures import stages as module_under_test
+from cleave.architectures.cutting.stages import CutError, Stages, cut
+from cleave.architectures.cutting.tracing import StageTracer
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from architectures import stages as module_under_test
-from architectures.stages import CutError, Stages, cut
-from architectures.tracing import StageTracer
 
 tv = torchvision.models
 

@@ -7,10 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from cleave.architectures.backbones.weights import STATE_KEYS, WeightsError, load_weights, strip_prefix
+from cleave.architectures.backbones.zoo import CifarResNet
 from torch import nn
-
-from architectures.weights import STATE_KEYS, WeightsError, load_weights, strip_prefix
-from architectures.zoo import CifarResNet
 
 
 class Net(nn.Module):
@@ -104,7 +103,7 @@ def test_classifier_of_another_class_count_keeps_its_initial_values(file, caplog
     source, network = Net(num_classes=7), Net(num_classes=4)
     initial = network.head.weight.detach().clone()
     torch.save(source.state_dict(), file)
-    with caplog.at_level(logging.INFO, logger="architectures.weights"):
+    with caplog.at_level(logging.INFO, logger="cleave.architectures.backbones.weights"):
         report = load_weights(network, file)
     assert report.classifier == ("head.weight", "head.bias")
     assert "head.weight, head.bias has another class count" in caplog.text
@@ -155,7 +154,7 @@ def test_named_classifiers(file):
 def test_rgb_kernels_are_summed_for_grey_images(file, caplog):
     source, network = Net(channels=3).eval(), Net(channels=1).eval()
     torch.save(source.state_dict(), file)
-    with caplog.at_level(logging.INFO, logger="architectures.weights"):
+    with caplog.at_level(logging.INFO, logger="cleave.architectures.backbones.weights"):
         assert load_weights(network, file).summed == ("stem",)
     assert "summed for grey" in caplog.text
     grey = torch.randn(2, 1, 6, 6)

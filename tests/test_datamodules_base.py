@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from cleave.datamodules import Digits, ImageFolder
+from cleave.deployment import ImageInput
 from PIL import Image
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 from torch import Tensor
-
-from datamodules import Digits, ImageFolder
-from deployment import ImageInput
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -281,8 +280,7 @@ def test_hyper_parameters_are_primitives_that_load_back(tmp_path: Path) -> None:
 def test_two_devices_share_the_images(tmp_path: Path, replace: bool) -> None:
     script = f"""
     import logging, sys, warnings, torch, pytorch_lightning as pl
-    sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-    from datamodules import Digits
+    from cleave.datamodules import Digits
     class Net(pl.LightningModule):
         def __init__(self):
             super().__init__()

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cleave.datamodules import CIFAR10
+from cleave.datamodules.cifar10 import CLASSES
 from torchvision import datasets
-
-from datamodules import CIFAR10
-from datamodules.cifar10 import CLASSES
 
 
 @pytest.fixture

@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cleave.datamodules import dataset as dataset_module
+from cleave.datamodules.augment import PRESETS, Augmentation
+from cleave.datamodules.cache import PixelCache, in_threads
+from cleave.datamodules.dataset import ImageDataset
+from cleave.datamodules.sources import ArraySource, CorruptImageError, FileSource
+from cleave.deployment import ImageInput
 from PIL import Image
-
-from datamodules import dataset as dataset_module
-from datamodules.augment import PRESETS, Augmentation
-from datamodules.cache import PixelCache, in_threads
-from datamodules.dataset import ImageDataset
-from datamodules.sources import ArraySource, CorruptImageError, FileSource
-from deployment import ImageInput
 
 SPEC = ImageInput(height=6, width=8, resize=10)
 

@@ -3,10 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cleave.datamodules import Digits
+from cleave.deployment import ImageInput
 from sklearn.datasets import load_digits
-
-from datamodules import Digits
-from deployment import ImageInput
 
 
 @pytest.fixture(scope="module")

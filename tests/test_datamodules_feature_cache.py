@@ -18,16 +18,15 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from cleave.datamodules import Digits, FeatureCache, FeatureCacheError, ImageDataModule, ImageFolder, feature_cache
+from cleave.datamodules.sources import ArraySource, FileSource, ImageSource
+from cleave.deployment import ImageInput
 from lightning_fabric.utilities import move_data_to_device
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.utils.data._utils.pin_memory import pin_memory
-
-from datamodules import Digits, FeatureCache, FeatureCacheError, ImageDataModule, ImageFolder, feature_cache
-from datamodules.sources import ArraySource, FileSource, ImageSource
-from deployment import ImageInput
 
 COUNT = 41
 QUIET: dict[str, Any] = {
@@ -729,8 +728,7 @@ def test_a_rank_that_cannot_reach_the_folder_says_so(tmp_path: Path) -> None:
 def test_two_devices_share_an_entry(tmp_path: Path) -> None:
     script = f"""
     import sys, warnings, torch, pytorch_lightning as pl
-    sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-    from datamodules import Digits
+    from cleave.datamodules import Digits
     class Net(pl.LightningModule):
         def __init__(self):
             super().__init__()

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cleave.datamodules import CorruptImageError, ImageFolder
+from cleave.deployment import ImageInput
 from PIL import Image
-
-from datamodules import CorruptImageError, ImageFolder
-from deployment import ImageInput
 
 
 def write(path: Path, mode: str = "RGB", size: tuple[int, int] = (10, 8), value: int = 0) -> Path:

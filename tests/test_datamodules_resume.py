@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from cleave.datamodules import Digits
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-
-from datamodules import Digits
 
 EPOCH = 6  # batches of an epoch
 pytestmark = [

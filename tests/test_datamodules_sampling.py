@@ -3,9 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DistributedSampler, TensorDataset
-
-from datamodules.sampling import (
+from cleave.datamodules.sampling import (
     EpochLoader,
     EpochSampler,
     ShardSampler,
@@ -15,6 +13,7 @@ from datamodules.sampling import (
     sample_seeds,
     stream_seed,
 )
+from torch.utils.data import DistributedSampler, TensorDataset
 
 
 def numbers(count: int) -> TensorDataset:

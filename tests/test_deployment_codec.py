@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-
-from deployment import (
+from cleave.deployment import (
     CodecError,
     FloatCodec,
     UniformCodec,

@@ -1,8 +1,7 @@
 import pytest
 import torch
+from cleave.deployment.data_dependence import data_dependent_lines
 from torch import nn
-
-from deployment.data_dependence import data_dependent_lines
 
 
 class Reads(nn.Module):

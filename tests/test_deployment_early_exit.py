@@ -5,8 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from deployment import Exited, anytime, build_policy, exit_shares, expected_cost, leave_early, offline, policy_from_dict
+from cleave.deployment import (
+    Exited,
+    anytime,
+    build_policy,
+    exit_shares,
+    expected_cost,
+    leave_early,
+    offline,
+    policy_from_dict,
+)
 
 E, C = 4, 3
 TEMPERATURES = [0.5, 1.0, 2.0, 3.0]

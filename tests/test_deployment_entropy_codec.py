@@ -11,9 +11,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-
-from deployment import CODECS, CodecError, EntropyCodec, codec_from_dict, integer_frequencies
-from deployment.entropy_codec import _MAX_ENTRIES, CHECK_BYTES, MAX_CODE, MAX_SYMBOLS, TOTAL, _shortest, _stream
+from cleave.deployment import CODECS, CodecError, EntropyCodec, codec_from_dict, integer_frequencies
+from cleave.deployment.entropy_codec import _MAX_ENTRIES, CHECK_BYTES, MAX_CODE, MAX_SYMBOLS, TOTAL, _shortest, _stream
 
 QUARTERS = (16384, 32768, 16384)
 

@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from deployment import POLICIES, EnsemblePolicy, ExitPolicy, PatiencePolicy, build_policy, policy_from_dict
+from cleave.deployment import POLICIES, EnsemblePolicy, ExitPolicy, PatiencePolicy, build_policy, policy_from_dict
 
 E, B, C = 4, 7, 5
 TEMPERATURES = [0.5, 1.0, 2.0, 3.0]

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-
-from architectures import MultiExitNetwork, export_parts
-from architectures.exit_partitions import exit_specs
-from deployment import (
+from cleave.architectures import MultiExitNetwork, export_parts
+from cleave.architectures.exit_partitions import exit_specs
+from cleave.deployment import (
     Bundle,
     BundleError,
     ExitPolicy,
@@ -28,7 +27,7 @@ from deployment import (
     read_manifest,
     read_policy,
 )
-from deployment.canonical_json import dump
+from cleave.deployment.canonical_json import dump
 
 from .deployment_networks import make_bundle
 from .exit_networks import INPUT, SPLIT, TIERS, exit_bundle, images, middling, multi_exit

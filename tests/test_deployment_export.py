@@ -7,9 +7,7 @@ import stat
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
-
-from deployment import (
+from cleave.deployment import (
     BundleError,
     FloatCodec,
     ParityError,
@@ -22,6 +20,7 @@ from deployment import (
     load_bundle,
     save_torchscript,
 )
+from torch import nn
 
 from .deployment_networks import (
     CLASSES,

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from PIL import Image
-
-from deployment import (
+from cleave.deployment import (
     CODINGS,
     CodecError,
     FloatCodec,
@@ -26,6 +24,7 @@ from deployment import (
     export_bundle,
     load_bundle,
 )
+from PIL import Image
 
 from .deployment_networks import CLASSES, INPUT, SHAPE, images, make_bundle, make_parts
 

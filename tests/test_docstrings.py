@@ -5,13 +5,12 @@ import importlib
 from pathlib import Path
 
 import pytest
-
-import losses
+from cleave import losses
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ["losses", "deployment", "architectures", "datamodules", "lightning_modules", "planning"]
 MODULES = sorted(
-    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    ".".join(("cleave", *file.relative_to(ROOT).with_suffix("").parts))
     for room in ROOMS
     for file in (ROOT / room).rglob("*.py")
     if any(">>> " in line and "+SKIP" not in line for line in file.read_text().splitlines())

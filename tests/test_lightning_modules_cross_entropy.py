@@ -4,10 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from cleave.lightning_modules import CrossEntropy, FeatureTerm
+from cleave.losses import HeadDistillationLoss
 from torch import nn
-
-from lightning_modules import CrossEntropy, FeatureTerm
-from losses import HeadDistillationLoss
 
 from .split_tasks import (
     Logged,

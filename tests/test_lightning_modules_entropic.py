@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from lightning_modules import CrossEntropy, Entropic, RateTerm
-from losses import GeneralizedHeadDistillationLoss, RateLoss
+from cleave.lightning_modules import CrossEntropy, Entropic, RateTerm
+from cleave.losses import GeneralizedHeadDistillationLoss, RateLoss
 
 from .split_tasks import (
     ENTROPY,

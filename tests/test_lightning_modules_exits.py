@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from cleave.architectures import MultiExitNetwork
+from cleave.datamodules import Digits
+from cleave.deployment import build_policy, offline
+from cleave.lightning_modules import ExitsDistilled, ExitsJoint, ExitsSeparate, ExitTask, Teacher, ZeroTimeWaste
+from cleave.losses import ExitDistillationLoss, GeometricEnsembleLoss, JointExitLoss, geometric_ensemble
 from torch import Tensor
-
-from architectures import MultiExitNetwork
-from datamodules import Digits
-from deployment import build_policy, offline
-from lightning_modules import ExitsDistilled, ExitsJoint, ExitsSeparate, ExitTask, Teacher, ZeroTimeWaste
-from losses import ExitDistillationLoss, GeometricEnsembleLoss, JointExitLoss, geometric_ensemble
 
 from .split_tasks import ADAM, NAMES, Logged, backbone, batch, batches, changed, fit, snapshot, trainer_of
 

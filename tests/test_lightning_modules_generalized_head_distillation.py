@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-
-from lightning_modules import FeaturesTerm, GeneralizedHeadDistillation, HeadDistillation
-from losses import GeneralizedHeadDistillationLoss
+from cleave.lightning_modules import FeaturesTerm, GeneralizedHeadDistillation, HeadDistillation
+from cleave.losses import GeneralizedHeadDistillationLoss
 
 from .split_tasks import Logged, backbone, batch, build, double, fit, squared_error, taught, teacher, terms_of
 

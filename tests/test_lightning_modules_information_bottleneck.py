@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from lightning_modules import InformationBottleneck
-from losses import InformationBottleneckLoss
+from cleave.lightning_modules import InformationBottleneck
+from cleave.losses import InformationBottleneckLoss
 
 from .split_tasks import VARIANCE, Logged, batch, build, cross_entropy, double, fit, terms_of
 

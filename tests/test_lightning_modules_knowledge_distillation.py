@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from lightning_modules import Entropic, FeatureTerm, GeneralizedHeadDistillation, KnowledgeDistillation
-from losses import HeadDistillationLoss, KnowledgeDistillationLoss
+from cleave.lightning_modules import Entropic, FeatureTerm, GeneralizedHeadDistillation, KnowledgeDistillation
+from cleave.losses import HeadDistillationLoss, KnowledgeDistillationLoss
 
 from .split_tasks import (
     ADAM,

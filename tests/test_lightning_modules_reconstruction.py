@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from lightning_modules import LogitsTerm, Reconstruction
-from losses import KnowledgeDistillationLoss, ReconstructionLoss
+from cleave.lightning_modules import LogitsTerm, Reconstruction
+from cleave.losses import KnowledgeDistillationLoss, ReconstructionLoss
 
 from .split_tasks import Logged, batch, build, double, fit, log_softmax, taught, teacher, terms_of
 

@@ -12,16 +12,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import zstandard
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from architectures import CutError, EntropyBottleneck, SplitNetwork, SwitchableBatchNorm2d, create_backbone
-from architectures.split import PARTS
-from architectures.switchable import draw_width
-from architectures.zoo import CifarVGG
-from datamodules import Digits
-from datamodules.sources import ImageSource
-from lightning_modules import (
+from cleave.architectures import CutError, EntropyBottleneck, SplitNetwork, SwitchableBatchNorm2d, create_backbone
+from cleave.architectures.backbones.zoo import CifarVGG
+from cleave.architectures.split import PARTS
+from cleave.architectures.switchable import draw_width
+from cleave.datamodules import Digits
+from cleave.datamodules.sources import ImageSource
+from cleave.lightning_modules import (
     CrossEntropy,
     Entropic,
     FeatureTerm,
@@ -37,13 +34,15 @@ from lightning_modules import (
     SplitTask,
     Teacher,
 )
-from losses import (
+from cleave.losses import (
     GeneralizedHeadDistillationLoss,
     HeadDistillationLoss,
     KnowledgeDistillationLoss,
     RateLoss,
     ReconstructionLoss,
 )
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .split_tasks import (
     ENTROPY,

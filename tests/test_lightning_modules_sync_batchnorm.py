@@ -1,10 +1,9 @@
 import copy
 
 import torch
+from cleave.architectures import create_backbone
+from cleave.lightning_modules.sync_batchnorm import SyncBatchNorm
 from torch import nn
-
-from architectures import create_backbone
-from lightning_modules.sync_batchnorm import SyncBatchNorm
 
 
 def test_fused_activations_survive_the_conversion_and_back():

@@ -4,9 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
-
-from lightning_modules import (
+from cleave.lightning_modules import (
     FeaturesTerm,
     FeatureTerm,
     GaussianTerm,
@@ -16,8 +14,8 @@ from lightning_modules import (
     ReconstructionTerm,
     Term,
 )
-from lightning_modules.terms import Seen
-from losses import (
+from cleave.lightning_modules.terms import Seen
+from cleave.losses import (
     GeneralizedHeadDistillationLoss,
     HeadDistillationLoss,
     InformationBottleneckLoss,
@@ -25,6 +23,7 @@ from losses import (
     RateLoss,
     ReconstructionLoss,
 )
+from torch import nn
 
 SEEN = Seen(
     torch.tensor([1, 0]),

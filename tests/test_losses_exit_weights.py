@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-
-from losses import ExitDistillationLoss, JointExitLoss
+from cleave.losses import ExitDistillationLoss, JointExitLoss
 
 COSTS = [0.2, 0.55, 1.0]
 

@@ -3,8 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from losses import GeneralizedHeadDistillationLoss, HeadDistillationLoss
+from cleave.losses import GeneralizedHeadDistillationLoss, HeadDistillationLoss
 
 WEIGHTS = {"layer2": 1.0, "layer3.0": 0.25}
 SHAPES = {"layer2": (4, 3, 8, 8), "layer3.0": (4, 7)}

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 import torch
-
-from losses import HeadDistillationLoss
+from cleave.losses import HeadDistillationLoss
 
 
 def test_equals_the_float64_sum_per_sample():

@@ -3,10 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from cleave.losses import KnowledgeDistillationLoss
+from cleave.losses.knowledge_distillation import DIRECTIONS
 from scipy.special import rel_entr, softmax
-
-from losses import KnowledgeDistillationLoss
-from losses.knowledge_distillation import DIRECTIONS
 
 
 def batch(b=6, k=5, dtype=torch.float64):

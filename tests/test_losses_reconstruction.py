@@ -3,8 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from losses import ReconstructionLoss
+from cleave.losses import ReconstructionLoss
 
 CHOI = {}
 JANKOWSKI = {"power": 1, "norm": 1, "epsilon": 0}

@@ -3,11 +3,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize_scalar
-from torch.nn import functional as F
-
-from deployment import build_policy, offline
-from planning import (
+from cleave.deployment import build_policy, offline
+from cleave.planning import (
     budgeted_batch,
     calibrate_accuracy_drop,
     calibrate_budget,
@@ -15,7 +12,17 @@ from planning import (
     fit_temperatures,
     measure,
 )
-from planning.threshold_search import Table, _pair, _totals, at_least_right, geometric_shares, sweep, within_budget
+from cleave.planning.threshold_search import (
+    Table,
+    _pair,
+    _totals,
+    at_least_right,
+    geometric_shares,
+    sweep,
+    within_budget,
+)
+from scipy.optimize import minimize_scalar
+from torch.nn import functional as F
 
 COSTS = [2, 5, 9, 16, 20]
 KINDS = ["confidence", "entropy", "margin", "ensemble", "patience"]

@@ -3,9 +3,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-
-from deployment import build_policy
-from planning import exit_bits, place_exits
+from cleave.deployment import build_policy
+from cleave.planning import exit_bits, place_exits
 
 
 def outcome(correct, leaves, stages, heads, chosen):

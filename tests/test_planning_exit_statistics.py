@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from cleave.deployment import build_policy
+from cleave.planning import CurvePoint, accuracy_at, calibration_error, exit_accuracy, measure, overthinking
 from torchmetrics.functional.classification import multiclass_calibration_error
-
-from deployment import build_policy
-from planning import CurvePoint, accuracy_at, calibration_error, exit_accuracy, measure, overthinking
 
 COSTS = [1.5, 4, 7]
 

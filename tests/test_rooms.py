@@ -1,61 +1,70 @@
 """A room imports only from rooms above it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["losses", "deployment", "architectures", "datamodules", "lightning_modules", "planning", "scripts"]
-FORBIDDEN = {
-    "losses": {*ROOMS, "pytorch_lightning", "hydra", "omegaconf", "timm", "torchvision", "wandb"},
-    "deployment": {*ROOMS, "pytorch_lightning", "hydra", "omegaconf", "timm", "torchvision", "wandb", "torchmetrics"},
-    "architectures": {
-        "datamodules",
-        "lightning_modules",
-        "planning",
-        "scripts",
-        "pytorch_lightning",
-        "hydra",
-        "omegaconf",
-        "wandb",
-    },
-    "datamodules": {
-        "losses",
-        "architectures",
-        "lightning_modules",
-        "planning",
-        "scripts",
-        "hydra",
-        "omegaconf",
-        "wandb",
-        "timm",
-    },
-    "lightning_modules": {"planning", "scripts", "hydra", "omegaconf"},
-    "planning": {"datamodules", "lightning_modules", "scripts", "pytorch_lightning", "hydra", "omegaconf", "wandb"},
+TRAINING = {"pytorch_lightning", "hydra", "omegaconf", "wandb"}
+# From the first to the last: a room imports only from those before it, and never what is forbidden to it.
+ROOMS: dict[str, set[str]] = {
+    "losses": {*TRAINING, "torchmetrics", "timm", "torchvision"},
+    "deployment": {*TRAINING, "torchmetrics", "timm", "torchvision", "cleave"},
+    "architectures": TRAINING,
+    "datamodules": {"hydra", "omegaconf", "wandb", "timm"},
+    "planning": TRAINING,
+    "lightning_modules": {"hydra", "omegaconf"},
+    "scripts": set(),
 }
-# Rooms that name themselves; deployment may not.
-OWN = {"losses", "architectures", "datamodules", "lightning_modules", "planning"}
+# Neighbours that a room above them does without.
+APART = {
+    "deployment": {"losses"},
+    "datamodules": {"losses", "architectures"},
+    "planning": {"datamodules"},
+    "lightning_modules": {"planning"},
+}
 
 
 def imported(path: Path) -> set[str]:
-    """First names of every absolute import in a file, inside functions too."""
+    """What a file imports from anywhere, inside functions too: first names, and rooms as ``cleave.ROOM``."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == "cleave":
+            names = [f"cleave.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module.split(".")[0])
+            names = [node.module]
+        else:
+            continue
+        for first, *rest in (name.split(".") for name in names):
+            found |= {first, f"cleave.{rest[0]}"} if first == "cleave" and rest else {first}
     return found
 
 
-@pytest.mark.parametrize("room", FORBIDDEN)
+@pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_from_rooms_above_it(room):
     files = sorted((ROOT / room).rglob("*.py"))
     assert files
-    allowed = {room} if room in OWN else set()
-    broken = {str(f.relative_to(ROOT)): bad for f in files if (bad := imported(f) & FORBIDDEN[room] - allowed)}
+    order = list(ROOMS)
+    below = {*order[order.index(room) + 1 :], *APART.get(room, ())}
+    forbidden = ROOMS[room] | {f"cleave.{other}" for other in below}
+    broken = {str(f.relative_to(ROOT)): bad for f in files if (bad := imported(f) & forbidden)}
     assert not broken
+
+
+def test_rooms_are_imported_by_their_full_names():
+    """``import losses`` at the root of the repository would give a second class of each name."""
+    folders = [*ROOMS, "tests", "benchmarks"]
+    files = [f for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
+    bare = {str(f.relative_to(ROOT)): bad for f in files if (bad := imported(f) & set(ROOMS))}
+    assert not bare
+    pattern = re.compile(rf"_target_\W+({'|'.join(ROOMS)})\.|[\"']({'|'.join(ROOMS)})\.[a-z_]+\.[a-zA-Z_]")
+    texts = [*files, *(ROOT / "conf").rglob("*.yaml"), *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    named = {str(f.relative_to(ROOT)): found[0] for f in texts if (found := pattern.search(f.read_text()))}
+    assert not named
 
 
 def test_torchscript_stands_in_one_file():

@@ -8,18 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from cleave.datamodules import Digits
+from cleave.scripts.assembly import compose_config
+from cleave.scripts.export import export
+from cleave.scripts.terminal import quiet
+from cleave.scripts.train import train
 from PIL import Image
-
-from datamodules import Digits
-from scripts.assembly import compose_config
-from scripts.export import export
-from scripts.terminal import quiet
-from scripts.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKED = [
     "pytorch_lightning", "lightning_fabric", "timm", "torchvision", "torchmetrics", "hydra", "omegaconf", "wandb",
-    "sklearn", "losses", "architectures", "datamodules", "lightning_modules", "planning", "scripts",
+    "sklearn", "cleave",
 ]  # fmt: skip
 RUNNER = """
 import json, sys

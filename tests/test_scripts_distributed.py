@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-
-from deployment import Pipeline, load_bundle
-from scripts.assembly import compose_config, restore
-from scripts.evaluate import evaluate
-from scripts.terminal import quiet
-from scripts.train import train
+from cleave.deployment import Pipeline, load_bundle
+from cleave.scripts.assembly import compose_config, restore
+from cleave.scripts.evaluate import evaluate
+from cleave.scripts.terminal import quiet
+from cleave.scripts.train import train
 
 from .training_helpers import ROOT, fingerprint, load, run_script, small
 

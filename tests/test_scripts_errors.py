@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from scripts.assembly import assemble, compose_config, read_checkpoint, restore
-from scripts.terminal import quiet
+from cleave.scripts.assembly import assemble, compose_config, read_checkpoint, restore
+from cleave.scripts.terminal import quiet
 
 from .training_helpers import script
 
@@ -127,7 +126,7 @@ def test_bits_for_a_network_that_is_not_split(teacher_file):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory, teacher_file) -> Path:
-    from scripts.export import export
+    from cleave.scripts.export import export
 
     quiet()
     folder = tmp_path_factory.mktemp("export")
@@ -151,7 +150,7 @@ def test_a_bundle_with_a_changed_byte(tmp_path, bundle):
             told = refused(script("infer", f"bundle={copy}", "input=digits", cwd=tmp_path))
             assert "manifest" in told
         else:
-            from deployment import BundleError, load_bundle
+            from cleave.deployment import BundleError, load_bundle
 
             with pytest.raises(BundleError, match=file.name):
                 load_bundle(copy)

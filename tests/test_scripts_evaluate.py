@@ -4,15 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from deployment import Pipeline, load_bundle
-from scripts.assembly import compose_config, restore
-from scripts.collect import collect
-from scripts.evaluate import evaluate
-from scripts.export import export
-from scripts.results import RESULTS, Point
-from scripts.terminal import quiet
-from scripts.train import train
+from cleave.deployment import Pipeline, load_bundle
+from cleave.scripts.assembly import compose_config, restore
+from cleave.scripts.collect import collect
+from cleave.scripts.evaluate import evaluate
+from cleave.scripts.export import export
+from cleave.scripts.results import RESULTS, Point
+from cleave.scripts.terminal import quiet
+from cleave.scripts.train import train
 
 QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]
 SPLIT = ["method=cross_entropy", "backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8"]
@@ -56,7 +55,7 @@ def write(checkpoint: Path, folder: Path, *overrides: str) -> Path:
 
 def accuracy(bundle: Path) -> float:
     """Of a bundle over the test images, image by image through bytes."""
-    from datamodules import Digits
+    from cleave.datamodules import Digits
 
     data = Digits()
     data.setup("test")

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-
-from architectures import MultiExitNetwork
-from scripts.assembly import compose_config, restore
-from scripts.evaluate import evaluate
-from scripts.terminal import quiet
-from scripts.train import train
+from cleave.architectures import MultiExitNetwork
+from cleave.scripts.assembly import compose_config, restore
+from cleave.scripts.evaluate import evaluate
+from cleave.scripts.terminal import quiet
+from cleave.scripts.train import train
 
 QUICK = [
     "trainer=cpu", "trainer.max_epochs=1", "+trainer.limit_train_batches=3", "+trainer.limit_val_batches=1",

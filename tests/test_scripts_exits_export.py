@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-
-from architectures import MultiExitNetwork
-from deployment import Pipeline, build_policy, load_bundle, offline
-from deployment.canonical_json import dump
-from lightning_modules.exits import send
-from scripts.assembly import compose_config, restore, restore_data
-from scripts.export import export
-from scripts.infer import infer
-from scripts.terminal import quiet
-from scripts.train import train
+from cleave.architectures import MultiExitNetwork
+from cleave.deployment import Pipeline, build_policy, load_bundle, offline
+from cleave.deployment.canonical_json import dump
+from cleave.lightning_modules.exits import send
+from cleave.scripts.assembly import compose_config, restore, restore_data
+from cleave.scripts.export import export
+from cleave.scripts.infer import infer
+from cleave.scripts.terminal import quiet
+from cleave.scripts.train import train
 
 from .test_scripts_bundle_alone import run_alone
 from .training_helpers import DIGITS, PLAIN
@@ -169,7 +168,7 @@ def test_what_cannot_be_exported_is_told_before_any_test(
     for name, settings in (("four", {"exits": 4, "thresholds": 0.5}), ("ensemble", {"kind": "ensemble"})):
         (tmp_path / name).mkdir()
         policy_file(tmp_path / name, **settings)
-    monkeypatch.setattr("scripts.export.build_task", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr("cleave.scripts.export.build_task", lambda *_: pytest.fail("it went on"))
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         exported(ran, tmp_path, *(each.format(folder=tmp_path) for each in overrides))
     assert not (tmp_path / "bundle").exists()

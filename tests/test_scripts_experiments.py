@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cleave.scripts.assembly import compose_config, restore
+from cleave.scripts.collect import collect
+from cleave.scripts.evaluate import evaluate
+from cleave.scripts.terminal import CONF, missing_values, quiet
+from cleave.scripts.train import train
 from hydra import compose, initialize_config_dir
-
-from scripts.assembly import compose_config, restore
-from scripts.collect import collect
-from scripts.evaluate import evaluate
-from scripts.terminal import CONF, missing_values, quiet
-from scripts.train import train
 
 pytestmark = pytest.mark.untraced  # presets run code that has tests of its own
 EXPERIMENTS = sorted(p.stem for p in (Path(CONF) / "experiment").glob("*.yaml"))

@@ -6,16 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from cleave.datamodules import Digits
+from cleave.deployment import JPEGCodec
+from cleave.scripts.assembly import compose_config, restore
+from cleave.scripts.evaluate import evaluate
+from cleave.scripts.image_codecs import image_codecs
+from cleave.scripts.results import Point, read_results
+from cleave.scripts.terminal import quiet
+from cleave.scripts.train import train
 from PIL import Image
-
-from datamodules import Digits
-from deployment import JPEGCodec
-from scripts.assembly import compose_config, restore
-from scripts.evaluate import evaluate
-from scripts.image_codecs import image_codecs
-from scripts.results import Point, read_results
-from scripts.terminal import quiet
-from scripts.train import train
 
 from .training_helpers import run_script
 

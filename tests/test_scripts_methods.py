@@ -7,10 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from omegaconf import OmegaConf
-from torch import Tensor
-
-from deployment import (
+from cleave.deployment import (
     Bundle,
     Codec,
     CodecError,
@@ -21,14 +18,16 @@ from deployment import (
     TiledImageCodec,
     load_bundle,
 )
-from scripts.assembly import compose_config, restore, restore_data
-from scripts.collect import collect
-from scripts.evaluate import evaluate
-from scripts.export import export
-from scripts.infer import infer
-from scripts.terminal import quiet
-from scripts.train import train
-from scripts.trust import check_targets
+from cleave.scripts.assembly import compose_config, restore, restore_data
+from cleave.scripts.collect import collect
+from cleave.scripts.evaluate import evaluate
+from cleave.scripts.export import export
+from cleave.scripts.infer import infer
+from cleave.scripts.terminal import quiet
+from cleave.scripts.train import train
+from cleave.scripts.trust import check_targets
+from omegaconf import OmegaConf
+from torch import Tensor
 
 pytestmark = pytest.mark.untraced  # what it shows is how parts that have tests of their own go together
 QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]
@@ -225,7 +224,7 @@ def test_infer_says_how_long_payloads_of_any_length_are(ran, tmp_path, capsys):
 
 
 def digits(count: int) -> Tensor:
-    from datamodules import Digits
+    from cleave.datamodules import Digits
 
     data = Digits()
     data.setup("test")

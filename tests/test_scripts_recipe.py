@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from cleave.scripts.assembly import compose_config, read_checkpoint, restore
+from cleave.scripts.evaluate import evaluate
+from cleave.scripts.export import export
+from cleave.scripts.terminal import missing_values, quiet
+from cleave.scripts.train import train
 from omegaconf import OmegaConf
-
-from scripts.assembly import compose_config, read_checkpoint, restore
-from scripts.evaluate import evaluate
-from scripts.export import export
-from scripts.terminal import missing_values, quiet
-from scripts.train import train
 
 from .training_helpers import DIGITS, PLAIN, ROOT, differences, load, run_script
 
@@ -311,7 +310,7 @@ def test_the_name_of_a_stage_is_the_name_of_a_folder(tmp_path, teacher_file):
     cfg = compose_config("train", [*RUN, f"teacher.ckpt_path={teacher_file}"], tmp_path)
     OmegaConf.set_struct(cfg, False)
     for name in ("a/b", "..", ""):
-        cfg.stages = {name: {"method": {"_target_": "lightning_modules.CrossEntropy"}}}
+        cfg.stages = {name: {"method": {"_target_": "cleave.lightning_modules.CrossEntropy"}}}
         with pytest.raises(ValueError, match=r"a stage's name is made of letters"):
             train(cfg)
 

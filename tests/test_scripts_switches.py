@@ -6,10 +6,9 @@ import types
 
 import pytest
 import torch
-
-from scripts.assembly import compose_config
-from scripts.terminal import quiet
-from scripts.train import train
+from cleave.scripts.assembly import compose_config
+from cleave.scripts.terminal import quiet
+from cleave.scripts.train import train
 
 from .training_helpers import ROOT, load, run_script, small
 

@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from cleave.scripts.assembly import compose_config
+from cleave.scripts.evaluate import evaluate
+from cleave.scripts.export import export
+from cleave.scripts.infer import infer
+from cleave.scripts.terminal import quiet
+from cleave.scripts.train import train
 from PIL import Image
-
-from scripts.assembly import compose_config
-from scripts.evaluate import evaluate
-from scripts.export import export
-from scripts.infer import infer
-from scripts.terminal import quiet
-from scripts.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]
@@ -79,7 +78,7 @@ def test_an_override_the_data_lack_is_refused(student, tmp_path):
 
 
 def test_infer_reads_digits_a_folder_and_one_image_alike(bundle, tmp_path, capsys):
-    from datamodules import Digits
+    from cleave.datamodules import Digits
 
     data = Digits()
     images, _ = data.sample_images("test", 5)

@@ -13,13 +13,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import wandb
+from cleave.scripts.assembly import Restored, compose_config, read_checkpoint, restore, restore_data
+from cleave.scripts.evaluate import evaluate
+from cleave.scripts.export import export
+from cleave.scripts.terminal import CONF
+from cleave.scripts.train import train
 from omegaconf import OmegaConf
-
-from scripts.assembly import Restored, compose_config, read_checkpoint, restore, restore_data
-from scripts.evaluate import evaluate
-from scripts.export import export
-from scripts.terminal import CONF
-from scripts.train import train
 
 from .offline_run import OfflineRun, offline_runs
 

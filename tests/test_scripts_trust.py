@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-
-from scripts.assembly import restore
-from scripts.trust import check_targets
+from cleave.scripts.assembly import restore
+from cleave.scripts.trust import check_targets
 
 
 def test_a_checkpoint_cannot_name_code_of_its_own(tmp_path, teacher_file):
@@ -20,7 +19,13 @@ def test_a_checkpoint_cannot_name_code_of_its_own(tmp_path, teacher_file):
 
 @pytest.mark.parametrize(
     "target",
-    ["torch.load", "numpy.load", "architectures.weights.torch.load", "datamodules.image_folder.Path", "my_package.Net"],
+    [
+        "torch.load",
+        "numpy.load",
+        "cleave.architectures.backbones.weights.torch.load",
+        "cleave.datamodules.image_folder.Path",
+        "my_package.Net",
+    ],
 )
 def test_what_is_not_ours_is_refused_however_it_is_reached(target):
     with pytest.raises(ValueError, match=target):

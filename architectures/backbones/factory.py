@@ -16,14 +16,13 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from cleave.architectures.backbones.surgery import find_classifier, replace_classifier, use_grey_input
+from cleave.architectures.backbones.weights import WeightsError, load_weights
+from cleave.architectures.backbones.zoo import CIFAR_NETWORKS
+from cleave.architectures.naming import did_you_mean
+from cleave.deployment.preprocess import ImageInput
 from timm.data import resolve_model_data_config
 from torch import nn
-
-from architectures.naming import did_you_mean
-from architectures.surgery import find_classifier, replace_classifier, use_grey_input
-from architectures.weights import WeightsError, load_weights
-from architectures.zoo import CIFAR_NETWORKS
-from deployment.preprocess import ImageInput
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +70,14 @@ def create_backbone(
     """Build a backbone for a number of classes, with random, downloaded or local weights.
 
     Args:
-        source: ``timm``, ``torchvision``, ``cifar`` (:data:`architectures.zoo.CIFAR_NETWORKS`) or ``custom``.
+        source: ``timm``, ``torchvision``, ``cifar`` (``CIFAR_NETWORKS``) or ``custom``.
         name: Model name in that source; for ``custom`` the dotted path of a class or function.
         num_classes: Size of the output, at least 2; a pretrained classifier of another size is replaced at random.
         pretrained: ``True`` downloads the source's default weights; torchvision also takes the name of a weight set
             (timm names its sets in the model name, such as ``resnet18.a1_in1k``).
-        weights: A local checkpoint instead; see :func:`architectures.weights.load_weights`.
+        weights: A local checkpoint instead; see :func:`cleave.architectures.backbones.weights.load_weights`.
         in_channels: 3 for RGB or 1 for grey images. Pretrained RGB kernels are summed for grey.
-        image_input: Fields of :class:`deployment.preprocess.ImageInput` to override. A new ``height`` or ``width``
+        image_input: Fields of ``ImageInput`` to override. A new ``height`` or ``width``
             scales ``resize`` along. For ``custom``, ``height`` and ``width`` are required.
         kwargs: Further arguments of the constructor, passed on verbatim.
         network: For ``custom``: the constructor itself, such as a ``functools.partial``; ``name`` only describes it

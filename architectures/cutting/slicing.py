@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cleave.architectures.cutting.tracing import BATCH, CutError, Trace, first_line
 from torch import Tensor, fx, nn
-
-from architectures.tracing import BATCH, CutError, Trace, first_line
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class Reference:
     Args:
         backbone: The uncut network.
         sample: Batch that its forward takes.
-        rewind: Resets buffers and generators, see :func:`architectures.tracing.preserved`.
+        rewind: Resets buffers and generators, see :func:`cleave.architectures.cutting.tracing.preserved`.
 
     Raises:
         CutError: The backbone does not run on the sample.

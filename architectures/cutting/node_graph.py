@@ -6,12 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cleave.architectures.cutting.cut_points import Measurement, checked_trace, measure
+from cleave.architectures.cutting.slicing import Reference, Slice, Stage, check_size, follow_modes, slice_graph
+from cleave.architectures.cutting.tracing import CutError, Trace, preserved
+from cleave.architectures.naming import did_you_mean
 from torch import Tensor, fx, nn
-
-from architectures.cut_points import Measurement, checked_trace, measure
-from architectures.naming import did_you_mean
-from architectures.slicing import Reference, Slice, Stage, check_size, follow_modes, slice_graph
-from architectures.tracing import CutError, Trace, preserved
 
 INPUT = "input"
 
@@ -128,7 +127,7 @@ def trace_graph(backbone: nn.Module, sample: Tensor, depth: int | None = None) -
 def partition(
     backbone: nn.Module, node_sets: Sequence[Collection[str]], sample: Tensor, depth: int | None = None
 ) -> Partition:
-    """Divide a backbone into parts by sets of nodes; :func:`~architectures.stages.cut` is its one-tensor front.
+    """Divide a backbone into parts by sets of nodes; ``cut`` is its one-tensor front.
 
     Parts share parameters and buffers with the backbone and name them as it does. They are checked against it on the
     sample in both modes, sharing tensors and isolated from each other: results and buffers must be equal in every bit.

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cleave.architectures.cutting.layouts import DimTracker, layout_of
+from cleave.architectures.cutting.slicing import Observing, Reference, fold_sizes
+from cleave.architectures.cutting.tracing import DEPTHS, CutError, Trace, first_line, preserved, single_crossings, trace
+from cleave.architectures.macs import MacCounter, counting_macs
 from torch import Tensor, fx, nn
-
-from architectures.layouts import DimTracker, layout_of
-from architectures.macs import MacCounter, counting_macs
-from architectures.slicing import Observing, Reference, fold_sizes
-from architectures.tracing import DEPTHS, CutError, Trace, first_line, preserved, single_crossings, trace
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def cut_points(backbone: nn.Module, sample: Tensor) -> list[CutPoint]:
         sample: Images (B, C, H, W) on the backbone's device; the first one is measured.
 
     Returns:
-        The points, each of which :func:`~architectures.stages.cut` accepts; none where several tensors pass everywhere
+        The points, each of which ``cut`` accepts; none where several tensors pass everywhere
         (CrossViT's two branches).
 
     Raises:

@@ -13,9 +13,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from cleave.architectures.backbones.surgery import find_classifier
 from torch import Tensor, nn
-
-from architectures.surgery import find_classifier
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ def load_weights(
         network: Network to load into, in place.
         path: A ``torch.save`` file, read with ``weights_only=True``, or a ``.safetensors`` file.
         classifier: Module name or names of the classifier; by default what
-            :func:`architectures.surgery.find_classifier` finds.
+            :func:`cleave.architectures.backbones.surgery.find_classifier` finds.
         architecture: How error messages call the network; by default its class name.
         ignore: Prefixes of keys to leave out, such as auxiliary heads the network was built without.
         rename: Translates a key of the file, its prefix stripped, into the network's.

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from cleave.architectures.cutting.cut_points import CutPoint, cut_points, spread
+from cleave.architectures.cutting.layouts import DimTracker, layout_of
+from cleave.architectures.cutting.node_graph import GraphNode, NodeGraph, Partition, partition, trace_graph
+from cleave.architectures.cutting.slicing import (
+    Observing,
+    Reference,
+    Slice,
+    Stage,
+    check_size,
+    fold_sizes,
+    follow_modes,
+    slice_graph,
+)
+from cleave.architectures.cutting.tracing import DEPTHS, CutError, Trace, crossing, first_line, preserved, trace
+from cleave.architectures.naming import did_you_mean
 from torch import Tensor, nn
-
-from architectures.cut_points import CutPoint, cut_points, spread
-from architectures.layouts import DimTracker, layout_of
-from architectures.naming import did_you_mean
-from architectures.node_graph import GraphNode, NodeGraph, Partition, partition, trace_graph
-from architectures.slicing import Observing, Reference, Slice, Stage, check_size, fold_sizes, follow_modes, slice_graph
-from architectures.tracing import DEPTHS, CutError, Trace, crossing, first_line, preserved, trace
 
 __all__ = [
     "LOGITS",
