@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+ROOMS := losses deployment architectures datamodules planning lightning_modules reports scripts
 # Processes that run the tests; a file's tests stay together, as they share what they have trained.
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
@@ -31,7 +32,7 @@ test-full: $(READY)  ## run every test, the slow ones included
 	$(PYTEST)
 
 lint: $(READY)  ## check style and types
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy losses deployment architectures datamodules lightning_modules planning scripts
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy $(ROOMS)
 
 format: $(READY)  ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

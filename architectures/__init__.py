@@ -1,9 +1,6 @@
 """Plain networks: backbones, cutting, bottlenecks, quantisers and split networks."""
 
 from cleave.architectures.backbones import Backbone, create_backbone
-from cleave.architectures.bottleneck import Bottleneck, build_bottleneck
-from cleave.architectures.calibration import calibrate_range
-from cleave.architectures.channels import BitErrors, GaussianNoise, PacketLoss, build_channel
 from cleave.architectures.costs import profile
 from cleave.architectures.cutting.stages import (
     CutError,
@@ -17,16 +14,19 @@ from cleave.architectures.cutting.stages import (
     spread,
     trace_graph,
 )
-from cleave.architectures.entropy_bottleneck import EntropyBottleneck
-from cleave.architectures.exit_heads import ExitHead
-from cleave.architectures.gaussian import GaussianEncoder, make_gaussian
+from cleave.architectures.inserts.bottleneck import Bottleneck, build_bottleneck
+from cleave.architectures.inserts.calibration import calibrate_range
+from cleave.architectures.inserts.channels import BitErrors, GaussianNoise, PacketLoss, build_channel
+from cleave.architectures.inserts.entropy_bottleneck import EntropyBottleneck
+from cleave.architectures.inserts.exit_heads import ExitHead
+from cleave.architectures.inserts.gaussian import GaussianEncoder, make_gaussian
+from cleave.architectures.inserts.quantizer import UniformQuantizer
+from cleave.architectures.inserts.recalibrate import recalibrate_batchnorm
+from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d, select, switchable
 from cleave.architectures.macs import count_macs, count_params
 from cleave.architectures.multi_exit import MultiExitNetwork
 from cleave.architectures.partitions import DevicePart, ServerPart, WholePart, export_parts
-from cleave.architectures.quantizer import UniformQuantizer
-from cleave.architectures.recalibrate import recalibrate_batchnorm
 from cleave.architectures.split import SplitNetwork
-from cleave.architectures.switchable import SwitchableBatchNorm2d, select, switchable
 
 __all__ = [
     "Backbone",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from cleave.architectures.macs import count_macs, count_params
 from cleave.architectures.multi_exit import MultiExitNetwork
 from cleave.architectures.split import SplitNetwork
-from torch import nn
 
 
 def profile(network: nn.Module, shape: tuple[int, int, int]) -> dict[str, dict[str, int]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
+
 from cleave.architectures.modes import evaluating
 from cleave.architectures.multi_exit import FINAL, MultiExitNetwork
 from cleave.architectures.normalize import Normalize
 from cleave.deployment import Codec, ExitPolicy, ExitSpec, FloatCodec, ImageInput, Part
-from cleave.deployment.signatures import part_inputs, part_outputs
-from torch import Tensor, nn
+from cleave.deployment.bundle.signatures import part_inputs, part_outputs
 
 DEVICE, SERVER = "device", "server"
 

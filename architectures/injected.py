@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cleave.architectures.bottleneck import VECTOR_LAYOUTS, build_bottleneck
-from cleave.architectures.quantizer import build_quantizer
-from cleave.deployment import Codec
 from torch import Tensor, nn
+
+from cleave.architectures.inserts.bottleneck import VECTOR_LAYOUTS, build_bottleneck
+from cleave.architectures.inserts.quantizer import build_quantizer
+from cleave.deployment import Codec
 
 
 class InjectedBottleneck(nn.Module):

@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
+
 from cleave.architectures.cutting.cut_points import cut_points, spread
 from cleave.architectures.cutting.slicing import check_size
 from cleave.architectures.cutting.stages import LOGITS, CutError, Stages, cut
-from cleave.architectures.exit_heads import ExitHead
 from cleave.architectures.injected import InjectedBottleneck
+from cleave.architectures.inserts.exit_heads import ExitHead
 from cleave.architectures.macs import count_macs, count_params
 from cleave.architectures.modes import evaluating
 from cleave.architectures.naming import did_you_mean
 from cleave.deployment import Exited, ExitPolicy, leave_early
 from cleave.losses import geometric_ensemble
-from torch import Tensor, nn
 
 FINAL = "final"
 Step = Callable[[dict[str, Tensor]], tuple[Tensor | None, dict[str, Tensor]]]
@@ -35,7 +36,7 @@ class MultiExitNetwork(nn.Module):
         sample: Normalised images (B, C, H, W) of the size the network will see; one is enough.
         at: Names of the layers with an exit behind them, in any order. Either this or ``count``.
         count: Number of exits before the last one, at even shares of the backbone's MACs.
-        heads: Keyword arguments of :class:`~cleave.architectures.exit_heads.ExitHead`: ``pooling``, ``grid``, ``size``,
+        heads: Keyword arguments of :class:`~cleave.architectures.ExitHead`: ``pooling``, ``grid``, ``size``,
             ``convs``, ``width``, ``kernel``.
         cascade: Whether each exit also reads the class probabilities of the one before.
         ensemble: Whether each exit answers with the weighted geometric mean of all exits so far.

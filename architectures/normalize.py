@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from cleave.deployment import ImageInput
 from torch import Tensor, nn
+
+from cleave.deployment import ImageInput
 
 
 class Normalize(nn.Module):

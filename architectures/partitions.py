@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor, nn
+
 from cleave.architectures.costs import profile
 from cleave.architectures.exit_partitions import exit_parts
+from cleave.architectures.inserts.switchable import select
 from cleave.architectures.multi_exit import MultiExitNetwork
 from cleave.architectures.normalize import Normalize
 from cleave.architectures.split import SplitNetwork
-from cleave.architectures.switchable import select
 from cleave.deployment import Codec, ImageInput, Part
-from torch import Tensor, nn
 
 
 class WholePart(nn.Module):

@@ -8,19 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from cleave.architectures.bottleneck import FORMS, VECTOR_LAYOUTS, build_bottleneck
-from cleave.architectures.calibration import calibrate_range
-from cleave.architectures.channels import build_channel
+from torch import Tensor, nn
+
 from cleave.architectures.cutting.stages import LOGITS, CutError, Stages, cut
-from cleave.architectures.entropy_bottleneck import EntropyBottleneck
-from cleave.architectures.gaussian import GaussianEncoder, make_gaussian
+from cleave.architectures.inserts.bottleneck import FORMS, VECTOR_LAYOUTS, build_bottleneck
+from cleave.architectures.inserts.calibration import calibrate_range
+from cleave.architectures.inserts.channels import build_channel
+from cleave.architectures.inserts.entropy_bottleneck import EntropyBottleneck
+from cleave.architectures.inserts.gaussian import GaussianEncoder, make_gaussian
+from cleave.architectures.inserts.quantizer import Quantizer, UniformQuantizer, build_quantizer
+from cleave.architectures.inserts.switchable import select, switchable
 from cleave.architectures.macs import count_macs, count_params
 from cleave.architectures.modes import evaluating
 from cleave.architectures.naming import did_you_mean
-from cleave.architectures.quantizer import Quantizer, UniformQuantizer, build_quantizer
-from cleave.architectures.switchable import select, switchable
 from cleave.deployment import FLOAT_BITS, Codec, check_bits
-from torch import Tensor, nn
 
 HEAD = "head"
 LIKELIHOODS = "likelihoods"
@@ -43,11 +44,11 @@ class SplitNetwork(nn.Module):
         form: ``replace``, ``insert`` or ``none``.
         bottleneck: Keyword arguments of ``build_bottleneck`` (``channels``, ``stride``,
             ``kernel``, ``width``, ``depth``), and ``variance``: ``learned`` or a number makes the encoder stochastic
-            (:func:`~cleave.architectures.gaussian.make_gaussian`). ``None`` with the form ``none``.
+            (:func:`~cleave.architectures.inserts.gaussian.make_gaussian`). ``None`` with the form ``none``.
         codec: What turns the representation into bytes. ``kind`` ``uniform`` (default): ``bits`` (2 to 16, or 32 for
             float), ``range`` and ``momentum`` of ``UniformQuantizer``, ``coding`` and
             ``quality`` of :func:`cleave.deployment.code_codec`, and ``widths``, several bits to train one network for.
-            ``kind`` ``entropy``: a learned prior, :class:`~cleave.architectures.entropy_bottleneck.EntropyBottleneck`.
+            ``kind`` ``entropy``: a learned prior, :class:`~cleave.architectures.EntropyBottleneck`.
         channel: Settings of ``build_channel``: what the link does to the representation.
         observe: Further layers of the tail that :meth:`features` can return.
 
@@ -242,7 +243,7 @@ class SplitNetwork(nn.Module):
         """Change the width of the codes after training; 32 leaves the quantiser out.
 
         The decoder's BatchNorm statistics are those of the old width, unless the network was trained for several
-        widths: see :func:`~cleave.architectures.recalibrate.recalibrate_batchnorm`.
+        widths: see :func:`~cleave.architectures.inserts.recalibrate.recalibrate_batchnorm`.
 
         Raises:
             ValueError: ``bits`` is out of range, the network was built without a quantiser, which has no range, its
@@ -261,7 +262,7 @@ class SplitNetwork(nn.Module):
         Args:
             batches: Normalised images (B, C, H, W) each.
             bits: Width of the codes, 2 to 16.
-            method: As of :func:`~cleave.architectures.calibration.calibrate_range`.
+            method: As of :func:`~cleave.architectures.inserts.calibration.calibrate_range`.
 
         Returns:
             The range (low, high).

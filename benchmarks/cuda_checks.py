@@ -22,15 +22,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
 from cleave.architectures import SplitNetwork, create_backbone, export_parts
 from cleave.datamodules import Digits
 from cleave.deployment import Pipeline, export_bundle, load_bundle
 from cleave.lightning_modules import HeadDistillation, Teacher
 from cleave.losses import HeadDistillationLoss
-from cleave.scripts.terminal import quiet
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from cleave.scripts.assembly.terminal import quiet
 
 OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05)
 BATCH, SIDE = 128, 32

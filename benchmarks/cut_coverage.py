@@ -35,9 +35,10 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from torch import Tensor, nn
+
 from cleave.architectures.cutting.stages import CutError, CutPoint, Stages, cut, cut_points, spread
 from cleave.architectures.macs import count_macs
-from torch import Tensor, nn
 
 SECONDS = 30.0
 SHARES = (0.25, 0.5, 0.75)

@@ -16,10 +16,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cleave.scripts.plotting import accuracy_axis, legend, matplotlib_defaults, new_figure, png, styles
-from cleave.scripts.results import RESULTS
-from cleave.scripts.terminal import table
 from resumable import line, percent, run
+
+from cleave.reports.plotting import accuracy_axis, legend, matplotlib_defaults, new_figure, png, styles
+from cleave.reports.rates.results import RESULTS
+from cleave.reports.terminal import table
 
 SGD = [
     "method.optimizer._target_=torch.optim.SGD",

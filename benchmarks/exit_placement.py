@@ -14,8 +14,10 @@ import time
 
 import numpy as np
 import torch
+
 from cleave.planning import place_exits
-from cleave.scripts.terminal import quiet, table
+from cleave.reports.terminal import table
+from cleave.scripts.assembly.terminal import quiet
 
 
 def main() -> None:

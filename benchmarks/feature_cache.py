@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+
 from cleave.architectures import MultiExitNetwork, SplitNetwork, create_backbone
 from cleave.datamodules import Digits, ImageDataModule, ImageFolder
 from cleave.lightning_modules import ExitsSeparate, HeadDistillation, Reconstruction, Teacher
 from cleave.lightning_modules.taught import TaughtTask
 from cleave.losses import HeadDistillationLoss, JointExitLoss, ReconstructionLoss
-from cleave.scripts.terminal import quiet
+from cleave.scripts.assembly.terminal import quiet
 
 OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-3)
 CODEC = {"bits": 8, "range": "sample"}

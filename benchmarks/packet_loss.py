@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cleave.scripts.assembly import compose_config, restore, restore_data
-from cleave.scripts.plotting import accuracy_axis, legend, matplotlib_defaults, new_figure, png, styles
-from cleave.scripts.report_csv import write_csv
-from cleave.scripts.terminal import quiet, table
+
+from cleave.reports.csv_file import write_csv
+from cleave.reports.plotting import accuracy_axis, legend, matplotlib_defaults, new_figure, png, styles
+from cleave.reports.terminal import table
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.restoring import restore, restore_data
+from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.train import train
 
 SEEDS = (0, 1, 2)

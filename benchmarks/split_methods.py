@@ -16,13 +16,14 @@ import os
 import sys
 from pathlib import Path
 
-from cleave.scripts.collect import collect, reference_accuracy
-from cleave.scripts.compare import write_report
-from cleave.scripts.rate_accuracy import interpolate, settings
-from cleave.scripts.results import RESULTS
-from cleave.scripts.terminal import table
 from resumable import line, percent
 from resumable import run as run_until
+
+from cleave.reports.rates.collect import collect, reference_accuracy
+from cleave.reports.rates.fronts import interpolate, settings
+from cleave.reports.rates.results import RESULTS
+from cleave.reports.terminal import table
+from cleave.scripts.compare import write_report
 
 run = functools.partial(run_until, done=RESULTS)
 BUDGET = 70_000

@@ -20,13 +20,14 @@ from itertools import chain, repeat
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.loggers import CSVLogger
+
 from cleave.architectures import SplitNetwork, create_backbone, cut
 from cleave.datamodules import Digits
 from cleave.lightning_modules import HeadDistillation, Teacher
 from cleave.lightning_modules.callbacks import ProgressBar
 from cleave.losses import HeadDistillationLoss
-from pytorch_lightning.callbacks import LearningRateMonitor
-from pytorch_lightning.loggers import CSVLogger
 
 OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05)
 SCHEDULER = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max="total_steps")

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from cleave.deployment import ImageInput
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+
+from cleave.deployment import ImageInput
 
 from .sampling import draw
 

@@ -20,12 +20,13 @@ import PIL
 import pytorch_lightning as pl
 import torch
 import torchvision
-from cleave.deployment import ImageInput
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
+
+from cleave.deployment import ImageInput
 
 from .augment import Augmentation, check_preset
 from .dataset import Batch, CachedBatch, ImageDataset, as_is, readable

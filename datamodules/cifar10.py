@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cleave.deployment import ImageInput
 from torchvision import datasets
+
+from cleave.deployment import ImageInput
 
 from .base import ImageDataModule, say
 from .sources import ArraySource, ImageSource

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from cleave.deployment import ImageInput
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from cleave.deployment import ImageInput
 
 from .augment import Augmentation
 from .cache import AUTO_CACHE_BYTES, PixelCache, in_threads

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from cleave.deployment import ImageInput
 from sklearn.datasets import load_digits
+
+from cleave.deployment import ImageInput
 
 from .base import ImageDataModule
 from .sources import ArraySource, ImageSource

@@ -1,10 +1,19 @@
 """What a device or a server needs: bundles, codecs, preprocessing and export. Imports nothing of the other rooms."""
 
-from .bundle import Bundle, Partition, load_bundle
-from .codec import CODECS, Codec, CodesCodec, FloatCodec, UniformCodec, codec_from_dict
-from .early_exit import Exited, anytime, exit_shares, expected_cost, leave_early, offline
-from .entropy_codec import EntropyCodec, integer_frequencies
-from .exit_policies import (
+from .bundle.export import Part, check_parts, check_target, export_bundle
+from .bundle.files import BundleError, FileEntry
+from .bundle.loading import Bundle, Partition, load_bundle
+from .bundle.manifest import Manifest, read_manifest, write_manifest
+from .bundle.parity import Parity, ParityError
+from .bundle.specs import PartitionSpec, TensorSpec
+from .bundle.torchscript import load_torchscript, save_torchscript
+from .codecs.codec import CODECS, Codec, CodesCodec, FloatCodec, UniformCodec, codec_from_dict
+from .codecs.entropy_codec import EntropyCodec, integer_frequencies
+from .codecs.feature_codecs import CODINGS, SparseCodec, TiledImageCodec, ZstdCodec, code_codec
+from .codecs.image_codecs import IMAGE_CODECS, ImageCodec, JPEGCodec, PNGCodec, WebPCodec, image_codec
+from .codecs.packing import FLOAT_BITS, CodecError, check_bits, pack_bits, packed_bytes, unpack_bits, zstd_bytes
+from .exits.early_exit import Exited, anytime, exit_shares, expected_cost, leave_early, offline
+from .exits.policies import (
     POLICIES,
     ConfidencePolicy,
     EnsemblePolicy,
@@ -14,19 +23,10 @@ from .exit_policies import (
     build_policy,
     policy_from_dict,
 )
-from .exit_policy import Decision, ExitPolicy
-from .exits import ExitSpec, check_policy, read_policy
-from .export import Part, check_parts, check_target, export_bundle
-from .feature_codecs import CODINGS, SparseCodec, TiledImageCodec, ZstdCodec, code_codec
-from .files import BundleError, FileEntry
-from .image_codecs import IMAGE_CODECS, ImageCodec, JPEGCodec, PNGCodec, WebPCodec, image_codec
-from .inference import Pipeline, Result
-from .manifest import Manifest, read_manifest, write_manifest
-from .packing import FLOAT_BITS, CodecError, check_bits, pack_bits, packed_bytes, unpack_bits, zstd_bytes
-from .parity import Parity, ParityError
-from .preprocess import ImageError, ImageInput, open_image
-from .specs import PartitionSpec, TensorSpec
-from .torchscript import load_torchscript, save_torchscript
+from .exits.policy import Decision, ExitPolicy
+from .exits.specs import ExitSpec, check_policy, read_policy
+from .runtime.pipeline import Pipeline, Result
+from .runtime.preprocess import ImageError, ImageInput, open_image
 
 __all__ = [
     "CODECS",

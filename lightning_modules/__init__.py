@@ -1,18 +1,19 @@
 """Training and evaluation logic: one thin module per family of methods."""
 
 from cleave.lightning_modules.base import Task
-from cleave.lightning_modules.classification import Classification
-from cleave.lightning_modules.cross_entropy import CrossEntropy
-from cleave.lightning_modules.entropic import Entropic
 from cleave.lightning_modules.exits import ExitTask
-from cleave.lightning_modules.exits_distilled import ExitsDistilled
-from cleave.lightning_modules.exits_joint import ExitsJoint
-from cleave.lightning_modules.exits_separate import ExitsSeparate
-from cleave.lightning_modules.generalized_head_distillation import GeneralizedHeadDistillation
-from cleave.lightning_modules.head_distillation import HeadDistillation
-from cleave.lightning_modules.information_bottleneck import InformationBottleneck
-from cleave.lightning_modules.knowledge_distillation import KnowledgeDistillation
-from cleave.lightning_modules.reconstruction import Reconstruction
+from cleave.lightning_modules.methods.classification import Classification
+from cleave.lightning_modules.methods.cross_entropy import CrossEntropy
+from cleave.lightning_modules.methods.entropic import Entropic
+from cleave.lightning_modules.methods.exits_distilled import ExitsDistilled
+from cleave.lightning_modules.methods.exits_joint import ExitsJoint
+from cleave.lightning_modules.methods.exits_separate import ExitsSeparate
+from cleave.lightning_modules.methods.generalized_head_distillation import GeneralizedHeadDistillation
+from cleave.lightning_modules.methods.head_distillation import HeadDistillation
+from cleave.lightning_modules.methods.information_bottleneck import InformationBottleneck
+from cleave.lightning_modules.methods.knowledge_distillation import KnowledgeDistillation
+from cleave.lightning_modules.methods.reconstruction import Reconstruction
+from cleave.lightning_modules.methods.zero_time_waste import ZeroTimeWaste
 from cleave.lightning_modules.split import SplitTask
 from cleave.lightning_modules.teacher import Teacher
 from cleave.lightning_modules.terms import (
@@ -25,7 +26,6 @@ from cleave.lightning_modules.terms import (
     ReconstructionTerm,
     Term,
 )
-from cleave.lightning_modules.zero_time_waste import ZeroTimeWaste
 
 __all__ = [
     "Classification",

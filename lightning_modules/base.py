@@ -12,14 +12,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from cleave.architectures.entropy_bottleneck import EntropyBottleneck
-from cleave.architectures.multi_exit import GeometricEnsemble
-from cleave.architectures.naming import did_you_mean
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from cleave.architectures.inserts.entropy_bottleneck import EntropyBottleneck
+from cleave.architectures.multi_exit import GeometricEnsemble
+from cleave.architectures.naming import did_you_mean
 
 UNDECAYED = (EntropyBottleneck, GeometricEnsemble)  # neither has weights that should be small
 Batch = tuple[Tensor, Tensor]

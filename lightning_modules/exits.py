@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from cleave.architectures.inserts.quantizer import check_measured
 from cleave.architectures.multi_exit import MultiExitNetwork
 from cleave.architectures.naming import did_you_mean
-from cleave.architectures.quantizer import check_measured
 from cleave.deployment import ExitPolicy, build_policy, offline, zstd_bytes
 from cleave.lightning_modules.base import Batch, CalibrationError
 from cleave.lightning_modules.taught import TaughtTask
 from cleave.lightning_modules.teacher import Teacher
 from cleave.losses.exit_weights import WeightedExits
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 TEACHER = "teacher logits"
 

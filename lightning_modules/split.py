@@ -6,22 +6,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
 from cleave.architectures.cutting.stages import LOGITS, CutError, Stages, cut
-from cleave.architectures.entropy_bottleneck import EntropyBottleneck
-from cleave.architectures.gaussian import GaussianEncoder
+from cleave.architectures.inserts.entropy_bottleneck import EntropyBottleneck
+from cleave.architectures.inserts.gaussian import GaussianEncoder
+from cleave.architectures.inserts.quantizer import check_measured
+from cleave.architectures.inserts.switchable import draw_width
 from cleave.architectures.modes import evaluating
 from cleave.architectures.naming import did_you_mean
-from cleave.architectures.quantizer import check_measured
 from cleave.architectures.split import HEAD, LIKELIHOODS, PARTS, SplitNetwork
-from cleave.architectures.switchable import draw_width
 from cleave.deployment import zstd_bytes
 from cleave.lightning_modules.base import Batch
 from cleave.lightning_modules.taught import TaughtTask
 from cleave.lightning_modules.teacher import Teacher
 from cleave.lightning_modules.terms import Seen, Term
-from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 TEACHER = "teacher."
 BOTTLENECK = ("encoder", "quantizer", "decoder")

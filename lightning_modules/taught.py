@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from cleave.architectures.modes import evaluating
 from cleave.datamodules import ImageDataModule
 from cleave.lightning_modules.base import Task
 from cleave.lightning_modules.teacher import Teacher
-from torch import Tensor, nn
 
 
 class TaughtTask(Task):

@@ -7,9 +7,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from torch import Tensor, nn
+
 from cleave.architectures.cutting.stages import LOGITS
 from cleave.architectures.split import HEAD, LIKELIHOODS, LOG_VARIANCE, MEAN
-from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from cleave.losses.exit_weights import WeightedExits, at_least_single
-from cleave.losses.knowledge_distillation import KnowledgeDistillationLoss
 from torch import Tensor
 from torch.nn import functional as F
+
+from cleave.losses.exit_weights import WeightedExits, at_least_single
+from cleave.losses.knowledge_distillation import KnowledgeDistillationLoss
 
 SOURCES = ("final", "next", "teacher")
 

@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping
 
 import torch
-from cleave.losses.head_distillation import HeadDistillationLoss
 from torch import Tensor, nn
+
+from cleave.losses.head_distillation import HeadDistillationLoss
 
 
 class GeneralizedHeadDistillationLoss(nn.Module):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from cleave.losses.exit_weights import at_least_single, check_exits
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from cleave.losses.exit_weights import at_least_single, check_exits
 
 
 def geometric_ensemble(logits: Sequence[Tensor], weights: Tensor, log_bias: Tensor) -> Tensor:

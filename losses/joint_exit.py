@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from cleave.losses.exit_weights import WeightedExits, at_least_single
 from torch import Tensor
 from torch.nn import functional as F
+
+from cleave.losses.exit_weights import WeightedExits, at_least_single
 
 
 class JointExitLoss(WeightedExits):

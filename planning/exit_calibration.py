@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from cleave.deployment import ExitPolicy
 from cleave.planning.exit_statistics import CurvePoint, measure
 from cleave.planning.stored_logits import Floats, check_costs, check_logits, decisions
@@ -22,7 +24,6 @@ from cleave.planning.threshold_search import (
     sweep,
     within_budget,
 )
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from cleave.deployment import ExitPolicy
 from cleave.planning.stored_logits import check_logits, decisions
-from torch import Tensor
 
 
 @dataclass(frozen=True)

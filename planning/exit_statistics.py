@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from cleave.deployment import ExitPolicy, exit_shares, expected_cost, offline
 from cleave.planning.stored_logits import check_costs, check_logits
-from torch import Tensor
 
 
 @dataclass(frozen=True)

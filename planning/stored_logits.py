@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from cleave.deployment import ExitPolicy
-from cleave.deployment.exit_policy import checked_costs
 from torch import Tensor
+
+from cleave.deployment import ExitPolicy
+from cleave.deployment.exits.policy import checked_costs
 
 Floats = npt.NDArray[np.float64]
 

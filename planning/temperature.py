@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from cleave.planning.stored_logits import check_logits
 from torch import Tensor
+
+from cleave.planning.stored_logits import check_logits
 
 LEAST, MOST = 0.05, 100.0
 

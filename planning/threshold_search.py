@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from cleave.planning.stored_logits import Floats
 
 Ints = npt.NDArray[np.int64]

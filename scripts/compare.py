@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from cleave.architectures.naming import did_you_mean
-from cleave.lightning_modules.callbacks.tracking import log_artifact, recorded_outcome
-from cleave.scripts.assembly import instantiate_each, plain
-from cleave.scripts.collect import collect, reference_accuracy
-from cleave.scripts.rate_accuracy import Setting, settings, trade_offs
-from cleave.scripts.rate_plots import rate_plot, tradeoff_plot
-from cleave.scripts.rate_tables import print_tables
-from cleave.scripts.report_csv import write_csv
-from cleave.scripts.results import Point
-from cleave.scripts.terminal import CONF, console, friendly, start
 from omegaconf import DictConfig
 from pytorch_lightning import loggers as pl_loggers
+
+from cleave.architectures.naming import did_you_mean
+from cleave.lightning_modules.callbacks.tracking import log_artifact, recorded_outcome
+from cleave.reports.csv_file import write_csv
+from cleave.reports.rates.collect import collect, reference_accuracy
+from cleave.reports.rates.fronts import Setting, settings, trade_offs
+from cleave.reports.rates.plots import rate_plot, tradeoff_plot
+from cleave.reports.rates.results import Point
+from cleave.reports.rates.tables import print_tables
+from cleave.reports.terminal import console
+from cleave.scripts.assembly.building import instantiate_each, plain
+from cleave.scripts.assembly.terminal import CONF, friendly, start
 
 
 @recorded_outcome()

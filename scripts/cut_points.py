@@ -7,10 +7,12 @@ import math
 
 import hydra
 import torch
-from cleave.architectures import cut_points
-from cleave.scripts.terminal import CONF, console, friendly, next_command, short, start, table
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+
+from cleave.architectures import cut_points
+from cleave.reports.terminal import console, next_command, short, table
+from cleave.scripts.assembly.terminal import CONF, friendly, start
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="cut_points")

@@ -9,11 +9,13 @@ from tempfile import mkdtemp
 from cleave.architectures import profile
 from cleave.datamodules import Digits
 from cleave.deployment import Pipeline, Result, load_bundle
-from cleave.scripts.assembly import compose_config, restore
-from cleave.scripts.bundling import parity_words
+from cleave.reports.terminal import console, next_command, table
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.bundling import parity_words
+from cleave.scripts.assembly.restoring import restore
+from cleave.scripts.assembly.terminal import USER_ERRORS, fail, quiet
 from cleave.scripts.exits_report import POLICY, exits_report
 from cleave.scripts.export import export
-from cleave.scripts.terminal import USER_ERRORS, console, fail, next_command, quiet, table
 from cleave.scripts.train import train
 
 SEEDS = (0, 1, 2)

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import hydra
 import pytorch_lightning as pl
-from cleave.architectures import SplitNetwork, profile
-from cleave.lightning_modules.callbacks.tracking import recorded_outcome
-from cleave.scripts.assembly import Restored, build_task, instantiate_each, plain, restore, restore_data
-from cleave.scripts.bundling import recalibrate
-from cleave.scripts.measured import measured_points
-from cleave.scripts.recipe import Stage
-from cleave.scripts.results import RESULTS, write_results
-from cleave.scripts.terminal import CONF, friendly, next_command, profile_rows, results_table, start, table
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+
+from cleave.architectures import SplitNetwork, profile
+from cleave.lightning_modules.callbacks.tracking import recorded_outcome
+from cleave.reports.rates.measured import measured_points
+from cleave.reports.rates.results import RESULTS, write_results
+from cleave.reports.terminal import next_command, profile_rows, results_table, table
+from cleave.scripts.assembly.building import build_task, instantiate_each, plain
+from cleave.scripts.assembly.bundling import recalibrate
+from cleave.scripts.assembly.recipe import Stage
+from cleave.scripts.assembly.restoring import Restored, restore, restore_data
+from cleave.scripts.assembly.terminal import CONF, friendly, start
 
 
 @recorded_outcome()

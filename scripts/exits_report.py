@@ -7,25 +7,28 @@ from typing import Any
 
 import hydra
 import torch
-from cleave.architectures import MultiExitNetwork
-from cleave.datamodules import ImageDataModule
-from cleave.deployment import ExitPolicy
-from cleave.deployment.canonical_json import dump
-from cleave.lightning_modules.callbacks.tracking import log_artifact, recorded_outcome
-from cleave.planning import Calibrated, fit_temperatures
-from cleave.scripts.assembly import instantiate_each, plain, restore, restore_data
-from cleave.scripts.exits_measure import exit_costs, stored_logits
-from cleave.scripts.exits_place import place
-from cleave.scripts.exits_plots import accuracy_plot, exits_plot, shares_plot
-from cleave.scripts.exits_points import Study, bounds, choose, exit_figures, policy_figures
-from cleave.scripts.exits_settings import checked
-from cleave.scripts.exits_tables import csv_rows, print_report, say
-from cleave.scripts.exits_timing import timed_batches, wall_clock
-from cleave.scripts.report_csv import write_csv
-from cleave.scripts.terminal import CONF, friendly, next_command, start
 from omegaconf import DictConfig
 from pytorch_lightning import loggers as pl_loggers
 from rich.markup import escape
+
+from cleave.architectures import MultiExitNetwork
+from cleave.datamodules import ImageDataModule
+from cleave.deployment import ExitPolicy
+from cleave.deployment.bundle.canonical_json import dump
+from cleave.lightning_modules.callbacks.tracking import log_artifact, recorded_outcome
+from cleave.planning import Calibrated, fit_temperatures
+from cleave.reports.csv_file import write_csv
+from cleave.reports.exits.measure import exit_costs, stored_logits
+from cleave.reports.exits.place import place
+from cleave.reports.exits.plots import accuracy_plot, exits_plot, shares_plot
+from cleave.reports.exits.points import Study, bounds, choose, exit_figures, policy_figures
+from cleave.reports.exits.tables import csv_rows, print_report, say
+from cleave.reports.exits.timing import timed_batches, wall_clock
+from cleave.reports.terminal import next_command
+from cleave.scripts.assembly.building import instantiate_each, plain
+from cleave.scripts.assembly.exits_settings import checked
+from cleave.scripts.assembly.restoring import restore, restore_data
+from cleave.scripts.assembly.terminal import CONF, friendly, start
 
 SCHEMA = 1
 REPORT, POLICY = "exits_report", "exit_policy.json"

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import hydra
 import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
 from cleave.architectures import SplitNetwork
 from cleave.deployment import check_target
 from cleave.lightning_modules import ExitTask
 from cleave.lightning_modules.callbacks.tracking import WandbTracking, log_artifact, recorded_outcome, wandb_run
-from cleave.scripts.assembly import build_task, instantiate_each, plain, restore, restore_data
-from cleave.scripts.bundling import example_input, recalibrate, write_bundle
-from cleave.scripts.exit_bundling import chosen_exits
-from cleave.scripts.terminal import CONF, friendly, next_command, results_table, start
-from hydra.utils import instantiate
-from omegaconf import DictConfig
+from cleave.reports.terminal import next_command, results_table
+from cleave.scripts.assembly.building import build_task, instantiate_each, plain
+from cleave.scripts.assembly.bundling import example_input, recalibrate, write_bundle
+from cleave.scripts.assembly.exit_bundling import chosen_exits
+from cleave.scripts.assembly.restoring import restore, restore_data
+from cleave.scripts.assembly.terminal import CONF, friendly, start
 
 
 @recorded_outcome()

@@ -8,16 +8,18 @@ from typing import Any
 
 import hydra
 import torch
+from omegaconf import DictConfig
+from rich.markup import escape
+from torch import Tensor, nn
+
 from cleave.architectures import SplitNetwork
 from cleave.architectures.naming import did_you_mean
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import ImageCodec, image_codec, zstd_bytes
-from cleave.scripts.assembly import restore, restore_data
-from cleave.scripts.results import RESULTS, Point, write_results
-from cleave.scripts.terminal import CONF, console, friendly, next_command, start, table
-from omegaconf import DictConfig
-from rich.markup import escape
-from torch import Tensor, nn
+from cleave.reports.rates.results import RESULTS, Point, write_results
+from cleave.reports.terminal import console, next_command, table
+from cleave.scripts.assembly.restoring import restore, restore_data
+from cleave.scripts.assembly.terminal import CONF, friendly, start
 
 LOSSY, LOSSLESS = ("jpeg", "webp"), {"webp_lossless": "webp", "png": "png"}
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import hydra
 import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
 from cleave.datamodules import Digits
 from cleave.datamodules.image_folder import EXTENSIONS
 from cleave.deployment import Pipeline, Result, exit_shares, load_bundle, read_policy
-from cleave.scripts.terminal import CONF, console, friendly, start, table
-from omegaconf import DictConfig
-from torch import Tensor
+from cleave.reports.terminal import console, table
+from cleave.scripts.assembly.terminal import CONF, friendly, start
 
 
 def infer(cfg: DictConfig) -> list[str]:

@@ -7,26 +7,20 @@ from typing import Any
 import hydra
 import pytorch_lightning as pl
 import torch
-from cleave.architectures import profile
-from cleave.lightning_modules.callbacks.metadata import KEY
-from cleave.lightning_modules.callbacks.tracking import recorded_outcome
-from cleave.scripts.assembly import (
-    Assembly,
-    assemble,
-    instantiate_each,
-    load_strictly,
-    network_state,
-    plain,
-    read_checkpoint,
-)
-from cleave.scripts.exit_bundling import chosen_exits
-from cleave.scripts.fitting import Fit, Fitted, fit, prepare, tested
-from cleave.scripts.outcome import finish
-from cleave.scripts.recipe import stages
-from cleave.scripts.terminal import CONF, friendly, quiet, start
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+
+from cleave.architectures import profile
+from cleave.lightning_modules.callbacks.metadata import KEY
+from cleave.lightning_modules.callbacks.tracking import recorded_outcome
+from cleave.scripts.assembly.building import Assembly, assemble, instantiate_each, plain
+from cleave.scripts.assembly.exit_bundling import chosen_exits
+from cleave.scripts.assembly.fitting import Fit, Fitted, fit, prepare, tested
+from cleave.scripts.assembly.outcome import finish
+from cleave.scripts.assembly.recipe import stages
+from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
+from cleave.scripts.assembly.terminal import CONF, friendly, quiet, start
 
 
 @recorded_outcome()

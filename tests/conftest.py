@@ -31,8 +31,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of digits_teacher after one short epoch: a teacher file for whatever needs one."""
-    from cleave.scripts.assembly import compose_config
-    from cleave.scripts.terminal import quiet
+    from cleave.scripts.assembly.building import compose_config
+    from cleave.scripts.assembly.terminal import quiet
     from cleave.scripts.train import train
 
     quiet()

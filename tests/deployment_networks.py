@@ -1,8 +1,9 @@
 """Tiny partitions and the bundles made of them, shared by the tests of the deployment room."""
 
 import torch
-from cleave.deployment import FloatCodec, ImageInput, Part, UniformCodec, export_bundle
 from torch import nn
+
+from cleave.deployment import FloatCodec, ImageInput, Part, UniformCodec, export_bundle
 
 INPUT = ImageInput(height=8, width=8, color_mode="RGB", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), resize=10)
 SHAPE = (4, 4, 4)

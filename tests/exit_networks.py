@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from cleave.architectures import MultiExitNetwork, export_parts
 from cleave.architectures.exit_partitions import exit_specs
 from cleave.deployment import Bundle, ExitPolicy, ImageInput, build_policy, export_bundle
-from torch import Tensor, nn
 
 INPUT = ImageInput(height=8, width=8, color_mode="L", mean=(0.4,), std=(0.3,), resize=8)
 CLASSES = ("ant", "bee", "cat", "dog")

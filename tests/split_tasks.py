@@ -11,6 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
 from cleave.architectures import EntropyBottleneck, GaussianEncoder, SplitNetwork
 from cleave.architectures.backbones.zoo import CifarResNet
 from cleave.lightning_modules import (
@@ -31,8 +34,6 @@ from cleave.losses import (
     KnowledgeDistillationLoss,
     ReconstructionLoss,
 )
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 NAMES = [str(i) for i in range(10)]
 ADAM = functools.partial(torch.optim.AdamW, lr=1e-2)

@@ -6,10 +6,11 @@ import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
+
 from cleave.architectures.backbones import Backbone, create_backbone
 from cleave.architectures.backbones.weights import WeightsError
 from cleave.architectures.backbones.zoo import CIFAR_NETWORKS, CifarResNet
-from PIL import Image
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 420, 3), dtype=np.uint8))
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cleave.architectures.backbones import Backbone, create_backbone
-from cleave.architectures.backbones.zoo import CifarResNet
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
+
+from cleave.architectures.backbones import Backbone, create_backbone
+from cleave.architectures.backbones.zoo import CifarResNet
 
 CONFIG = str(Path(__file__).parents[1] / "conf")
 CUSTOM = """

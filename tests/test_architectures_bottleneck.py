@@ -1,7 +1,8 @@
 import pytest
 import torch
-from cleave.architectures.bottleneck import build_bottleneck
 from torch import nn
+
+from cleave.architectures.inserts.bottleneck import build_bottleneck
 
 
 def run(source, target, layout, **settings):

@@ -4,8 +4,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from cleave.architectures.calibration import METHODS, _collect, calibrate_range
-from cleave.architectures.quantizer import UniformQuantizer
+
+from cleave.architectures.inserts.calibration import METHODS, _collect, calibrate_range
+from cleave.architectures.inserts.quantizer import UniformQuantizer
 
 
 def draw(kind, count=4000, seed=0):

@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from cleave.architectures.channels import BitErrors, GaussianNoise, PacketLoss, build_channel
-from cleave.architectures.quantizer import RANGES, UniformQuantizer
+
+from cleave.architectures.inserts.channels import BitErrors, GaussianNoise, PacketLoss, build_channel
+from cleave.architectures.inserts.quantizer import RANGES, UniformQuantizer
 
 
 def quantized(shape=(4, 3, 8, 8), bits=4, kind="observed"):

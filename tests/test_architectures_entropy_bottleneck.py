@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cleave.architectures.entropy_bottleneck import LIKELIHOOD_BOUND, TAIL_MASS, EntropyBottleneck
-from cleave.deployment import EntropyCodec, Part, Pipeline, export_bundle
-from cleave.deployment.data_dependence import data_dependent_lines
-from cleave.deployment.entropy_codec import CHECK_BYTES, MAX_SYMBOLS, TOTAL
 from torch import nn
+
+from cleave.architectures.inserts.entropy_bottleneck import LIKELIHOOD_BOUND, TAIL_MASS, EntropyBottleneck
+from cleave.deployment import EntropyCodec, Part, Pipeline, export_bundle
+from cleave.deployment.bundle.data_dependence import data_dependent_lines
+from cleave.deployment.codecs.entropy_codec import CHECK_BYTES, MAX_SYMBOLS, TOTAL
 
 from .deployment_networks import CLASSES, INPUT, SHAPE, Encoder, Server, images
 
@@ -145,7 +146,7 @@ def test_below_the_bound_only_a_gradient_that_raises_the_likelihood_passes():
     prior = scrambled(channels=1, init_scale=1.0)
     far = torch.tensor([[300.0]], requires_grad=True)
     assert prior.double().likelihoods(far).item() == LIKELIHOOD_BOUND
-    from cleave.architectures.entropy_bottleneck import _LowerBound
+    from cleave.architectures.inserts.entropy_bottleneck import _LowerBound
 
     for x, downhill, passes in ((0.1, 1.0, True), (0.1, -1.0, True), (1e-12, 1.0, False), (1e-12, -1.0, True)):
         value = torch.tensor(x, dtype=torch.float64, requires_grad=True)

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from cleave.architectures import MultiExitNetwork, export_parts
 from cleave.architectures.exit_partitions import exit_specs
 from cleave.deployment import FloatCodec, build_policy
-from cleave.deployment.signatures import EXIT_LOGITS, part_arguments
+from cleave.deployment.bundle.signatures import EXIT_LOGITS, part_arguments
 from cleave.lightning_modules.exits import send
 
 from .exit_networks import INPUT, SPLIT, TIERS, Tiny, images, multi_exit

@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
-from cleave.architectures.bottleneck import build_bottleneck
-from cleave.architectures.gaussian import GaussianEncoder, make_gaussian
 from torch import nn
+
+from cleave.architectures.inserts.bottleneck import build_bottleneck
+from cleave.architectures.inserts.gaussian import GaussianEncoder, make_gaussian
 
 LAYOUTS = {
     "NCHW": ((3, 16, 16), (32, 8, 8), "replace"),

@@ -4,10 +4,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from cleave.architectures.cutting.layouts import DimTracker, layout_of
-from cleave.architectures.cutting.stages import cut
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from cleave.architectures.cutting.layouts import DimTracker, layout_of
+from cleave.architectures.cutting.stages import cut
 
 tv = torchvision.models
 

@@ -4,9 +4,10 @@ import pytest
 import timm
 import torch
 import torchvision
-from cleave.architectures.macs import count_macs, count_params, counting_macs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from cleave.architectures.macs import count_macs, count_params, counting_macs
 
 
 @pytest.mark.parametrize(

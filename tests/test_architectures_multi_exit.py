@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from cleave.architectures import CutError, ExitHead, MultiExitNetwork, count_macs, create_backbone, cut_points, spread
 from cleave.architectures.multi_exit import scale_gradient
 from cleave.deployment import build_policy, offline
-from torch import Tensor, nn
 
 SAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

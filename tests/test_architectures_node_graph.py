@@ -9,10 +9,11 @@ import pytest
 import timm
 import torch
 import torchvision
+from torch import Tensor, nn
+
 from cleave.architectures.cutting.node_graph import partition, trace_graph
 from cleave.architectures.cutting.stages import CutError, cut
 from cleave.architectures.macs import count_macs, count_params
-from torch import Tensor, nn
 
 tv = torchvision.models
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from cleave.architectures.quantizer import RANGES, UniformQuantizer
+
+from cleave.architectures.inserts.quantizer import RANGES, UniformQuantizer
 
 
 def reference(z: np.ndarray, low: float, high: float, bits: int) -> tuple[np.ndarray, np.ndarray]:

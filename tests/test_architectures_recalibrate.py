@@ -1,7 +1,8 @@
 import pytest
 import torch
-from cleave.architectures import recalibrate_batchnorm
 from torch import nn
+
+from cleave.architectures import recalibrate_batchnorm
 
 
 def test_statistics_are_the_average_over_the_batches_and_nothing_else_moves():

@@ -3,11 +3,12 @@ import pickle
 
 import pytest
 import torch
-from cleave.architectures import CutError, DevicePart, SplitNetwork, create_backbone, cut, profile
-from cleave.architectures.calibration import calibrate_range
-from cleave.architectures.quantizer import UniformQuantizer, Unquantized
-from cleave.deployment import CodecError, ImageInput
 from torch import nn
+
+from cleave.architectures import CutError, DevicePart, SplitNetwork, create_backbone, cut, profile
+from cleave.architectures.inserts.calibration import calibrate_range
+from cleave.architectures.inserts.quantizer import UniformQuantizer, Unquantized
+from cleave.deployment import CodecError, ImageInput
 
 SAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from cleave.architectures import stages as module_under_test
 from cleave.architectures.cutting.stages import CutError, Stages, cut
 from cleave.architectures.cutting.tracing import StageTracer
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 tv = torchvision.models
 

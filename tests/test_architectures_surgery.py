@@ -1,13 +1,14 @@
 import pytest
 import torch
 import torchvision
+from torch import nn
+
 from cleave.architectures.backbones.surgery import (
     find_classifier,
     find_input_convolution,
     replace_classifier,
     use_grey_input,
 )
-from torch import nn
 
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
 NAMES = [name for name in TORCHVISION if not name.startswith("regnet")] + ["regnet_y_400mf"]

@@ -3,13 +3,14 @@ import itertools
 
 import pytest
 import torch
-from cleave.architectures.switchable import SwitchableBatchNorm2d, draw_width, select, switchable
-from cleave.deployment.data_dependence import data_dependent_lines
-from cleave.deployment.torchscript import load_torchscript, save_torchscript
-from cleave.lightning_modules.sync_batchnorm import SyncBatchNorm
 from pytorch_lightning.plugins.layer_sync import LayerSync
 from timm.layers import BatchNormAct2d
 from torch import nn
+
+from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d, draw_width, select, switchable
+from cleave.deployment.bundle.data_dependence import data_dependent_lines
+from cleave.deployment.bundle.torchscript import load_torchscript, save_torchscript
+from cleave.lightning_modules.sync_batchnorm import SyncBatchNorm
 
 WIDTHS = (2, 4, 8)
 

@@ -7,9 +7,10 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from torch import nn
+
 from cleave.architectures.backbones.weights import STATE_KEYS, WeightsError, load_weights, strip_prefix
 from cleave.architectures.backbones.zoo import CifarResNet
-from torch import nn
 
 
 class Net(nn.Module):

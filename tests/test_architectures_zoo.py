@@ -4,10 +4,11 @@ import io
 import pytest
 import torch
 import torchvision
-from cleave.architectures.backbones.zoo import CIFAR_NETWORKS, CifarMobileNet, CifarResNet, CifarVGG
-from cleave.architectures.backbones.zoo.resnet import SubsampleShortcut
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from cleave.architectures.backbones.zoo import CIFAR_NETWORKS, CifarMobileNet, CifarResNet, CifarVGG
+from cleave.architectures.backbones.zoo.resnet import SubsampleShortcut
 
 
 def count(network: nn.Module) -> int:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from cleave.datamodules import Digits, ImageFolder
-from cleave.deployment import ImageInput
 from PIL import Image
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 from torch import Tensor
+
+from cleave.datamodules import Digits, ImageFolder
+from cleave.deployment import ImageInput
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision import datasets
+
 from cleave.datamodules import CIFAR10
 from cleave.datamodules.cifar10 import CLASSES
-from torchvision import datasets
 
 
 @pytest.fixture

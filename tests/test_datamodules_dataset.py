@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from cleave.datamodules import dataset as dataset_module
 from cleave.datamodules.augment import PRESETS, Augmentation
 from cleave.datamodules.cache import PixelCache, in_threads
 from cleave.datamodules.dataset import ImageDataset
 from cleave.datamodules.sources import ArraySource, CorruptImageError, FileSource
 from cleave.deployment import ImageInput
-from PIL import Image
 
 SPEC = ImageInput(height=6, width=8, resize=10)
 

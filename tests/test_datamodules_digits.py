@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
+
 from cleave.datamodules import Digits
 from cleave.deployment import ImageInput
-from sklearn.datasets import load_digits
 
 
 @pytest.fixture(scope="module")

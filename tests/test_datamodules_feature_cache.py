@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from cleave.datamodules import Digits, FeatureCache, FeatureCacheError, ImageDataModule, ImageFolder, feature_cache
-from cleave.datamodules.sources import ArraySource, FileSource, ImageSource
-from cleave.deployment import ImageInput
 from lightning_fabric.utilities import move_data_to_device
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.utils.data._utils.pin_memory import pin_memory
+
+from cleave.datamodules import Digits, FeatureCache, FeatureCacheError, ImageDataModule, ImageFolder, feature_cache
+from cleave.datamodules.sources import ArraySource, FileSource, ImageSource
+from cleave.deployment import ImageInput
 
 COUNT = 41
 QUIET: dict[str, Any] = {

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from cleave.datamodules import CorruptImageError, ImageFolder
 from cleave.deployment import ImageInput
-from PIL import Image
 
 
 def write(path: Path, mode: str = "RGB", size: tuple[int, int] = (10, 8), value: int = 0) -> Path:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from cleave.datamodules import Digits
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+
+from cleave.datamodules import Digits
 
 EPOCH = 6  # batches of an epoch
 pytestmark = [

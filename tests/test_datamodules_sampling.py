@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DistributedSampler, TensorDataset
+
 from cleave.datamodules.sampling import (
     EpochLoader,
     EpochSampler,
@@ -13,7 +15,6 @@ from cleave.datamodules.sampling import (
     sample_seeds,
     stream_seed,
 )
-from torch.utils.data import DistributedSampler, TensorDataset
 
 
 def numbers(count: int) -> TensorDataset:

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
+from torch import nn
+
 from cleave import deployment
 from cleave.deployment import (
     BundleError,
@@ -24,10 +27,8 @@ from cleave.deployment import (
     save_torchscript,
     write_manifest,
 )
-from cleave.deployment import manifest as manifest_room
-from cleave.deployment.canonical_json import digest, dump
-from PIL import Image
-from torch import nn
+from cleave.deployment.bundle import manifest as manifest_room
+from cleave.deployment.bundle.canonical_json import digest, dump
 
 from .deployment_networks import CLASSES, INPUT, images, make_bundle
 
@@ -111,7 +112,7 @@ def test_any_other_spelling_of_the_manifest_is_found(folder, change):
 @pytest.mark.parametrize("name", FILES)
 def test_a_changed_byte_of_any_file_is_found_before_it_is_read(folder, name, monkeypatch):
     loaded = []
-    monkeypatch.setattr("cleave.deployment.bundle.load_torchscript", lambda *_: loaded.append(1))
+    monkeypatch.setattr("cleave.deployment.bundle.loading.load_torchscript", lambda *_: loaded.append(1))
     sound = (folder / name).read_bytes()
     for position in (0, 1, len(sound) // 2, len(sound) - 1):
         damaged = bytearray(sound)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+
 from cleave.deployment import (
     CodecError,
     FloatCodec,

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from cleave.deployment.data_dependence import data_dependent_lines
 from torch import nn
+
+from cleave.deployment.bundle.data_dependence import data_dependent_lines
 
 
 class Reads(nn.Module):

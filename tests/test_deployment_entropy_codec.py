@@ -11,8 +11,17 @@ import zlib
 import numpy as np
 import pytest
 import torch
+
 from cleave.deployment import CODECS, CodecError, EntropyCodec, codec_from_dict, integer_frequencies
-from cleave.deployment.entropy_codec import _MAX_ENTRIES, CHECK_BYTES, MAX_CODE, MAX_SYMBOLS, TOTAL, _shortest, _stream
+from cleave.deployment.codecs.entropy_codec import (
+    _MAX_ENTRIES,
+    CHECK_BYTES,
+    MAX_CODE,
+    MAX_SYMBOLS,
+    TOTAL,
+    _shortest,
+    _stream,
+)
 
 QUARTERS = (16384, 32768, 16384)
 

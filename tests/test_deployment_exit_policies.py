@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from cleave.deployment import POLICIES, EnsemblePolicy, ExitPolicy, PatiencePolicy, build_policy, policy_from_dict
 
 E, B, C = 4, 7, 5

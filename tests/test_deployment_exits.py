@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+
 from cleave.architectures import MultiExitNetwork, export_parts
 from cleave.architectures.exit_partitions import exit_specs
 from cleave.deployment import (
@@ -21,13 +22,13 @@ from cleave.deployment import (
     Pipeline,
     build_policy,
     check_parts,
-    export,
     load_bundle,
     policy_from_dict,
     read_manifest,
     read_policy,
 )
-from cleave.deployment.canonical_json import dump
+from cleave.deployment.bundle import export
+from cleave.deployment.bundle.canonical_json import dump
 
 from .deployment_networks import make_bundle
 from .exit_networks import INPUT, SPLIT, TIERS, exit_bundle, images, middling, multi_exit

@@ -7,6 +7,8 @@ import stat
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
+
 from cleave.deployment import (
     BundleError,
     FloatCodec,
@@ -15,12 +17,11 @@ from cleave.deployment import (
     Pipeline,
     UniformCodec,
     check_target,
-    export,
     export_bundle,
     load_bundle,
     save_torchscript,
 )
-from torch import nn
+from cleave.deployment.bundle import export
 
 from .deployment_networks import (
     CLASSES,

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from PIL import Image
+
 from cleave.deployment import (
     CODINGS,
     CodecError,
@@ -24,7 +26,6 @@ from cleave.deployment import (
     export_bundle,
     load_bundle,
 )
-from PIL import Image
 
 from .deployment_networks import CLASSES, INPUT, SHAPE, images, make_bundle, make_parts
 

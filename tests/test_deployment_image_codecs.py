@@ -6,9 +6,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from cleave.deployment import CodecError, JPEGCodec, PNGCodec, WebPCodec, image_codec
-from cleave.deployment.jpeg_scan import check_scan
 from PIL import Image
+
+from cleave.deployment import CodecError, JPEGCodec, PNGCodec, WebPCodec, image_codec
+from cleave.deployment.codecs.jpeg_scan import check_scan
 
 # ITU-T T.81, Annex K: tables K.1 and K.2, row by row, and the code counts and values of table K.3.
 LUMINANCE = """16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62

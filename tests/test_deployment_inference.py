@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from cleave.deployment import BundleError, CodecError, ImageError, Pipeline
 from PIL import Image
+
+from cleave.deployment import BundleError, CodecError, ImageError, Pipeline
 
 from .deployment_networks import CLASSES, INPUT, SHAPE, images, make_bundle, make_parts
 

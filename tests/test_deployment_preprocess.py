@@ -4,10 +4,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from cleave.deployment import ImageError, ImageInput, open_image
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
+
+from cleave.deployment import ImageError, ImageInput, open_image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

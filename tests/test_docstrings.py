@@ -5,10 +5,11 @@ import importlib
 from pathlib import Path
 
 import pytest
+
 from cleave import losses
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["losses", "deployment", "architectures", "datamodules", "lightning_modules", "planning"]
+ROOMS = ["losses", "deployment", "architectures", "datamodules", "lightning_modules", "planning", "reports"]
 MODULES = sorted(
     ".".join(("cleave", *file.relative_to(ROOT).with_suffix("").parts))
     for room in ROOMS

@@ -3,10 +3,11 @@ import functools
 import pytest
 import pytorch_lightning as pl
 import torch
-from cleave.lightning_modules import Classification
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+from cleave.lightning_modules import Classification
 
 NAMES = [f"class {i}" for i in range(7)]
 SGD = functools.partial(torch.optim.SGD, lr=0.1, weight_decay=0.01)

@@ -2,10 +2,11 @@ import functools
 
 import pytorch_lightning as pl
 import torch
-from cleave.lightning_modules import Classification
-from cleave.lightning_modules.callbacks import BestCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from cleave.lightning_modules import Classification
+from cleave.lightning_modules.callbacks import BestCheckpoint
 
 SGD = functools.partial(torch.optim.SGD, lr=0.0)
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from cleave.lightning_modules import CrossEntropy, FeatureTerm
 from cleave.losses import HeadDistillationLoss
-from torch import nn
 
 from .split_tasks import (
     Logged,

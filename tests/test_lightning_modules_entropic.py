@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from cleave.lightning_modules import CrossEntropy, Entropic, RateTerm
 from cleave.losses import GeneralizedHeadDistillationLoss, RateLoss
 

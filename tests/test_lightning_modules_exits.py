@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
+
 from cleave.architectures import MultiExitNetwork
 from cleave.datamodules import Digits
 from cleave.deployment import build_policy, offline
 from cleave.lightning_modules import ExitsDistilled, ExitsJoint, ExitsSeparate, ExitTask, Teacher, ZeroTimeWaste
 from cleave.losses import ExitDistillationLoss, GeometricEnsembleLoss, JointExitLoss, geometric_ensemble
-from torch import Tensor
 
 from .split_tasks import ADAM, NAMES, Logged, backbone, batch, batches, changed, fit, snapshot, trainer_of
 

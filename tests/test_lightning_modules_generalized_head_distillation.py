@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from cleave.lightning_modules import FeaturesTerm, GeneralizedHeadDistillation, HeadDistillation
 from cleave.losses import GeneralizedHeadDistillationLoss
 

@@ -4,12 +4,13 @@ import functools
 import pytest
 import pytorch_lightning as pl
 import torch
-from cleave.architectures import CutError, SplitNetwork, create_backbone
-from cleave.lightning_modules import HeadDistillation, Teacher
-from cleave.losses import HeadDistillationLoss
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from cleave.architectures import CutError, SplitNetwork, create_backbone
+from cleave.lightning_modules import HeadDistillation, Teacher
+from cleave.losses import HeadDistillationLoss
 
 NAMES = [str(i) for i in range(10)]
 ADAM = functools.partial(torch.optim.AdamW, lr=1e-2)

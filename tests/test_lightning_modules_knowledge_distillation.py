@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from cleave.lightning_modules import Entropic, FeatureTerm, GeneralizedHeadDistillation, KnowledgeDistillation
 from cleave.losses import HeadDistillationLoss, KnowledgeDistillationLoss
 

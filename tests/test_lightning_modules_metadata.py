@@ -4,12 +4,13 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from cleave.deployment import ImageInput
-from cleave.lightning_modules import Classification
-from cleave.lightning_modules.callbacks import CheckpointMetadata
 from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from cleave.deployment import ImageInput
+from cleave.lightning_modules import Classification
+from cleave.lightning_modules.callbacks import CheckpointMetadata
 
 INPUT = ImageInput(height=2, width=2, color_mode="L", mean=(0.5,), std=(0.5,))
 

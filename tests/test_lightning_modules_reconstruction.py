@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from cleave.lightning_modules import LogitsTerm, Reconstruction
 from cleave.losses import KnowledgeDistillationLoss, ReconstructionLoss
 

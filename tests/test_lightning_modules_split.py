@@ -12,10 +12,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import zstandard
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from cleave.architectures import CutError, EntropyBottleneck, SplitNetwork, SwitchableBatchNorm2d, create_backbone
 from cleave.architectures.backbones.zoo import CifarVGG
+from cleave.architectures.inserts.switchable import draw_width
 from cleave.architectures.split import PARTS
-from cleave.architectures.switchable import draw_width
 from cleave.datamodules import Digits
 from cleave.datamodules.sources import ImageSource
 from cleave.lightning_modules import (
@@ -41,8 +44,6 @@ from cleave.losses import (
     RateLoss,
     ReconstructionLoss,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .split_tasks import (
     ENTROPY,

@@ -1,9 +1,10 @@
 import copy
 
 import torch
+from torch import nn
+
 from cleave.architectures import create_backbone
 from cleave.lightning_modules.sync_batchnorm import SyncBatchNorm
-from torch import nn
 
 
 def test_fused_activations_survive_the_conversion_and_back():

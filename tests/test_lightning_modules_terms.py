@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from cleave.lightning_modules import (
     FeaturesTerm,
     FeatureTerm,
@@ -23,7 +25,6 @@ from cleave.losses import (
     RateLoss,
     ReconstructionLoss,
 )
-from torch import nn
 
 SEEN = Seen(
     torch.tensor([1, 0]),

@@ -8,11 +8,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import wandb
+from pytorch_lightning import loggers as pl_loggers
+from torch import nn
+
 from cleave.datamodules import Digits
 from cleave.lightning_modules.callbacks import WandbTracking
 from cleave.lightning_modules.callbacks.tracking import WandbLogger, prediction_table, recorded_outcome, wandb_run
-from pytorch_lightning import loggers as pl_loggers
-from torch import nn
 
 from .offline_run import offline_runs
 

@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from cleave.losses import ExitDistillationLoss, KnowledgeDistillationLoss
-from cleave.losses.exit_distillation import SOURCES
 from scipy.special import rel_entr, softmax
 from torch import nn
+
+from cleave.losses import ExitDistillationLoss, KnowledgeDistillationLoss
+from cleave.losses.exit_distillation import SOURCES
 
 WEIGHTS = [0.5, 1.5, 2.0]
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from cleave.losses import ExitDistillationLoss, JointExitLoss
 
 COSTS = [0.2, 0.55, 1.0]

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from cleave.losses import GeneralizedHeadDistillationLoss, HeadDistillationLoss
 
 WEIGHTS = {"layer2": 1.0, "layer3.0": 0.25}

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from cleave.losses import GeometricEnsembleLoss, geometric_ensemble
 from scipy.special import softmax
+
+from cleave.losses import GeometricEnsembleLoss, geometric_ensemble
 
 
 def ensemble(exits=3, b=4, k=5, dtype=torch.float64):

@@ -4,11 +4,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from cleave.losses import InformationBottleneckLoss
-from cleave.losses.information_bottleneck import PRIORS
 from scipy.integrate import quad
 from scipy.special import expit
 from torch.distributions import Normal, kl_divergence
+
+from cleave.losses import InformationBottleneckLoss
+from cleave.losses.information_bottleneck import PRIORS
 
 
 def batch(dtype=torch.float64):

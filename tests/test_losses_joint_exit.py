@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from cleave.losses import JointExitLoss
 from scipy.special import log_softmax
 from torch import nn
+
+from cleave.losses import JointExitLoss
 
 COSTS = [0.2, 0.55, 1.0]
 LEARNED = [0.4, -0.7, 0.1]

@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import rel_entr, softmax
+
 from cleave.losses import KnowledgeDistillationLoss
 from cleave.losses.knowledge_distillation import DIRECTIONS
-from scipy.special import rel_entr, softmax
 
 
 def batch(b=6, k=5, dtype=torch.float64):

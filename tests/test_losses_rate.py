@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from cleave.losses import RateLoss
 from scipy.stats import entropy
+
+from cleave.losses import RateLoss
 
 
 def likelihoods(*shape, dtype=torch.float64):

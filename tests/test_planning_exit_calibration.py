@@ -3,6 +3,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
+from torch.nn import functional as F
+
 from cleave.deployment import build_policy, offline
 from cleave.planning import (
     budgeted_batch,
@@ -21,8 +24,6 @@ from cleave.planning.threshold_search import (
     sweep,
     within_budget,
 )
-from scipy.optimize import minimize_scalar
-from torch.nn import functional as F
 
 COSTS = [2, 5, 9, 16, 20]
 KINDS = ["confidence", "entropy", "margin", "ensemble", "patience"]

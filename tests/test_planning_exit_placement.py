@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from cleave.deployment import build_policy
 from cleave.planning import exit_bits, place_exits
 

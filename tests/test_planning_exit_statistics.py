@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.classification import multiclass_calibration_error
+
 from cleave.deployment import build_policy
 from cleave.planning import CurvePoint, accuracy_at, calibration_error, exit_accuracy, measure, overthinking
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 COSTS = [1.5, 4, 7]
 

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from cleave.datamodules import Digits
-from cleave.scripts.assembly import compose_config
-from cleave.scripts.export import export
-from cleave.scripts.terminal import quiet
-from cleave.scripts.train import train
 from PIL import Image
+
+from cleave.datamodules import Digits
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.export import export
+from cleave.scripts.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKED = [

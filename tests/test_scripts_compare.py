@@ -7,19 +7,20 @@ import json
 import math
 from pathlib import Path
 
-import cleave.scripts.rate_accuracy
 import numpy as np
 import pytest
 import wandb
-from cleave.scripts.assembly import compose_config
-from cleave.scripts.collect import collect, reference_accuracy
-from cleave.scripts.compare import compare, write_report
-from cleave.scripts.plotting import COLORS, GREYS, byte_limits, styles
-from cleave.scripts.rate_accuracy import interpolate, pareto_front, settings, trade_offs
-from cleave.scripts.rate_plots import rate_plot, tradeoff_plot
-from cleave.scripts.report_csv import write_csv
-from cleave.scripts.results import Point, write_results
 from PIL import Image
+
+import cleave.reports.rates.fronts
+from cleave.reports.csv_file import write_csv
+from cleave.reports.plotting import COLORS, GREYS, byte_limits, styles
+from cleave.reports.rates.collect import collect, reference_accuracy
+from cleave.reports.rates.fronts import interpolate, pareto_front, settings, trade_offs
+from cleave.reports.rates.plots import rate_plot, tradeoff_plot
+from cleave.reports.rates.results import Point, write_results
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.compare import compare, write_report
 
 from .deployment_networks import make_bundle
 from .offline_run import offline_runs
@@ -65,7 +66,7 @@ def has_color(image: np.ndarray, color: str) -> bool:
 
 
 def test_examples_in_docstrings_run():
-    tested = doctest.testmod(cleave.scripts.rate_accuracy)
+    tested = doctest.testmod(cleave.reports.rates.fronts)
     assert (tested.attempted > 2, tested.failed) == (True, 0)
 
 
@@ -309,7 +310,7 @@ def test_a_damaged_table_is_named(tmp_path, change, told):
 
 
 def test_a_file_of_unreasonable_length_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("cleave.scripts.results.MAX_FILE_BYTES", 100)
+    monkeypatch.setattr("cleave.reports.rates.results.MAX_FILE_BYTES", 100)
     for file in (results(tmp_path, run()), tmp_path / "p.csv"):
         write_csv(tmp_path / "p.csv", [dataclasses.asdict(run())])
         with pytest.raises(ValueError, match="more than the 100 allowed"):

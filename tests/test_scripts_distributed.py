@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+
 from cleave.deployment import Pipeline, load_bundle
-from cleave.scripts.assembly import compose_config, restore
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.restoring import restore
+from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.evaluate import evaluate
-from cleave.scripts.terminal import quiet
 from cleave.scripts.train import train
 
 from .training_helpers import ROOT, fingerprint, load, run_script, small

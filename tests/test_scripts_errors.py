@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cleave.scripts.assembly import assemble, compose_config, read_checkpoint, restore
-from cleave.scripts.terminal import quiet
+
+from cleave.scripts.assembly.building import assemble, compose_config
+from cleave.scripts.assembly.restoring import read_checkpoint, restore
+from cleave.scripts.assembly.terminal import quiet
 
 from .training_helpers import script
 

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from cleave.deployment import Pipeline, load_bundle
-from cleave.scripts.assembly import compose_config, restore
-from cleave.scripts.collect import collect
+from cleave.reports.rates.collect import collect
+from cleave.reports.rates.results import RESULTS, Point
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.restoring import restore
+from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
-from cleave.scripts.results import RESULTS, Point
-from cleave.scripts.terminal import quiet
 from cleave.scripts.train import train
 
 QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+
 from cleave.architectures import MultiExitNetwork
-from cleave.scripts.assembly import compose_config, restore
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.restoring import restore
+from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.evaluate import evaluate
-from cleave.scripts.terminal import quiet
 from cleave.scripts.train import train
 
 QUICK = [

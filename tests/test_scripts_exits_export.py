@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+
 from cleave.architectures import MultiExitNetwork
 from cleave.deployment import Pipeline, build_policy, load_bundle, offline
-from cleave.deployment.canonical_json import dump
+from cleave.deployment.bundle.canonical_json import dump
 from cleave.lightning_modules.exits import send
-from cleave.scripts.assembly import compose_config, restore, restore_data
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.restoring import restore, restore_data
+from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.export import export
 from cleave.scripts.infer import infer
-from cleave.scripts.terminal import quiet
 from cleave.scripts.train import train
 
 from .test_scripts_bundle_alone import run_alone

@@ -6,20 +6,22 @@ import json
 import math
 from types import SimpleNamespace
 
-import cleave.scripts.exits_measure
-import cleave.scripts.exits_report
-import cleave.scripts.exits_timing
 import numpy as np
 import pytest
 import torch
-from cleave.deployment import build_policy, policy_from_dict, read_policy
-from cleave.scripts.assembly import compose_config, restore, restore_data
-from cleave.scripts.exits_place import place, stage_and_head_macs
-from cleave.scripts.exits_report import PLOTS, exits_report
-from cleave.scripts.exits_timing import exit_seconds, wall_clock
-from cleave.scripts.terminal import quiet
-from cleave.scripts.train import train
 from PIL import Image
+
+import cleave.reports.exits.measure
+import cleave.reports.exits.timing
+import cleave.scripts.exits_report
+from cleave.deployment import build_policy, policy_from_dict, read_policy
+from cleave.reports.exits.place import place, stage_and_head_macs
+from cleave.reports.exits.timing import exit_seconds, wall_clock
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.restoring import restore, restore_data
+from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.exits_report import PLOTS, exits_report
+from cleave.scripts.train import train
 
 from .offline_run import offline_runs
 
@@ -293,25 +295,25 @@ def test_seconds_are_medians_per_image_and_their_ratio_stands_beside_that_of_mac
     policy = build_policy("margin", 0.2, exits=3)
     with torch.no_grad():
         index = torch.cat([network.run(batch, policy).index for batch in [*batches, batches[0]]])
-    monkeypatch.setattr(cleave.scripts.exits_timing, "time", Clock([1, 2, 9, 3, 2, 4]))
+    monkeypatch.setattr(cleave.reports.exits.timing, "time", Clock([1, 2, 9, 3, 2, 4]))
     found = wall_clock(network, policy, batches, 3)
     assert found["seconds"]["median"] == 2 / 4
     assert found["backbone_seconds"] == {"lower": 2.5 / 4, "median": 3 / 4, "upper": 3.5 / 4}
     assert found["ratio"] == {"lower": 0.5, "median": 0.5, "upper": 1.75, "mean": 12 / 9}
     macs = np.array(network.exit_costs())[index.numpy()].mean()
     assert found["macs_ratio"] == pytest.approx(macs / network.backbone_macs)
-    monkeypatch.setattr(cleave.scripts.exits_timing, "time", Clock([1, 5, 6, 2, 1, 3, 2, 2]))
+    monkeypatch.setattr(cleave.reports.exits.timing, "time", Clock([1, 5, 6, 2, 1, 3, 2, 2]))
     assert exit_seconds(network, batches, 2) == ([1 / 4, 4 / 4, 4 / 4], 2 / 4)
 
 
 def test_costs_in_seconds_are_shares_of_the_backbones(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(cleave.scripts.exits_measure, "exit_seconds", lambda *_: ([0.1, 0.3, 0.5], 0.4))
+    monkeypatch.setattr(cleave.reports.exits.measure, "exit_seconds", lambda *_: ([0.1, 0.3, 0.5], 0.4))
     overrides = ["costs=seconds", "policies=confidence", "choose=null", "budgets=1"]
     files = run(checkpoint, tmp_path, *overrides)
     assert "exit_policy.json" not in files
     report = json.loads(files["exits_report.json"].read_text())
     assert [exit["cost"] for exit in report["exits"]] == pytest.approx([0.25, 0.75, 1.25])
-    monkeypatch.setattr(cleave.scripts.exits_measure, "exit_seconds", lambda *_: ([0.1, 0.1, 0.5], 0.4))
+    monkeypatch.setattr(cleave.reports.exits.measure, "exit_seconds", lambda *_: ([0.1, 0.1, 0.5], 0.4))
     with pytest.raises(ValueError, match="seconds do not rise from exit to exit: 0.1, 0.1, 0.5; measure longer"):
         run(checkpoint, tmp_path, *overrides)
 

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cleave.scripts.assembly import compose_config, restore
-from cleave.scripts.collect import collect
-from cleave.scripts.evaluate import evaluate
-from cleave.scripts.terminal import CONF, missing_values, quiet
-from cleave.scripts.train import train
 from hydra import compose, initialize_config_dir
+
+from cleave.reports.rates.collect import collect
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.restoring import restore
+from cleave.scripts.assembly.terminal import CONF, missing_values, quiet
+from cleave.scripts.evaluate import evaluate
+from cleave.scripts.train import train
 
 pytestmark = pytest.mark.untraced  # presets run code that has tests of its own
 EXPERIMENTS = sorted(p.stem for p in (Path(CONF) / "experiment").glob("*.yaml"))

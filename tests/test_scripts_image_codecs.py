@@ -6,15 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from cleave.datamodules import Digits
 from cleave.deployment import JPEGCodec
-from cleave.scripts.assembly import compose_config, restore
+from cleave.reports.rates.results import Point, read_results
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.restoring import restore
+from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.image_codecs import image_codecs
-from cleave.scripts.results import Point, read_results
-from cleave.scripts.terminal import quiet
 from cleave.scripts.train import train
-from PIL import Image
 
 from .training_helpers import run_script
 

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
 from cleave.deployment import (
     Bundle,
     Codec,
@@ -18,16 +21,15 @@ from cleave.deployment import (
     TiledImageCodec,
     load_bundle,
 )
-from cleave.scripts.assembly import compose_config, restore, restore_data
-from cleave.scripts.collect import collect
+from cleave.reports.rates.collect import collect
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.restoring import restore, restore_data
+from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.trust import check_targets
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.infer import infer
-from cleave.scripts.terminal import quiet
 from cleave.scripts.train import train
-from cleave.scripts.trust import check_targets
-from omegaconf import OmegaConf
-from torch import Tensor
 
 pytestmark = pytest.mark.untraced  # what it shows is how parts that have tests of their own go together
 QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]

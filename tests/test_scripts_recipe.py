@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from cleave.scripts.assembly import compose_config, read_checkpoint, restore
+from omegaconf import OmegaConf
+
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.restoring import read_checkpoint, restore
+from cleave.scripts.assembly.terminal import missing_values, quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
-from cleave.scripts.terminal import missing_values, quiet
 from cleave.scripts.train import train
-from omegaconf import OmegaConf
 
 from .training_helpers import DIGITS, PLAIN, ROOT, differences, load, run_script
 

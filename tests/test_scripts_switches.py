@@ -6,8 +6,9 @@ import types
 
 import pytest
 import torch
-from cleave.scripts.assembly import compose_config
-from cleave.scripts.terminal import quiet
+
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.train import train
 
 from .training_helpers import ROOT, load, run_script, small

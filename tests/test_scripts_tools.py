@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from cleave.scripts.assembly import compose_config
+from PIL import Image
+
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.infer import infer
-from cleave.scripts.terminal import quiet
 from cleave.scripts.train import train
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]

@@ -13,12 +13,14 @@ from typing import NamedTuple
 import pytest
 import torch
 import wandb
-from cleave.scripts.assembly import Restored, compose_config, read_checkpoint, restore, restore_data
+from omegaconf import OmegaConf
+
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.restoring import Restored, read_checkpoint, restore, restore_data
+from cleave.scripts.assembly.terminal import CONF
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
-from cleave.scripts.terminal import CONF
 from cleave.scripts.train import train
-from omegaconf import OmegaConf
 
 from .offline_run import OfflineRun, offline_runs
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from cleave.scripts.assembly import restore
-from cleave.scripts.trust import check_targets
+
+from cleave.scripts.assembly.restoring import restore
+from cleave.scripts.assembly.trust import check_targets
 
 
 def test_a_checkpoint_cannot_name_code_of_its_own(tmp_path, teacher_file):

@@ -16,13 +16,14 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from timm.data import resolve_model_data_config
+from torch import nn
+
 from cleave.architectures.backbones.surgery import find_classifier, replace_classifier, use_grey_input
 from cleave.architectures.backbones.weights import WeightsError, load_weights
 from cleave.architectures.backbones.zoo import CIFAR_NETWORKS
 from cleave.architectures.naming import did_you_mean
-from cleave.deployment.preprocess import ImageInput
-from timm.data import resolve_model_data_config
-from torch import nn
+from cleave.deployment.runtime.preprocess import ImageInput
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from cleave.architectures.backbones.surgery import find_classifier
 from torch import Tensor, nn
+
+from cleave.architectures.backbones.surgery import find_classifier
 
 logger = logging.getLogger(__name__)
 

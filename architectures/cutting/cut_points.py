@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, fx, nn
+
 from cleave.architectures.cutting.layouts import DimTracker, layout_of
 from cleave.architectures.cutting.slicing import Observing, Reference, fold_sizes
 from cleave.architectures.cutting.tracing import DEPTHS, CutError, Trace, first_line, preserved, single_crossings, trace
 from cleave.architectures.macs import MacCounter, counting_macs
-from torch import Tensor, fx, nn
 
 
 @dataclass(frozen=True)

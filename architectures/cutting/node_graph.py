@@ -6,11 +6,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, fx, nn
+
 from cleave.architectures.cutting.cut_points import Measurement, checked_trace, measure
 from cleave.architectures.cutting.slicing import Reference, Slice, Stage, check_size, follow_modes, slice_graph
 from cleave.architectures.cutting.tracing import CutError, Trace, preserved
 from cleave.architectures.naming import did_you_mean
-from torch import Tensor, fx, nn
 
 INPUT = "input"
 

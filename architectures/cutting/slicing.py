@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cleave.architectures.cutting.tracing import BATCH, CutError, Trace, first_line
 from torch import Tensor, fx, nn
+
+from cleave.architectures.cutting.tracing import BATCH, CutError, Trace, first_line
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
 from cleave.architectures.cutting.cut_points import CutPoint, cut_points, spread
 from cleave.architectures.cutting.layouts import DimTracker, layout_of
 from cleave.architectures.cutting.node_graph import GraphNode, NodeGraph, Partition, partition, trace_graph
@@ -20,7 +22,6 @@ from cleave.architectures.cutting.slicing import (
 )
 from cleave.architectures.cutting.tracing import DEPTHS, CutError, Trace, crossing, first_line, preserved, trace
 from cleave.architectures.naming import did_you_mean
-from torch import Tensor, nn
 
 __all__ = [
     "LOGITS",

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from cleave.deployment import ImageInput
 from pytorch_lightning import Callback
+
+from cleave.deployment import ImageInput
 
 KEY = "cleave"
 SCHEMA = 1

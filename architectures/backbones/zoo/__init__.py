@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from torch import nn
+
 from cleave.architectures.backbones.zoo.alexnet import CifarAlexNet
 from cleave.architectures.backbones.zoo.mobilenet import CifarMobileNet
 from cleave.architectures.backbones.zoo.resnet import CifarResNet
 from cleave.architectures.backbones.zoo.vgg import CifarVGG
-from torch import nn
 
 #: Constructors by name; each takes ``num_classes``, ``in_channels`` and its own keyword arguments.
 CIFAR_NETWORKS: dict[str, Callable[..., nn.Module]] = {

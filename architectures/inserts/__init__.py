@@ -1,0 +1,1 @@
+"""Modules that are inserted into a backbone: bottlenecks, quantisers, channels and exits' heads."""

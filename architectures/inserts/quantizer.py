@@ -1,0 +1,313 @@
+"""What turns a representation into integer codes: the uniform affine quantiser, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from cleave.architectures.inserts.entropy_bottleneck import EntropyBottleneck
+from cleave.architectures.naming import did_you_mean
+from cleave.deployment import FLOAT_BITS, Codec, FloatCodec, check_bits, code_codec
+
+RANGES = ("learned", "observed", "sample")
+_TINY = 1e-8
+
+
+class UniformQuantizer(nn.Module):
+    r"""Uniform affine quantisation to 2 to 16 bits, differentiable by the straight-through estimator.
+
+    With :math:`L = 2^{bits}` levels over the range :math:`[l, h]` and the step :math:`\Delta = (h - l) / (L - 1)`,
+
+    .. math:: q = \mathrm{clamp}(\mathrm{round}((z - l) / \Delta), 0, L - 1), \qquad \hat z = l + q \Delta.
+
+    In training the rounding passes gradients through unchanged (Bengio et al. 2013); the clamp does not, so that a
+    learned range feels both the rounding error inside it and the values outside it (Esser et al., "Learned Step Size
+    Quantization", 2020). In eval mode the output is exactly what the integer codes decode to.
+
+    Args:
+        bits: 2 to 16.
+        range: ``"learned"``: one range trained with the network, first set to that of the first training batch;
+            ``"observed"``: a moving average of the batches' minimum and maximum; ``"sample"``: each sample's own
+            minimum and maximum, sent along with its codes.
+        momentum: Weight of the newest batch in the moving average of ``"observed"``; ``None`` takes 0.1.
+
+    Shape:
+        - input: (B, ...), any real dtype; computed in float32 whatever autocast says.
+        - output: (B, ...), float32.
+
+    Raises:
+        ValueError: ``bits``, ``range`` or ``momentum`` is out of its range.
+
+    Example:
+        >>> quantizer = UniformQuantizer(bits=2, range="sample").eval()
+        >>> quantizer(torch.tensor([[0.0, 0.4, 1.1, 3.0]]))
+        tensor([[0., 0., 1., 3.]])
+    """
+
+    low: Tensor
+    high: Tensor
+    log_width: Tensor
+    initialized: Tensor
+
+    def __init__(self, bits: int = 8, range: str = "observed", momentum: float | None = None) -> None:  # noqa: A002
+        super().__init__()
+        if range not in RANGES:
+            raise ValueError(f"codec.range must be one of {', '.join(RANGES)}, got {range!r}")
+        if momentum is not None and range != "observed":
+            raise ValueError(f"codec.momentum={momentum} has no meaning for codec.range={range!r}; leave it out")
+        if momentum is not None and not 0 < momentum <= 1:
+            raise ValueError(f"codec.momentum must lie in (0, 1], got {momentum}")
+        self.range = range
+        self.momentum = 0.1 if momentum is None else momentum
+        self.bits = bits
+        if range == "learned":
+            self.low = nn.Parameter(torch.zeros(()))
+            # A width kept as its logarithm can never turn the range inside out.
+            self.log_width = nn.Parameter(torch.zeros(()))
+        elif range == "observed":
+            self.register_buffer("low", torch.zeros(()))
+            self.register_buffer("high", torch.ones(()))
+        if range != "sample":
+            self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+
+    @property
+    def bits(self) -> int:
+        """Width of a code in bits; may be changed at any time."""
+        return self._bits
+
+    @bits.setter
+    def bits(self, value: int) -> None:
+        check_bits(value)
+        if value == FLOAT_BITS:
+            raise ValueError("codec.bits=32 means float: leave the quantizer out instead of building it with 32 bits")
+        self._bits = value
+
+    @property
+    def fixed_range(self) -> tuple[float, float] | None:
+        """The range (low, high) all samples share, or ``None`` where each sample sends its own."""
+        if self.range == "sample":
+            return None
+        low, high = self._shared_range()
+        return low.detach().item(), high.detach().item()
+
+    @torch.no_grad()
+    def set_range(self, low: float, high: float) -> None:
+        """Set the range all samples share, as :func:`~cleave.architectures.calibrate_range` measures it.
+
+        Training goes on from there: a learned range is trained further, an observed one keeps following the batches.
+
+        Raises:
+            ValueError: The range is not finite in float32 or upside down, or each sample sends its own.
+        """
+        if self.range == "sample":
+            raise ValueError("codec.range=sample takes each sample's own range; to set one, use learned or observed")
+        ends = torch.tensor([low, high], dtype=torch.float32)
+        if not ends.isfinite().all() or ends[0] >= ends[1]:
+            raise ValueError(f"a range is two finite numbers in float32, the lower one first, got [{low}, {high}]")
+        self.low.copy_(ends[0])
+        if self.range == "learned":
+            self.log_width.copy_((ends[1] - ends[0]).clamp_min(_TINY).log())
+        else:
+            self.high.copy_(ends[1])
+        self.initialized.fill_(True)
+
+    def codec(self, shape: tuple[int, ...], coding: str = "packed", quality: int | None = None) -> Codec:
+        """How codes of this width and range become bytes; see :func:`cleave.deployment.code_codec`."""
+        low, high = self.fixed_range or (None, None)
+        return code_codec(coding, shape, self.bits, low, high, quality=quality)
+
+    def with_bits(self, bits: int) -> UniformQuantizer | Unquantized:
+        """Return this quantiser at another width; 32 is no quantiser at all."""
+        if check_bits(bits) == FLOAT_BITS:
+            return Unquantized()
+        self.bits = bits
+        return self
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the de-quantised representation."""
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            levels = torch.full((), 2**self.bits, dtype=torch.int64, device=z.device)
+            if self.training:
+                self._observe(z.detach())
+            low, high = self._range(z)
+            step = ((high - low) / (levels - 1)).clamp_min(_TINY)
+            position = torch.minimum(((z - low) / step).clamp_min(0), (levels - 1).float())
+            # In this order the sum is the code in every bit: eval mode gives exactly what the codes decode to.
+            code = position.round().detach() + (position - position.detach())
+            return low + code * step
+
+    def encode(self, z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantise to integer codes.
+
+        Args:
+            z: Representation (B, ...).
+            levels: Number of levels, a scalar int64 tensor, 2**bits; a tensor so that it may change at run time.
+
+        Returns:
+            codes int32 (B, ...) in 0..levels-1, and the range's low and high, float32 (B,).
+        """
+        z = z.float()
+        low, high = self._range(z)
+        step = ((high - low) / (levels - 1)).clamp_min(_TINY)
+        codes = torch.minimum(((z - low) / step).round().clamp_min(0), (levels - 1).float())
+        batch = z.flatten(1)[:, 0]
+        low, high = low.detach().flatten(), high.detach().flatten()
+        return codes.to(torch.int32), low.expand_as(batch), high.expand_as(batch)
+
+    send = encode
+
+    @staticmethod
+    def decode(codes: Tensor, low: Tensor, high: Tensor, levels: Tensor) -> Tensor:
+        """De-quantise codes (B, ...) with per-sample low and high (B,) into float32 (B, ...)."""
+        shape = [-1] + [1] * (codes.ndim - 1)
+        step = ((high - low) / (levels - 1)).clamp_min(_TINY)
+        return low.view(shape) + codes.float() * step.view(shape)
+
+    receive = decode
+
+    def _range(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if self.range != "sample":
+            return self._shared_range()
+        shape = [-1] + [1] * (z.ndim - 1)
+        flat = z.detach().flatten(1)
+        return flat.amin(1).view(shape), flat.amax(1).view(shape)
+
+    def _shared_range(self) -> tuple[Tensor, Tensor]:
+        if self.range == "learned":
+            return self.low, self.low + self.log_width.exp()
+        return self.low, self.high
+
+    @torch.no_grad()
+    def _observe(self, z: Tensor) -> None:
+        """Set the range from the first training batch; keep following it where it is observed.
+
+        Written without a branch on the flag: reading it would make the host wait for the device at every step.
+        """
+        if self.range == "sample":
+            return
+        low, high = _over_ranks(*torch.aminmax(z))
+        if self.range == "learned":
+            self.low.copy_(torch.where(self.initialized, self.low, low))
+            width = (high - low).clamp_min(_TINY).log()
+            self.log_width.copy_(torch.where(self.initialized, self.log_width, width))
+        else:
+            weight = torch.where(self.initialized, self.momentum, 1.0)
+            self.low.lerp_(low, weight)
+            self.high.lerp_(high, weight)
+        self.initialized.fill_(True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniformQuantizer:
+        """Move with the network, but keep the range in float32 when the network is cast to half precision."""
+        super()._apply(fn, recurse)
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()
+        return self
+
+    def extra_repr(self) -> str:
+        """Show the settings in the printed module."""
+        return f"bits={self.bits}, range={self.range!r}"
+
+
+class Unquantized(nn.Module):
+    """The representation as it is, float32: what ``codec.bits=32`` means."""
+
+    bits = FLOAT_BITS
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return ``z``."""
+        return z
+
+    def codec(self, shape: tuple[int, ...], coding: str = "packed", quality: int | None = None) -> Codec:
+        """Raw float32, 4 bytes an element.
+
+        Raises:
+            ValueError: A coding of integer codes is asked for.
+        """
+        if coding != "packed" or quality is not None:
+            raise ValueError(f"codec.coding={coding} codes integers, but codec.bits=32 sends float32; use 2 to 16 bits")
+        return FloatCodec(shape)
+
+    def with_bits(self, bits: int) -> Unquantized:
+        """Return this quantiser if ``bits`` is 32.
+
+        Raises:
+            ValueError: Codes need a range, which a network trained without a quantiser does not know.
+        """
+        if check_bits(bits) != FLOAT_BITS:
+            raise ValueError(f"codec.bits={bits}: this network was trained with codec.bits=32 and knows no range")
+        return self
+
+    def send(self, z: Tensor) -> Tensor:
+        """Return what the device sends."""
+        return z.float()
+
+    @staticmethod
+    def receive(z: Tensor) -> Tensor:
+        """Return what arrived."""
+        return z
+
+
+Quantizer = UniformQuantizer | Unquantized | EntropyBottleneck
+
+
+def build_quantizer(settings: Mapping[str, Any], shape: tuple[int, ...], axis: int) -> Quantizer:
+    """Build the quantiser that a codec's settings describe.
+
+    Args:
+        settings: ``kind``: ``uniform`` (default) with ``bits`` (2 to 16, or 32 for float) and the arguments of
+            :class:`UniformQuantizer`, or ``entropy`` with those of
+            :class:`~cleave.architectures.inserts.entropy_bottleneck.EntropyBottleneck`.
+        shape: Per-sample shape of the representation.
+        axis: Where its channels stand: 0, or -1 for tokens.
+
+    Raises:
+        ValueError: The kind is unknown, or an argument is unknown or out of range.
+    """
+    arguments = dict(settings)
+    kind = arguments.pop("kind", "uniform")
+    kinds: dict[str, Callable[..., Quantizer]] = {"uniform": UniformQuantizer, "entropy": EntropyBottleneck}
+    if kind not in kinds:
+        raise ValueError(f"codec.kind must be one of {', '.join(kinds)}, got {kind!r}." + did_you_mean(kind, kinds))
+    if kind == "entropy":
+        known = ("filters", "init_scale")
+        if unknown := [name for name in arguments if name not in known]:
+            raise ValueError(
+                f"codec.{unknown[0]} has no meaning for codec.kind=entropy, which takes {', '.join(known)}"
+            )
+        arguments |= {"channels": shape[axis], "axis": axis}
+    bits = arguments.get("bits", 8)
+    if kind == "uniform" and check_bits(bits) == FLOAT_BITS:
+        UniformQuantizer(**{**arguments, "bits": 8})  # its other settings are checked all the same
+        return Unquantized()
+    try:
+        return kinds[kind](**arguments)
+    except TypeError as error:
+        raise ValueError(f"codec={dict(settings)}: {error}") from error
+
+
+@torch.compiler.disable
+def check_measured(quantizer: nn.Module) -> None:
+    """Refuse codes whose range nobody has measured.
+
+    Raises:
+        ValueError: The quantiser's range still waits for its first training batch.
+    """
+    if isinstance(quantizer, UniformQuantizer) and quantizer.range != "sample" and not quantizer.initialized:
+        raise ValueError(
+            f"codec.range={quantizer.range} is measured in training, which this network's bottleneck has not seen; "
+            "train it, or use codec.range=sample"
+        )
+
+
+def _over_ranks(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the extremes over all ranks, which each set their range from their own part of the batch."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return low, high
+    extremes = torch.stack([-low, high])
+    distributed.all_reduce(extremes, distributed.ReduceOp.MAX)
+    return -extremes[0], extremes[1]

@@ -1,0 +1,1 @@
+"""Bundles: what ships a network, how it is written, checked and loaded."""

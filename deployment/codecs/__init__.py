@@ -1,0 +1,1 @@
+"""Codecs: from features and images to bytes and back."""

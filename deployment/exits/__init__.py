@@ -1,0 +1,1 @@
+"""Exits: the policies by which samples leave early, and what a bundle says of them."""

@@ -1,0 +1,1 @@
+"""Pipelines that run a bundle, and how images become their input."""

@@ -1,0 +1,1 @@
+"""Reports: what was measured, as tables, plots and files."""

@@ -1,0 +1,1 @@
+"""Figures of a network with early exits, and the report on them."""

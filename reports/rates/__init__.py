@@ -1,0 +1,1 @@
+"""Points of bytes and accuracy, and the report that compares them."""

@@ -1,0 +1,61 @@
+"""What a person sees: tables of results, and the command to type next."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# A pipe has no width of its own, and rich's guess of 80 columns would cut figures off.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+
+
+def table(title: str, rows: Iterable[tuple[Any, ...]], header: tuple[str, ...] = ()) -> None:
+    """Print rows under a title; columns after the first stand right. Without rows there is nothing to print."""
+    rows = [tuple(str(cell) for cell in row) for row in rows]
+    if not rows:
+        return
+    console.print(f"\n[bold]{title}[/bold]", soft_wrap=True, highlight=False)
+    grid = Table(show_header=bool(header))
+    for i in range(max(map(len, rows))):
+        grid.add_column(header[i] if header else "", justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        grid.add_row(*row)
+    console.print(grid)
+
+
+def results_table(title: str, metrics: Mapping[str, Any]) -> None:
+    """Print measured metrics; per-class accuracies are summed up by the worst three."""
+    per_class = {k.rpartition("/")[2]: float(v) for k, v in metrics.items() if "/acc_class/" in k}
+    rows = [(name, number(float(value))) for name, value in metrics.items() if "/acc_class/" not in name]
+    for name, value in sorted(per_class.items(), key=lambda item: item[1])[:3]:
+        rows.append((f"accuracy of class {name}", number(value)))
+    table(title, rows)
+
+
+def profile_rows(profile: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, str]]:
+    """Rows (part, MACs, parameters) of a network's profile."""
+    return [(part, f"{cost['macs']:,}", f"{cost['params']:,}") for part, cost in profile.items()]
+
+
+def number(value: float) -> str:
+    """Format a number: whole ones in full, others with four significant digits."""
+    return f"{value:,.0f}" if value == int(value) and abs(value) >= 1000 else f"{value:.4g}"
+
+
+def short(count: float) -> str:
+    """Format a large count with three digits and a unit: 14.6 M."""
+    for unit in ("", " k", " M", " G"):
+        if count < 1000 or unit == " G":
+            break
+        count /= 1000
+    return f"{count:.3g}{unit}"
+
+
+def next_command(command: str) -> None:
+    """Print the command to type next, unwrapped so that it can be copied."""
+    console.print(f"Next: [bold]{command}[/bold]", soft_wrap=True, highlight=False)

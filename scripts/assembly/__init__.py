@@ -1,0 +1,1 @@
+"""Assembly: from configs and checkpoints to what a command works with."""

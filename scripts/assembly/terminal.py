@@ -1,0 +1,93 @@
+"""A user's mistakes as one line, and quiet frameworks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+CONF = str(Path(__file__).resolve().parents[2] / "conf")
+FULL_ERRORS = os.environ.get("HYDRA_FULL_ERROR") == "1"
+USER_ERRORS = (ValueError, TypeError, OSError, HydraException, OmegaConfBaseException, MisconfigurationException)
+
+
+def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Turn a user's mistake into one line and exit status 1; ``HYDRA_FULL_ERROR=1`` shows where it arose.
+
+    A config value that is still missing is named before anything is built.
+    """
+
+    @wraps(task)
+    def run(cfg: DictConfig) -> Any:
+        quiet()
+        try:
+            if missing := missing_values(cfg):
+                raise ValueError(
+                    f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value; "
+                    f"add {' '.join(f'{key}=…' for key in missing)}"
+                )
+            return task(cfg)
+        except USER_ERRORS as error:
+            if FULL_ERRORS:
+                raise
+            fail(error)
+
+    return run
+
+
+def missing_values(cfg: DictConfig) -> list[str]:
+    """Keys of a config that still have no value, in order; values that lean on them are left out."""
+
+    def search(node: Any, at: str) -> list[str]:
+        if isinstance(node, dict):
+            return [key for name, value in node.items() for key in search(value, f"{at}.{name}" if at else str(name))]
+        return [at] if node == "???" else []
+
+    return sorted(search(OmegaConf.to_container(cfg), ""))
+
+
+def start(main: Callable[[], Any]) -> None:
+    """Run a script; what Hydra itself refuses (a misspelt key, a folder it cannot write) is one line as well."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a trace
+    try:
+        main()
+    except USER_ERRORS as error:
+        if FULL_ERRORS:
+            raise
+        fail(error)
+
+
+def quiet() -> None:
+    """Keep what frameworks say to themselves off the terminal; their warnings and errors stay."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning 2.6 asks torch 2.15 about trees in a form torch is about to drop; no user can mend that.
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated", FutureWarning)
+    # A run shorter than the interval still logs at the end of each epoch.
+    warnings.filterwarnings("ignore", r"The number of training batches .* is smaller than the logging interval")
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """Return what a call of Hydra's raised in place of Hydra's own words around it."""
+    while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def fail(error: BaseException) -> None:
+    """Print an error, unwrapped from Hydra's instantiation, and leave with exit status 1."""
+    error = unwrapped(error)
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        error = type(error)(f"{error}\n{error.__cause__}")
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    raise SystemExit(1)
