@@ -153,6 +153,10 @@ class StagedNetwork(NamedOutputs):
         """Return the path of an insert in the network."""
         return f"{child_name(cut)}.{insert.kind}"
 
+    def alters_input(self, cut: str, insert: Insert) -> bool:
+        """Whether one of an insert's computations alters in place what it reads."""
+        return any(owner == self.path_of(cut, insert) for owner, _ in self._altering)
+
     def parts(self) -> dict[str, tuple[nn.Module, ...]]:
         """Return the parts that can be trained or frozen, by name, in order; no module is in two of them."""
         return network_parts(self)
