@@ -31,7 +31,7 @@ from cleave.architectures.outputs import (
     network_ops,
 )
 from cleave.architectures.state_names import collapse_names, public_name
-from cleave.architectures.train_parts import network_parts, resolve_parts
+from cleave.architectures.train_parts import network_parts, resolve_parts, stage_parts
 from cleave.deployment import Exited, ExitPolicy, leave_early
 
 
@@ -143,6 +143,16 @@ class StagedNetwork(NamedOutputs):
         """The bottlenecks by the cut they stand at, in order."""
         found = ((cut, insert) for cut in self.cuts for insert in self.inserts_at(cut))
         return {cut: insert for cut, insert in found if isinstance(insert, Bottleneck)}
+
+    @property
+    def cascade(self) -> bool:
+        """Whether exits read what those before them answer."""
+        return any(_read_elsewhere(insert) for cut in self.cuts for insert in self.inserts_at(cut) if not insert.passes)
+
+    @property
+    def backbone_parts(self) -> tuple[str, ...]:
+        """Names of the parts that the backbone's stages make up."""
+        return tuple(dict.fromkeys(stage_parts(self)[int(self.replaced) :]))
 
     def inserts_at(self, cut: str) -> list[Insert]:
         """Return the inserts behind a cut in the order in which they pass the feature on."""
@@ -322,3 +332,8 @@ class StagedNetwork(NamedOutputs):
         names = result if isinstance(result, Mapping) else range(len(result))
         self.results = tuple(f"output/{name}" for name in names)
         self.ops = network_ops(self)
+
+
+def _read_elsewhere(insert: Insert) -> list[str]:
+    """Return the outputs of other cuts that an insert reads."""
+    return [name for step in insert.steps() for name in step.needs if "/" in name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -37,9 +37,19 @@ def results_table(title: str, metrics: Mapping[str, Any]) -> None:
     table(title, rows)
 
 
-def profile_rows(profile: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, str]]:
-    """Rows (part, MACs, parameters) of a network's profile."""
-    return [(part, f"{cost['macs']:,}", f"{cost['params']:,}") for part, cost in profile.items()]
+def cost_rows(costs: Sequence[Cost]) -> list[tuple[str, str, str]]:
+    """Rows (part, MACs, parameters) of what a network costs."""
+    return [(cost_words(cost), f"{cost.macs:,}", f"{cost.params:,}") for cost in costs]
+
+
+def cost_words(cost: Cost) -> str:
+    """Name a part of a network for a person: ``to layer1``, ``exit at layer1``, ``encoder at layer2``."""
+    return f"to {cost.name}" if cost.kind == "stage" else f"{cost.kind} at {cost.name}"
+
+
+def in_words(target: str) -> str:
+    """Return the name of a class in words."""
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", str(target).rpartition(".")[2]).capitalize()
 
 
 def number(value: float) -> str:

@@ -6,7 +6,6 @@ import statistics
 from pathlib import Path
 from tempfile import mkdtemp
 
-from cleave.architectures import profile
 from cleave.datamodules import Digits
 from cleave.deployment import Pipeline, Result, load_bundle
 from cleave.reports.terminal import console, next_command, table
@@ -34,9 +33,9 @@ def main() -> None:
     students = []
     for seed in SEEDS:
         console.rule(f"2/4 split model, seed {seed}: head-network distillation")
-        students.append(run("digits_hnd", root / f"split-{seed}", f"teacher.ckpt_path={teacher_file}", f"seed={seed}"))
+        students.append(run("digits_hnd", root / f"split-{seed}", f"base.ckpt_path={teacher_file}", f"seed={seed}"))
     console.rule("3/4 early exits around a split: joint training")
-    run("digits_exits", root / "exits", f"teacher.ckpt_path={teacher_file}")
+    run("digits_exits", root / "exits", f"base.ckpt_path={teacher_file}")
     exits_file = root / "exits/checkpoints/best.ckpt"
     # Half a point of accuracy may go, as judged on the validation images.
     options = [f"ckpt_path={exits_file}", "policies=[confidence]", "choose.budget=null", "choose.drop=0.005"]
@@ -65,9 +64,9 @@ def run_bundle(bundle: Path) -> tuple[Result, float]:
     data = Digits()
     data.configure_input(loaded.input)
     data.setup("test")
-    images, labels = data.sample_images("test", 10**6)
-    result = Pipeline(loaded).run(images)
-    return result, (result.logits.argmax(1) == labels).double().mean().item()
+    batch = data.sample_batch("test", 10**6)
+    result = Pipeline(loaded).run(batch["images"])
+    return result, (result.logits.argmax(1) == batch["labels"]).double().mean().item()
 
 
 def report(
@@ -76,7 +75,8 @@ def report(
     """Print what was measured, beside what it is compared against."""
     (result, accuracy), (result_exits, accuracy_exits) = run_bundle(bundle), run_bundle(early)
     loaded, data = load_bundle(bundle), Digits()
-    costs = profile(restore(student_file).network, loaded.input.shape)
+    costs = {f"{cost.kind} {cost.name}": cost for cost in restore(student_file).network.costs()}
+    encoder = costs.pop("encoder layer2")
     accuracies = [metrics["test/acc"] for metrics in students]
     sent = result_exits.payload_bytes
     rows = [
@@ -88,8 +88,8 @@ def report(
         ("payload", f"{statistics.mean(result.payload_bytes):.0f} bytes"),
         ("  the 8×8 image, raw", f"{data.raw_image_bytes():.0f} bytes"),
         ("  the 8×8 image, PNG", f"{data.image_file_bytes('test'):.0f} bytes"),
-        ("encoder", f"{costs['encoder']['macs']:,} MACs, {costs['encoder']['params']:,} parameters"),
-        ("  the server's part", f"{costs['decoder']['macs'] + costs['tail']['macs']:,} MACs"),
+        ("encoder", f"{encoder.macs:,} MACs, {encoder.params:,} parameters"),
+        ("  the server's part", f"{sum(cost.macs for cost in costs.values()):,} MACs"),
         ("parity of the exported pair", parity_words(loaded)),
         ("bundle with early exits: accuracy", percent(accuracy_exits)),
         ("  answered on the device, 0 bytes", percent(sent.count(0) / len(sent))),

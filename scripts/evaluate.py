@@ -9,14 +9,14 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from cleave.architectures import SplitNetwork, profile
 from cleave.lightning_modules.callbacks.tracking import recorded_outcome
 from cleave.reports.rates.measured import measured_points
 from cleave.reports.rates.results import RESULTS, write_results
-from cleave.reports.terminal import next_command, profile_rows, results_table, table
-from cleave.scripts.assembly.building import build_task, instantiate_each, plain
+from cleave.reports.terminal import cost_rows, next_command, results_table, table
+from cleave.scripts.assembly.building import build_task, instantiate_each
 from cleave.scripts.assembly.bundling import recalibrate
-from cleave.scripts.assembly.recipe import Stage
+from cleave.scripts.assembly.networks import build_channel
+from cleave.scripts.assembly.outcome import run_of
 from cleave.scripts.assembly.restoring import Restored, restore, restore_data
 from cleave.scripts.assembly.terminal import CONF, friendly, start
 
@@ -28,8 +28,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         raise ValueError(f"split must be val or test, got {cfg.split!r}")
     restored = restore(cfg.ckpt_path, bits=cfg.codec.bits, trusted=cfg.trust_checkpoint)
     if cfg.seed is not None:
-        restored.config.method.seed = cfg.seed
-    pl.seed_everything(restored.config.method.seed, workers=True, verbose=False)
+        restored.config.training.seed = cfg.seed
+    pl.seed_everything(restored.config.training.seed, workers=True, verbose=False)
     data = restore_data(restored, cfg.data)
     # BatchNorm is measured over the link of training, as it was in training; only then comes the one to test.
     variant = [recalibrate(restored, data, cfg.recalibrate), set_channel(restored, cfg.get("channel"))]
@@ -42,13 +42,10 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if not trainer.is_global_zero:
         return metrics
     results_table(f"{cfg.ckpt_path} on {cfg.split}", metrics)
-    costs = profile(restored.network, data.input.shape)
-    table("Cost per image", profile_rows(costs), ("part", "MACs", "parameters"))
-    config = restored.config
-    method = " → ".join(config.stages.values()) if config.get("stages") else Stage(None, config, None).method
-    name = ", ".join([method, *filter(None, variant)])
-    points = measured_points(config, name, metrics, costs, epochs=None, seconds=None, checkpoint=str(cfg.ckpt_path))
-    if points:
+    table("Cost per image", cost_rows(restored.network.costs()), ("part", "MACs", "parameters"))
+    run_words = run_of(restored, str(cfg.ckpt_path), *variant)
+    points = measured_points(run_words, task.measured() if cfg.split == "test" else None, restored.network)
+    if points and points[0].kind == "run":
         write_results(Path(cfg.paths.output_dir) / RESULTS, points)
     bits = f" codec.bits={cfg.codec.bits}" if restored.other_bits else ""
     next_command(f"python scripts/export.py ckpt_path={cfg.ckpt_path}{bits}")
@@ -63,14 +60,13 @@ def set_channel(restored: Restored, channel: DictConfig | None) -> str | None:
     """
     if channel is None:
         return None
-    if not isinstance(restored.network, SplitNetwork):
-        raise ValueError(f"channel={channel.kind} has no meaning: the checkpoint's network is not split")
-    restored.network.set_channel(plain(channel))
-    link = restored.network.channel
-    if link is None or not link.active:
+    if not restored.network.bottlenecks:
+        raise ValueError("channel has no meaning: the checkpoint's network is not split")
+    link = build_channel(channel)
+    restored.network.set_channel(link)
+    if link is None or not link.at_evaluation:
         return "perfect link"
-    level = channel.rate if "rate" in channel else f"{channel.snr_db} dB"
-    return f"{str(channel.kind).replace('_', ' ')} {level}"
+    return link.in_words()
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import loggers as pl_loggers
 from rich.markup import escape
 
-from cleave.architectures import MultiExitNetwork
+from cleave.architectures import StagedNetwork
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import ExitPolicy
 from cleave.deployment.bundle.canonical_json import dump
@@ -42,7 +42,7 @@ def exits_report(cfg: DictConfig) -> dict[str, Path]:
     device = torch.device(cfg.device)
     restored = restore(cfg.ckpt_path, trusted=cfg.trust_checkpoint)
     network = restored.network
-    if not isinstance(network, MultiExitNetwork):
+    if not network.exits:
         raise ValueError(
             f"{cfg.ckpt_path} holds a network without early exits; train one by method=exits_joint, exits_distilled, "
             "exits_separate or zero_time_waste"
@@ -65,7 +65,7 @@ def exits_report(cfg: DictConfig) -> dict[str, Path]:
 
 
 def measured(
-    network: MultiExitNetwork, data: ImageDataModule, settings: dict[str, Any], device: torch.device
+    network: StagedNetwork, data: ImageDataModule, settings: dict[str, Any], device: torch.device
 ) -> tuple[dict[str, Any], ExitPolicy | None]:
     """Return everything that is reported as plain values, and the policy that was chosen."""
     data.prepare_data()

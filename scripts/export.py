@@ -9,14 +9,13 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from cleave.architectures import SplitNetwork
 from cleave.deployment import check_target
-from cleave.lightning_modules import ExitTask
 from cleave.lightning_modules.callbacks.tracking import WandbTracking, log_artifact, recorded_outcome, wandb_run
+from cleave.reports.rates.measured import measured_points
 from cleave.reports.terminal import next_command, results_table
 from cleave.scripts.assembly.building import build_task, instantiate_each, plain
-from cleave.scripts.assembly.bundling import example_input, recalibrate, write_bundle
-from cleave.scripts.assembly.exit_bundling import chosen_exits
+from cleave.scripts.assembly.bundling import chosen_exits, example_input, recalibrate, write_bundle
+from cleave.scripts.assembly.outcome import run_of
 from cleave.scripts.assembly.restoring import restore, restore_data
 from cleave.scripts.assembly.terminal import CONF, friendly, start
 
@@ -28,10 +27,9 @@ def export(cfg: DictConfig) -> Path:
     check_target(cfg.bundle, cfg.overwrite)
     restored = restore(cfg.ckpt_path, bits=cfg.codec.bits, trusted=cfg.trust_checkpoint)
     data = restore_data(restored, cfg.data)
-    exits = chosen_exits(restored.network, data.input, restored.config, cfg.exits)
+    exits = chosen_exits(restored.network, data, restored.config, cfg.exits)
     recalibrate(restored, data, cfg.recalibrate)
-    if isinstance(restored.network, SplitNetwork):
-        restored.network.set_channel(None)  # a bundle is measured through its bytes, which its runtime delivers whole
+    restored.network.set_channel(None)  # a bundle is measured through its bytes, which its runtime delivers whole
     loggers = instantiate_each(cfg.get("logger"))
     trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(
         callbacks=[WandbTracking()], logger=loggers, enable_checkpointing=False
@@ -40,9 +38,7 @@ def export(cfg: DictConfig) -> Path:
         raise ValueError("export runs on one device; add trainer.devices=1")
     for logger in trainer.loggers:
         logger.log_hyperparams({**plain(cfg), "trained": plain(restored.config)})
-    task = build_task(restored.config, restored.network, restored.class_names)
-    if isinstance(task, ExitTask):
-        task.use_policy(exits.policy)
+    task = build_task(restored.config, restored.network, restored.class_names, policy=exits.policy)
     trainer.test(task, datamodule=data, verbose=False)
     metrics = dict(trainer.callback_metrics)
     results_table(f"{cfg.ckpt_path} on test", metrics)
@@ -55,6 +51,8 @@ def export(cfg: DictConfig) -> Path:
         Path(cfg.bundle),
         config=config,
         metrics=metrics,
+        measured=task.measured(),
+        points=measured_points(run_of(restored, str(cfg.ckpt_path)), task.measured(), restored.network),
         sample=cfg.sample,
         exits=exits,
         overwrite=cfg.overwrite,

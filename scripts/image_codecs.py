@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from rich.markup import escape
 from torch import Tensor, nn
 
-from cleave.architectures import SplitNetwork
 from cleave.architectures.naming import did_you_mean
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import ImageCodec, image_codec, zstd_bytes
@@ -76,10 +75,10 @@ def image_codecs(cfg: DictConfig) -> list[Point]:
     if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={cfg.device}: torch finds no CUDA device here; use device=cpu")
     restored = restore(cfg.ckpt_path, trusted=cfg.trust_checkpoint)
-    if isinstance(restored.network, SplitNetwork):
+    if restored.network.bottlenecks:
         raise ValueError(
             f"{cfg.ckpt_path} holds a split network, which sends features; image codecs are the baseline of the whole "
-            "one: give the checkpoint of its teacher"
+            "one: give the checkpoint of its base"
         )
     data = restore_data(restored, cfg.data)
     tallies = ways(cfg.codecs, cfg.qualities, data.input.shape)

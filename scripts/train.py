@@ -11,14 +11,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from cleave.architectures import profile
+from cleave.architectures import Cost
 from cleave.lightning_modules.callbacks.metadata import KEY
 from cleave.lightning_modules.callbacks.tracking import recorded_outcome
 from cleave.scripts.assembly.building import Assembly, assemble, instantiate_each, plain
-from cleave.scripts.assembly.exit_bundling import chosen_exits
-from cleave.scripts.assembly.fitting import Fit, Fitted, fit, prepare, tested
-from cleave.scripts.assembly.outcome import finish
-from cleave.scripts.assembly.recipe import stages
+from cleave.scripts.assembly.bundling import chosen_exits
+from cleave.scripts.assembly.fitting import Fit, Fitted, fit, only_tested, prepare
+from cleave.scripts.assembly.outcome import Outcome, finish
+from cleave.scripts.assembly.recipe import all_steps, steps_to_go
 from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
 from cleave.scripts.assembly.terminal import CONF, friendly, quiet, start
 
@@ -30,49 +30,64 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     checkpoint = read_checkpoint(cfg.ckpt_path) if cfg.ckpt_path else None
-    todo = stages(cfg, checkpoint)
-    parts = assemble(todo[0].config)
+    steps = all_steps(cfg)
+    to_go = steps_to_go(cfg, steps, checkpoint)
+    parts = assemble(to_go[0].config, [step.config.method for step in steps])
     loggers = instantiate_each(cfg.get("logger"))
-    # What cannot be built or resumed from is told before any training time is spent, of the last stage too.
-    fits = [prepare(stage, parts, loggers) for stage in todo]
+    # What cannot be built or resumed from is named before any training time is spent, of the last step too.
+    fits = [prepare(step, parts, loggers) for step in to_go]
+    if not any("teacher" in planned.task.asked for planned in fits) and cfg.teacher.ckpt_path is not None:
+        raise ValueError(
+            f"teacher.ckpt_path={cfg.teacher.ckpt_path} would be ignored: nothing learns from a teacher; set a method "
+            "that distils, such as method=exits_distilled method.loss.source=teacher, or leave it out"
+        )
     if cfg.export:
-        chosen_exits(parts.network, parts.data.input, todo[-1].config)
-    done: list[Fitted] = []
+        chosen_exits(parts.network, parts.data, to_go[-1].config)
+    fitted: list[Fitted] = []
     if checkpoint:
         load_strictly(parts.network, network_state(checkpoint), f"the checkpoint {cfg.ckpt_path}")
-        done = [Fitted(**before) for before in checkpoint[KEY].get("before", [])]
+        fitted = [Fitted(**before) for before in checkpoint[KEY].get("before", [])]
     log_setup(loggers, plain(cfg), parts, fits)
-    for this in fits:
-        done.append(fit(this, parts, done) if cfg.train else tested(this))
-    task, trainer, best = fits[-1].task, fits[-1].trainer, done[-1].best
-    metrics = dict(trainer.callback_metrics)
-    if cfg.test:
-        tested_file = best or (None if cfg.train else cfg.ckpt_path)
-        trainer.test(task, datamodule=parts.data, ckpt_path=tested_file, weights_only=True, verbose=False)
-        metrics |= trainer.callback_metrics
-    shipped = metrics
-    if cfg.test and cfg.export and getattr(parts.network, "channel", None) is not None:
+    for planned in fits:
+        fitted.append(fit(planned, parts, fitted) if cfg.train else only_tested(planned))
+    outcome = perfect = tested(cfg, fits[-1], parts, fitted[-1].best)
+    if cfg.test and cfg.export and any(each.channel is not None for each in parts.network.bottlenecks.values()):
         # A bundle is measured through its bytes, which its runtime delivers whole; the loggers keep the link's numbers.
-        parts.network.set_channel(None)  # type: ignore[operator]
-        trainer.loggers = []
-        trainer.test(task, datamodule=parts.data, ckpt_path=tested_file, weights_only=True, verbose=False)
-        trainer.loggers = loggers
-        shipped = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
-    if trainer.is_global_zero:
-        finish(fits[-1].stage.config, parts, done, metrics, shipped, trainer)
-    return {name: float(value) for name, value in metrics.items()}
+        parts.network.set_channel(None)
+        fits[-1].trainer.loggers = []
+        perfect = tested(cfg, fits[-1], parts, fitted[-1].best)
+        fits[-1].trainer.loggers = loggers
+    if fits[-1].trainer.is_global_zero:
+        finish(fits[-1].step.config, parts, fitted, outcome, perfect, fits[-1].trainer)
+    return {name: float(value) for name, value in outcome.metrics.items()}
+
+
+def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None) -> Outcome:
+    """Test the best weights, if the config says so, and return what was measured by now."""
+    metrics = dict(planned.trainer.callback_metrics)
+    if not cfg.test:
+        return Outcome(metrics, None)
+    file = best or (None if cfg.train else cfg.ckpt_path)
+    planned.trainer.test(planned.task, datamodule=parts.data, ckpt_path=file, weights_only=True, verbose=False)
+    return Outcome(metrics | planned.trainer.callback_metrics, planned.task.measured())
 
 
 def log_setup(loggers: list[Any], resolved: dict[str, Any], parts: Assembly, fits: list[Fit]) -> None:
-    """Give every logger the resolved config, what each part of the network costs, and what each stage trains."""
+    """Give every logger the resolved config, what each part of the network costs, and what each step trains."""
     trainable: dict[str | None, int] = {}
-    for this in fits:
-        this.task.freeze_parts()
-        trainable[this.stage.name] = sum(p.numel() for p in parts.network.parameters() if p.requires_grad)
+    for planned in fits:
+        planned.task.freeze_parts()
+        trainable[planned.step.name] = sum(p.numel() for p in parts.network.parameters() if p.requires_grad)
     fits[0].task.freeze_parts()  # the last one has left its own parts frozen
-    cost = {**profile(parts.network, parts.data.input.shape), "trainable_params": trainable.get(None, trainable)}
+    cost: dict[str, Any] = {key(each): {"macs": each.macs, "params": each.params} for each in parts.network.costs()}
+    cost["trainable_params"] = trainable.get(None, trainable)
     for logger in loggers:
         logger.log_hyperparams({**resolved, "cost": cost})
+
+
+def key(cost: Cost) -> str:
+    """Name a part of the network among what loggers keep."""
+    return f"{cost.kind}/{cost.name}"
 
 
 def refuse_subprocess_sweep(cfg: DictConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -54,6 +55,15 @@ class Channel(nn.Module, abc.ABC):
     def active(self) -> bool:
         """Whether the channel does anything in the present mode."""
         return self.when == "always" or self.when == ("train" if self.training else "eval")
+
+    @property
+    def at_evaluation(self) -> bool:
+        """Whether the channel does anything in eval mode."""
+        return self.when in ("eval", "always")
+
+    def in_words(self) -> str:
+        """Return what the channel does for a person: ``packet loss 0.3``."""
+        return re.sub(r"(?<!^)(?=[A-Z])", " ", type(self).__name__).lower()
 
     def forward(self, z: Tensor, quantizer: Quantizer | None = None) -> Tensor:
         """Return what arrives of ``z``, which ``quantizer`` made, or nothing where it is sent as float32."""
@@ -141,6 +151,10 @@ class PacketLoss(Channel):
                 f"use at least {-(-_bits(quantizer) // 8)}"
             )
 
+    def in_words(self) -> str:
+        """Return the channel and its rate for a person."""
+        return f"{super().in_words()} {_span_words(self.rate)}"
+
     def transmit(self, z: Tensor, quantizer: Quantizer | None) -> Tensor:
         """Return ``z`` with lost packets at 0 and the rest rescaled."""
         count, elements = math.prod(z.shape[1:]), self._elements(quantizer)
@@ -196,6 +210,10 @@ class GaussianNoise(Channel):
         super().__init__(when)
         self.snr_db = _span("snr_db", snr_db, -math.inf, math.inf)
 
+    def in_words(self) -> str:
+        """Return the channel and its ratio for a person."""
+        return f"{super().in_words()} {_span_words(self.snr_db)} dB"
+
     def transmit(self, z: Tensor, quantizer: Quantizer | None) -> Tensor:
         """Return ``z`` with noise."""
         wide = z if z.dtype == torch.float64 else z.float()
@@ -244,6 +262,10 @@ class BitErrors(Channel):
                 "learned prior whole numbers; choose bits from 2 to 16, or another channel"
             )
 
+    def in_words(self) -> str:
+        """Return the channel and its rate for a person."""
+        return f"{super().in_words()} {_span_words(self.rate)}"
+
     def transmit(self, z: Tensor, quantizer: Quantizer | None) -> Tensor:
         """Return what the flipped codes decode to."""
         quantizer = cast(UniformQuantizer, quantizer)
@@ -280,6 +302,10 @@ def _span(
             f"{name} must lie in [{least:g}, {most:g}{')' if open_end else ']'}, low before high, got {value!r}"
         )
     return low, high
+
+
+def _span_words(span: tuple[float, float]) -> str:
+    return f"{span[0]:g}" if span[0] == span[1] else f"{span[0]:g} to {span[1]:g}"
 
 
 def _draw(span: tuple[float, float], z: Tensor) -> Tensor | float:

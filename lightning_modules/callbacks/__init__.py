@@ -6,7 +6,7 @@ from cleave.lightning_modules.callbacks.last import LastCheckpoint
 from cleave.lightning_modules.callbacks.metadata import CheckpointMetadata
 from cleave.lightning_modules.callbacks.progress import ProgressBar
 from cleave.lightning_modules.callbacks.record import FitRecord
-from cleave.lightning_modules.callbacks.stage import StageMarker
+from cleave.lightning_modules.callbacks.step import StepMarker
 from cleave.lightning_modules.callbacks.tracking import WandbTracking
 
 __all__ = [
@@ -16,6 +16,6 @@ __all__ = [
     "FitRecord",
     "LastCheckpoint",
     "ProgressBar",
-    "StageMarker",
+    "StepMarker",
     "WandbTracking",
 ]

@@ -30,7 +30,7 @@ class CheckpointMetadata(Callback):
         image_input: How an image becomes the network's input.
 
     Attributes:
-        before: What each earlier stage of a recipe came to, as plain containers.
+        before: What each earlier step of a recipe came to, as plain containers.
     """
 
     def __init__(self, config: Mapping[str, Any], class_names: Sequence[str], image_input: ImageInput) -> None:

@@ -27,7 +27,7 @@ class FitRecord(Timer):
 
     @property
     def steps(self) -> int:
-        """Steps that the loggers have seen, those of the stages before included."""
+        """Steps that the loggers have seen, those of the recipe's steps before included."""
         return int(self._values[1])
 
     @property

@@ -57,17 +57,17 @@ class WandbTracking(Callback):
 
     Args:
         predictions: Rows of the prediction table, images at even distances through the test set; 0 for none.
-        stage: Name of the recipe's stage, an alias of its checkpoint: ``checkpoint-ID:head``.
+        step: Name of the recipe's step, an alias of its checkpoint: ``checkpoint-ID:head``.
 
     Raises:
         ValueError: ``predictions`` is negative.
     """
 
-    def __init__(self, predictions: int = 32, stage: str | None = None) -> None:
+    def __init__(self, predictions: int = 32, step: str | None = None) -> None:
         if predictions < 0:
             raise ValueError(f"predictions must be 0 or a number of rows, got {predictions}")
         self.predictions = predictions
-        self.aliases = ("latest", "best") if stage is None else ("latest", "best", stage)
+        self.aliases = ("latest", "best") if step is None else ("latest", "best", step)
 
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cleave.architectures import MultiExitNetwork
+from cleave.architectures import StagedNetwork
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import ExitPolicy
 from cleave.planning.stored_logits import check_costs
@@ -42,24 +42,25 @@ class Costs(NamedTuple):
     exits: list[float]
     last: float
 
-    def of(self, network: MultiExitNetwork, policy: ExitPolicy) -> list[float]:
+    def of(self, network: StagedNetwork, policy: ExitPolicy) -> list[float]:
         """Return the cumulative cost of leaving at each exit by a policy."""
         return list(network.exit_costs(policy)) if self.unit == "macs" else self.exits
 
 
 @torch.no_grad()
-def stored_logits(network: MultiExitNetwork, data: ImageDataModule, split: str, device: torch.device) -> Stored:
+def stored_logits(network: StagedNetwork, data: ImageDataModule, split: str, device: torch.device) -> Stored:
     """Run every image of a split through the whole network once."""
     data.prepare_data()
     found, labels = [], []
-    for images, classes in data.eval_dataloader(split):
-        logits = network.classify(network.reduced(data.input.normalize(images.to(device))))
-        found.append(torch.stack([own.float().cpu() for own in logits]))
-        labels.append(classes.long())
+    names = network.group("exits")
+    for batch in data.eval_dataloader(split):
+        logits = network.outputs(data.input.normalize(batch["images"].to(device)), names)
+        found.append(torch.stack([logits[name].float().cpu() for name in names]))
+        labels.append(batch["labels"].long())
     return Stored(torch.cat(found, dim=1), torch.cat(labels))
 
 
-def exit_costs(kind: str | Sequence[float], network: MultiExitNetwork, batches: Sequence[Tensor], count: int) -> Costs:
+def exit_costs(kind: str | Sequence[float], network: StagedNetwork, batches: Sequence[Tensor], count: int) -> Costs:
     """Return the costs that a report is in: ``macs``, ``seconds``, or a list of one's own.
 
     Args:
@@ -72,8 +73,7 @@ def exit_costs(kind: str | Sequence[float], network: MultiExitNetwork, batches: 
         ValueError: There is not a number for each exit, or they do not rise.
     """
     if kind == "macs":
-        parts = {part: cost["macs"] for part, cost in network.profile().items()}
-        unexited = sum(macs for part, macs in parts.items() if not part.startswith("exit at "))
+        unexited = sum(cost.macs for cost in network.costs() if cost.kind != "exit")
         return Costs("macs", network.backbone_macs, list(network.exit_costs()), unexited)
     if kind == "seconds":
         exits, backbone = exit_seconds(network, batches, count)
@@ -82,6 +82,6 @@ def exit_costs(kind: str | Sequence[float], network: MultiExitNetwork, batches: 
                 f"the measured seconds do not rise from exit to exit: {', '.join(f'{s:.3g}' for s in exits)}; measure "
                 "longer by timing.batches, in larger batches by timing.batch_size, or take costs=macs"
             )
-        return Costs("seconds", backbone, exits, backbone if network.bottleneck is None else exits[-1])
-    given = check_costs(kind, len(network.exit_names)).tolist()  # type: ignore[arg-type]
+        return Costs("seconds", backbone, exits, backbone if not network.bottlenecks else exits[-1])
+    given = check_costs(kind, len(network.exits)).tolist()  # type: ignore[arg-type]
     return Costs("given", given[-1], given, given[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cleave.architectures import MultiExitNetwork
+from cleave.architectures import StagedNetwork
 from cleave.deployment import build_policy
 from cleave.planning import Placement, calibrate_budget, cost_curve, exit_bits, measure, place_exits
 from cleave.reports.exits.points import Study
@@ -39,7 +39,7 @@ def place(study: Study, settings: Mapping[str, Any]) -> dict[str, Any]:
     found = calibrate_budget(policy, study.val.logits[kept], study.val.labels, costs, budget, shared=True)
     tested = measure(found.policy, study.test.logits[kept], study.test.labels, costs)
     return {
-        "exits": [network.exit_names[i] for i in placement.exits],
+        "exits": [network.exits[i] for i in placement.exits],
         "budget": settings["budget"],
         "thresholds": list(found.policy.thresholds),
         "val_accuracy": found.accuracy,
@@ -66,15 +66,15 @@ def _best(study: Study, stages: list[int], heads: list[int], count: int, budget:
     return max(found, key=lambda placement: (placement.accuracy, -placement.cost))
 
 
-def stage_and_head_macs(network: MultiExitNetwork) -> tuple[list[int], list[int]]:
+def stage_and_head_macs(network: StagedNetwork) -> tuple[list[int], list[int]]:
     """Return the MACs from exit to exit, what is sent between them included, and those of each exit's own head."""
     stages, heads = [0], []
-    for part, cost in network.profile().items():
-        if part.startswith("exit at "):
-            heads.append(cost["macs"])
+    for cost in network.costs():
+        if cost.kind == "exit":
+            heads.append(cost.macs)
             stages.append(0)
         else:
-            stages[-1] += cost["macs"]
+            stages[-1] += cost.macs
     return stages, heads
 
 

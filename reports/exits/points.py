@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cleave.architectures import MultiExitNetwork
+from cleave.architectures import StagedNetwork
 from cleave.deployment import ExitPolicy
 from cleave.lightning_modules.exits import network_policy
 from cleave.planning import (
@@ -41,7 +41,7 @@ class Study:
         temperatures: One for each exit, or ``None``.
     """
 
-    network: MultiExitNetwork
+    network: StagedNetwork
     costs: Costs
     val: Stored
     test: Stored
@@ -152,7 +152,7 @@ def exit_figures(study: Study) -> list[dict[str, Any]]:
     macs = network.exit_costs()
     scaled = logits / logits.new_tensor(temperatures).view(-1, 1, 1)
     columns = {
-        "name": network.exit_names,
+        "name": network.exits,
         "macs": macs,
         "macs_share": [cost / network.backbone_macs for cost in macs],
         "cost": [cost / study.costs.backbone for cost in study.costs.exits],

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cleave.architectures import MultiExitNetwork
+from cleave.architectures import StagedNetwork
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import Exited, ExitPolicy, build_policy, expected_cost
 
 
 def timed_batches(data: ImageDataModule, size: int, count: int, device: torch.device) -> list[Tensor]:
     """Return test images, normalised and on the device, in up to ``count`` batches: full ones, if there is one."""
-    images, _ = data.sample_images("test", size * count)
+    images = data.sample_batch("test", size * count)["images"]
     batches = list(data.input.normalize(images.to(device)).split(size))
     return [batch for batch in batches if len(batch) == size] or batches
 
 
-def exit_seconds(network: MultiExitNetwork, batches: Sequence[Tensor], count: int) -> tuple[list[float], float]:
+def exit_seconds(network: StagedNetwork, batches: Sequence[Tensor], count: int) -> tuple[list[float], float]:
     """Return the median seconds per image of leaving at each exit, and those of the backbone alone."""
-    last = len(network.exit_names) - 1
+    last = len(network.exits) - 1
     forced = [forced_exit(exit, last + 1) for exit in range(last + 1)]
     calls = [lambda images, policy=policy: network.run(images, policy) for policy in forced]
     rows = _interleaved([*calls, lambda images: backbone_alone(network, images)], batches, count)
@@ -38,15 +38,17 @@ def forced_exit(exit: int, exits: int) -> ExitPolicy:
     return build_policy("confidence", None, exits=exits, latest=exit)
 
 
-def backbone_alone(network: MultiExitNetwork, images: Tensor) -> Tensor:
-    """Run the backbone as if it had neither exits nor bottleneck."""
+def backbone_alone(network: StagedNetwork, images: Tensor) -> Tensor:
+    """Run the backbone as if it had neither exits nor bottleneck; without its head, the network as it is."""
+    if network.replaced:
+        return network(images)
     for stage in network.stages:
         images = stage(images)
     return images
 
 
 def wall_clock(
-    network: MultiExitNetwork, policy: ExitPolicy, batches: Sequence[Tensor], count: int
+    network: StagedNetwork, policy: ExitPolicy, batches: Sequence[Tensor], count: int
 ) -> dict[str, Any] | None:
     """Run the network with a policy and the backbone alone in turns; return seconds and MACs of both, and their ratios.
 

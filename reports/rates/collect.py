@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from cleave.deployment import read_manifest
 from cleave.deployment.bundle.manifest import MANIFEST
 from cleave.reports.csv_file import read_csv
-from cleave.reports.rates.measured import in_words, measured_points
 from cleave.reports.rates.results import RESULTS, Point, check_accuracy, read_results
 
 KNOWN = f"run folders with a {RESULTS}, bundles, {RESULTS} files, or the rate_accuracy.csv of a report"
@@ -59,27 +57,21 @@ def read(file: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def bundle_values(file: Path) -> list[dict[str, Any]]:
-    """Return what a bundle's manifest says was tested, for every width, and what its first partition costs.
+    """Return what a bundle's manifest says was tested, for every width, as points that the export wrote.
 
     An unsplit network has an accuracy alone.
 
     Raises:
-        ValueError: The manifest is damaged, or its config is not one of train.py.
+        ValueError: The manifest is damaged, or holds something else for points.
     """
     manifest = read_manifest(file.parent)
-    device, config = manifest.partition(manifest.route[0]), manifest.config
-    cost = {"encoder": {"macs": device.macs or 0, "params": device.params}}
-    try:
-        # The config is that of a recipe's last stage, which knows the others by their names.
-        stages = config.get("stages")
-        method = " → ".join(stages.values()) if stages else in_words(config["method"]["_target_"])
-        known = {"epochs": None, "seconds": None, "checkpoint": None}
-        points = measured_points(config, method, manifest.metrics, cost, **known)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: metrics and config do not say what was measured: {error}") from error
-    if not points:
-        return [{"method": method, "accuracy": manifest.metrics.get("test/acc")}]
-    return [{**dataclasses.asdict(point), "encoder_macs": device.macs} for point in points]
+    points = manifest.metrics.get("points")
+    if points is not None and not (isinstance(points, list) and all(isinstance(point, dict) for point in points)):
+        raise ValueError(f"{file}: metrics.points must be a list of points; export the checkpoint again")
+    if points:
+        return points
+    accuracy = manifest.metrics.get("test/acc")
+    return [{"method": manifest.metrics.get("method") or "unsplit network", "accuracy": accuracy}]
 
 
 def reference_accuracy(source: str | float) -> float:

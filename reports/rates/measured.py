@@ -1,93 +1,108 @@
-"""What a run of train.py measured, as points of bytes and accuracy."""
+"""What a run measured, as points of bytes and accuracy."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import dataclasses
+import math
 from typing import Any
 
+from cleave.architectures import StagedNetwork
+from cleave.lightning_modules import Measured
 from cleave.reports.rates.results import Point
 
 
-def measured_points(
-    cfg: Mapping[str, Any],
-    method: str,
-    metrics: Mapping[str, Any],
-    cost: Mapping[str, Mapping[str, int]],
-    *,
-    epochs: int | None,
-    seconds: float | None,
-    checkpoint: str | None,
-    image_bytes: int | None = None,
-) -> list[Point]:
-    """Return one point for each width of a split network; none where nothing was tested.
-
-    An unsplit network is the baseline that whole images are sent to. One with exits is left to the exits' report.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a point says of the run that it is of.
 
     Args:
-        cfg: The run's config.
         method: The method in words.
-        metrics: What was measured on the test images.
-        cost: MACs and parameters of each part.
-        epochs: Epochs trained, over all stages.
+        words: What tells the network from others that are split alike, for the label.
+        beta: Weight of a rate in the objective, if there is one.
+        epochs: Epochs trained, over all steps.
         seconds: Wall-clock seconds of training, validation included.
+        seed: Seed of the run.
+        backbone: Name of the backbone.
         checkpoint: The checkpoint that was tested.
-        image_bytes: Bytes of the uint8 input, which an unsplit network needs; ``None`` leaves that one out.
     """
-    known: dict[str, Any] = {
-        "epochs": epochs,
-        "train_seconds": seconds,
-        "seed": cfg["seed"],
-        "backbone": cfg["backbone"].get("name"),
-        "checkpoint": checkpoint,
-    }
-    if "test/acc_exits" in metrics:
+
+    method: str
+    words: tuple[str, ...] = ()
+    beta: float | None = None
+    epochs: int | None = None
+    seconds: float | None = None
+    seed: int | None = None
+    backbone: str | None = None
+    checkpoint: str | None = None
+
+
+def measured_points(run: Run, measured: Measured | None, network: StagedNetwork) -> list[Point]:
+    """Return one point for each width of a network that is split; none where nothing was tested.
+
+    An unsplit network is the baseline that whole images are sent to. Exits around a split are tested under their
+    policy: a point holds the mean bytes over all images, those that leave on the device included.
+
+    Args:
+        run: Which run it was.
+        measured: What its test came to.
+        network: The network, for what its encoder costs and how large its input is.
+    """
+    if measured is None or measured.accuracy is None:
         return []
-    if "test/payload_bytes" not in metrics:
-        if image_bytes is None or "test/acc" not in metrics:
-            return []
-        sent: dict[str, Any] = {
-            "accuracy": float(metrics["test/acc"]),
-            "payload_bytes": float(image_bytes),
-            "encoder_macs": 0,
-        }
-        return [Point(method, "raw uint8 input", **sent, encoder_params=0, kind="baseline", **known)]
-    device = [cost[part] for part in ("head", "encoder") if part in cost]
-    widths = sorted({int(key.split("/")[1].removeprefix("bits")) for key in metrics if key.startswith("test/bits")})
-    keys = [(f"test/bits{bits}/", bits) for bits in widths]
-    if (tested := cfg["codec"].get("bits")) not in widths:
-        keys.append(("test/", tested))
+    known: dict[str, Any] = {
+        "epochs": run.epochs,
+        "train_seconds": run.seconds,
+        "seed": run.seed,
+        "backbone": run.backbone,
+        "checkpoint": run.checkpoint,
+    }
+    if not network.bottlenecks:
+        return [] if network.exits else [_baseline(run, measured, network, known)]
+    first = network.cuts.index(next(iter(network.bottlenecks)))
+    device = set(network.cuts[: first + 1])
+    costs = [cost for cost in network.costs() if cost.name in device and cost.kind != "decoder"]
+    parts = {"encoder_macs": sum(cost.macs for cost in costs), "encoder_params": sum(cost.params for cost in costs)}
     found = []
-    for prefix, bits in keys:
-        zstd = metrics.get(f"{prefix}payload_zstd_bytes")
+    for width in measured.widths:
+        policy = measured.policy if len(measured.widths) == 1 else None
+        accuracy, sent = width.accuracy, width.payload_bytes
+        if policy is not None and policy.payload_bytes is not None:
+            accuracy, sent = policy.accuracy, policy.payload_bytes
+        if accuracy is None or not sent:
+            continue
         found.append(
             Point(
-                method=method,
-                label=_label(cfg, bits),
-                accuracy=float(metrics[f"{prefix}acc"]),
-                payload_bytes=float(metrics[f"{prefix}payload_bytes"]),
-                payload_zstd_bytes=None if zstd is None else float(zstd),
-                encoder_macs=sum(part["macs"] for part in device),
-                encoder_params=sum(part["params"] for part in device),
-                bits=bits,
+                method=run.method,
+                label=_label(run, network, width.bits),
+                accuracy=accuracy,
+                payload_bytes=sent,
+                payload_zstd_bytes=None if policy is not None else width.payload_zstd_bytes,
+                bits=width.bits,
+                **parts,
                 **known,
             )
         )
     return found
 
 
-def in_words(target: str) -> str:
-    """Return the name of a class in words."""
-    return re.sub(r"(?<!^)(?=[A-Z])", " ", str(target).rpartition(".")[2]).capitalize()
+def _baseline(run: Run, measured: Measured, network: StagedNetwork, known: dict[str, Any]) -> Point:
+    assert measured.accuracy is not None
+    return Point(
+        run.method,
+        "raw uint8 input",
+        accuracy=measured.accuracy,
+        payload_bytes=float(math.prod(network.input_shape)),
+        encoder_macs=0,
+        encoder_params=0,
+        kind="baseline",
+        **known,
+    )
 
 
-def _label(cfg: Mapping[str, Any], bits: int | None) -> str:
-    channels = (cfg.get("bottleneck") or {}).get("channels")
-    words = [
-        cfg["split"]["at"],
-        f"{channels} channels" if channels else "no bottleneck",
-        f"{bits} bits" if bits else "prior",
-    ]
-    if (beta := cfg.get("beta") or cfg["method"].get("beta")) is not None:
-        words.append(f"β {beta:g}")
+def _label(run: Run, network: StagedNetwork, bits: int | None) -> str:
+    words = [" and ".join(network.bottlenecks), *run.words, f"{bits} bits" if bits else "prior"]
+    if network.exits:
+        words.append(f"exits at {', '.join(network.exits[:-1])}")
+    if run.beta is not None:
+        words.append(f"β {run.beta:g}")
     return ", ".join(words)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from cleave.architectures import Backbone
+from cleave.architectures import Backbone, StagedNetwork, staged_network
 from cleave.datamodules import ImageDataModule
-from cleave.deployment import ImageInput
-from cleave.lightning_modules import Task, Teacher
-from cleave.scripts.assembly.networks import build_network
-from cleave.scripts.assembly.restoring import load_strictly, restore
+from cleave.deployment import ExitPolicy, ImageInput
+from cleave.lightning_modules import Frozen, Task, Training
+from cleave.lightning_modules.evaluators import default_evaluators
+from cleave.reports.terminal import console
+from cleave.scripts.assembly.networks import build_network, keyed, plain_value, sample_of
+from cleave.scripts.assembly.restoring import Restored, restore
+from cleave.scripts.assembly.taking_over import check_taken, take_over
 from cleave.scripts.assembly.terminal import CONF
+
+TEACHER = "teacher"
 
 
 def compose_config(name: str, overrides: Sequence[str], output_dir: Path) -> DictConfig:
@@ -38,35 +43,40 @@ class Assembly(NamedTuple):
     Attributes:
         data: The images.
         network: What is trained.
-        teaching: Further arguments of every task: the ``teacher`` of a split network, or nothing.
+        others: Frozen networks beside it by name: the ``teacher``, if there is one that could teach.
+        from_scratch: Whether the backbone has random weights.
     """
 
     data: ImageDataModule
-    network: nn.Module
-    teaching: dict[str, Any]
+    network: StagedNetwork
+    others: dict[str, Frozen]
+    from_scratch: bool
 
 
-def assemble(cfg: DictConfig) -> Assembly:
-    """Build data → backbone → teacher → network from a composed config.
+def assemble(cfg: DictConfig, methods: Sequence[DictConfig]) -> Assembly:
+    """Build data → base → network → teacher from a composed config.
+
+    Args:
+        cfg: The run's config.
+        methods: The ``method`` of each step, whose terms name layers.
 
     Raises:
         ValueError: The parts do not fit each other; the message says which and how to mend it.
     """
     data = instantiate(cfg.data)
-    if "teacher" not in cfg or ("exits" in cfg and cfg.teacher.ckpt_path is None):
-        backbone = instantiate(cfg.backbone, num_classes=data.num_classes)
-        data.configure_input(_with_native_statistics(backbone, data))
-        teaching = {"teacher": _external_teacher(cfg, data, None)} if "exits" in cfg else {}
-        return Assembly(data, build_network(cfg, backbone.network, data.input), teaching)
-    backbone, teacher, image_input = _student_and_teacher(cfg, data)
-    data.configure_input(image_input)
-    if data.input != image_input:
-        raise ValueError(
-            f"the teacher was trained on the input {image_input}, but the data overrides make it {data.input}; "
-            "leave data.image_size, mean, std and interpolation as the teacher had them"
-        )
-    teaching = {"teacher": _external_teacher(cfg, data, teacher) if "exits" in cfg else teacher}
-    return Assembly(data, build_network(cfg, backbone, image_input), teaching)
+    taught = layers_of(methods, cfg, TEACHER)
+    base = _restored_base(cfg, data, taught)
+    backbone: Backbone = instantiate(_untrained(cfg) if base else cfg.backbone, num_classes=data.num_classes)
+    _configure_input(data, base, backbone)
+    # Before the network is cut from the backbone, of which the teacher is a copy.
+    pretrained = None if base or backbone.pretrained is None else copy.deepcopy(backbone.network)
+    taken = take_over(backbone.network, base.network.state_dict()) if base else set()
+    network = build_network(cfg, backbone.network, data.input, layers_of(methods, cfg))
+    if base:
+        check_taken(network, base.network.state_dict(), taken, str(cfg.base.ckpt_path), console)
+    teacher = _teacher(cfg, data, base, pretrained, taught)
+    others = {} if teacher is None else {TEACHER: teacher}
+    return Assembly(data, network, others, base is None and backbone.pretrained is None)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -79,67 +89,101 @@ def instantiate_each(group: DictConfig | None) -> list[Any]:
     return [instantiate(entry) for entry in (group or {}).values() if entry is not None]
 
 
-def build_task(cfg: DictConfig, network: nn.Module, class_names: list[str], **kwargs: Any) -> Task:
-    """Build the task of ``cfg.method`` around a network."""
+def build_task(
+    cfg: DictConfig,
+    network: StagedNetwork,
+    class_names: list[str],
+    others: Mapping[str, Frozen] | None = None,
+    policy: ExitPolicy | None = None,
+) -> Task:
+    """Build the task of ``cfg.method`` around a network, trained as ``cfg.training`` says.
+
+    Args:
+        cfg: A run's config.
+        network: The network.
+        class_names: Names of the classes in the order of the logits.
+        others: Frozen networks beside it by name.
+        policy: An exit policy to test with; ``None`` takes that of the config.
+    """
     build = instantiate(cfg.method, _partial_=True, _convert_="all")
-    return build(network=network, class_names=class_names, **kwargs)
+    with keyed("training", cfg.training):
+        training: Training = instantiate(cfg.training, _convert_="all")
+    decides = plain_value(cfg.exits.policy) if policy is None and network.exits else policy
+    with keyed("method", cfg.method):
+        return build(
+            network=network,
+            others=dict(others or {}),
+            evaluators=default_evaluators(network, class_names, decides),
+            training=training,
+            feature_cache=plain(cfg.feature_cache),
+        )
 
 
-def _student_and_teacher(cfg: DictConfig, data: ImageDataModule) -> tuple[nn.Module, Teacher, ImageInput]:
-    """Return the student's backbone with the teacher's weights, the teacher, and the input both take."""
-    if cfg.teacher.ckpt_path is None:
-        backbone: Backbone = instantiate(cfg.backbone, num_classes=data.num_classes)
-        if not backbone.pretrained:
-            raise ValueError(
-                "without teacher.ckpt_path the pretrained backbone is the teacher, but it has random weights; "
-                "give teacher.ckpt_path=FILE, backbone.weights=FILE or backbone.pretrained=true"
-            )
-        if backbone.reinitialised:
-            raise ValueError(
-                f"without teacher.ckpt_path the pretrained backbone is the teacher, but its classifier "
-                f"({', '.join(backbone.reinitialised)}) was made for other classes and is random now; train it first "
-                "with method=classification and give teacher.ckpt_path=FILE"
-            )
-        return backbone.network, Teacher(copy.deepcopy(backbone.network)), backbone.input
+def layers_of(methods: Sequence[DictConfig], cfg: DictConfig, owner: str = "student") -> list[str]:
+    """Return the layers that the terms of all steps read of a network, before there is one."""
+    split = plain_value(cfg.split.at)
+    splits = [] if split is None else [split] if isinstance(split, str) else split
+    found = (get_class(method._target_).layers(splits, plain(method), owner) for method in methods)  # type: ignore[attr-defined]
+    return list(dict.fromkeys(layer for layers in found for layer in layers))
+
+
+def _restored_base(cfg: DictConfig, data: ImageDataModule, cuts: Sequence[str]) -> Restored | None:
+    """Return the network that training starts from, if a checkpoint says it."""
+    path = cfg.base.ckpt_path
+    if path is None:
+        return None
     for key in ("weights", "pretrained"):
         if cfg.backbone.get(key):
             raise ValueError(
-                f"backbone.{key}={cfg.backbone[key]} has no meaning beside teacher.ckpt_path: the student starts from "
-                "the teacher's weights; leave one of the two out"
+                f"backbone.{key}={cfg.backbone[key]} has no meaning beside base.ckpt_path: training starts from the "
+                "base's weights; leave one of the two out"
             )
-    restored = restore(cfg.teacher.ckpt_path, trusted=cfg.teacher.trust_checkpoint)
+    restored = restore(path, trusted=cfg.base.trust_checkpoint, cuts=cuts)
     if restored.class_names != data.class_names:
-        raise ValueError(
-            f"the teacher {cfg.teacher.ckpt_path} knows the classes {restored.class_names}, "
-            f"the data has {data.class_names}"
-        )
-    untrained = OmegaConf.merge(cfg.backbone, {"pretrained": False, "weights": None})
-    student = instantiate(untrained, num_classes=data.num_classes).network
-    load_strictly(student, restored.network.state_dict(), f"the teacher {cfg.teacher.ckpt_path}")
-    return student, Teacher(restored.network, str(cfg.teacher.ckpt_path), restored.sha256), restored.image_input
+        raise ValueError(f"the base {path} knows the classes {restored.class_names}, the data has {data.class_names}")
+    return restored
 
 
-def _external_teacher(cfg: DictConfig, data: ImageDataModule, own: Teacher | None) -> Teacher | None:
-    """Return the teacher that ``distil_from`` names, of any architecture, or else the network that gets exits."""
-    if cfg.distil_from.ckpt_path is None:
-        return own
-    methods = [cfg.method, *(stage.get("method", {}) for stage in (cfg.get("stages") or {}).values())]
-    if not any(method.get("objective", {}).get("source") == "teacher" for method in methods):
+def _untrained(cfg: DictConfig) -> Any:
+    return OmegaConf.merge(cfg.backbone, {"pretrained": False, "weights": None})
+
+
+def _configure_input(data: ImageDataModule, base: Restored | None, backbone: Backbone) -> None:
+    """Tell the data what input the network takes."""
+    data.configure_input(base.image_input if base else _with_native_statistics(backbone, data))
+    if base and data.input != base.image_input:
         raise ValueError(
-            f"distil_from.ckpt_path={cfg.distil_from.ckpt_path} would be ignored: nothing learns from that teacher; "
-            "set method=exits_distilled method.objective.source=teacher, or leave it out"
+            f"the base was trained on the input {base.image_input}, but the data overrides make it {data.input}; "
+            "leave data.image_size, mean, std and interpolation as the base had them"
         )
-    restored = restore(cfg.distil_from.ckpt_path, trusted=cfg.distil_from.trust_checkpoint)
+
+
+def _teacher(
+    cfg: DictConfig, data: ImageDataModule, base: Restored | None, pretrained: nn.Module | None, cuts: Sequence[str]
+) -> Frozen | None:
+    """Return the network that can teach: that of ``teacher.ckpt_path``, or else the base, or the pretrained backbone."""
+    if cfg.teacher.ckpt_path is not None:
+        return _other_teacher(cfg, data, cuts)
+    if base is not None:
+        return Frozen(base.network, str(cfg.base.ckpt_path), base.sha256)
+    if pretrained is None:
+        return None
+    return Frozen(staged_network(pretrained, sample_of(data.input), cuts=cuts))
+
+
+def _other_teacher(cfg: DictConfig, data: ImageDataModule, cuts: Sequence[str]) -> Frozen:
+    path = cfg.teacher.ckpt_path
+    restored = restore(path, trusted=cfg.teacher.trust_checkpoint, cuts=cuts)
     for what, theirs, ours in (
         ("classes", restored.class_names, data.class_names),
         ("input", restored.image_input, data.input),
     ):
         if theirs != ours:
             raise ValueError(
-                f"the teacher {cfg.distil_from.ckpt_path} was trained on the {what} {theirs}, the exits are on {ours}; "
-                "take a teacher of the same images"
+                f"the teacher {path} was trained on the {what} {theirs}, its student is on {ours}; take a teacher of "
+                "the same images"
             )
-    return Teacher(restored.network, str(cfg.distil_from.ckpt_path), restored.sha256)
+    return Frozen(restored.network, str(path), restored.sha256)
 
 
 def _with_native_statistics(backbone: Backbone, data: ImageDataModule) -> ImageInput:

@@ -1,33 +1,90 @@
-"""From a trained network to a bundle on disk, at the width it was trained with or at another."""
+"""The way from a trained network to a bundle on disk, at the width it was trained with or at another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
-from cleave.architectures import MultiExitNetwork, SplitNetwork, recalibrate_batchnorm
+from cleave.architectures import StagedNetwork, recalibrate_batchnorm
 from cleave.architectures.inserts.calibration import METHODS
 from cleave.architectures.naming import did_you_mean
+from cleave.architectures.partitions import network_partitions
 from cleave.datamodules import Digits, ImageDataModule
 from cleave.datamodules.sources import FileSource
-from cleave.deployment import Bundle, export_bundle
+from cleave.deployment import Bundle, ExitPolicy, OutputSpec, check_parts, export_bundle, read_policy
+from cleave.lightning_modules import Measured, network_policy
+from cleave.reports.rates.results import Point
 from cleave.reports.terminal import console, table
-from cleave.scripts.assembly.exit_bundling import Exits, all_edges, exit_partitions, exits_table
+from cleave.scripts.assembly.building import plain
 from cleave.scripts.assembly.restoring import Restored
 
 
+class Exits(NamedTuple):
+    """How a network is exported.
+
+    Attributes:
+        policy: Who decides at its exits; ``None``: all samples go on to the end.
+        placements: Where each partition runs; ``None``: as its bottlenecks say.
+    """
+
+    policy: ExitPolicy | None = None
+    placements: Sequence[str] | None = None
+
+
+def chosen_exits(network: StagedNetwork, data: ImageDataModule, config: DictConfig, options: Any = None) -> Exits:
+    """Return what the options of ``conf/export.yaml`` and the config a network was trained with say of its exits.
+
+    What cannot be exported is refused here, before any time is spent on training or testing.
+
+    Args:
+        network: The network.
+        data: Its images.
+        config: What it was trained with, which holds a policy of its own.
+        options: ``policy_file`` and ``placements``; null takes the network's own.
+
+    Raises:
+        ValueError: A policy is given for a network without exits, or policy or placements do not fit it.
+    """
+    given = {} if options is None else {key: value for key, value in plain(options).items() if value is not None}
+    policy: ExitPolicy | None = None
+    if "policy_file" in given and not network.exits:
+        raise ValueError(
+            f"exits.policy_file={given['policy_file']} has no meaning here: the checkpoint's network has no exits"
+        )
+    if "policy_file" in given:
+        policy = read_policy(Path(given["policy_file"]))
+    elif network.exits:
+        own = config.exits.policy
+        # Without a policy none leaves early, but the last exit of an ensemble answers as the network does.
+        settings = plain(own) if own is not None else {"kind": "ensemble"} if network.ensemble is not None else None
+        policy = None if settings is None else network_policy(network, settings)
+    exits = Exits(policy, given.get("placements"))
+    found = network_partitions(network, data.input, exits.placements, exits.policy)
+    check_parts(found.parts, found.edges, outputs_of(network, data), found.exits, exits.policy)
+    return exits
+
+
+def outputs_of(network: StagedNetwork, data: ImageDataModule) -> list[OutputSpec]:
+    """Describe what a classifier returns."""
+    return [OutputSpec(name, "logits", network.shapes[name], tuple(data.class_names)) for name in network.results]
+
+
 def write_bundle(
-    network: nn.Module,
+    network: StagedNetwork,
     data: ImageDataModule,
     directory: Path,
     *,
     config: dict[str, Any],
     metrics: Mapping[str, Any],
+    measured: Measured | None = None,
+    points: Sequence[Point] = (),
     sample: int = 16,
     exits: Exits | None = None,
     overwrite: bool = False,
@@ -40,29 +97,33 @@ def write_bundle(
         directory: The folder to write.
         config: The resolved config.
         metrics: What was measured of the network; non-numbers are refused.
+        measured: The same by what it means; ``None`` where it was not tested.
+        points: The same as a comparison of runs takes it, which reads it from the manifest.
         sample: Test images kept in the bundle with their expected outputs.
-        exits: How the exits of a network that has some are exported.
+        exits: How its exits are exported.
         overwrite: Replace a bundle that is there.
 
     Returns:
         The folder written.
     """
     network, exits = network.cpu().float().eval(), exits or Exits()
-    measured = {name: float(value) for name, value in metrics.items()}
-    parts, codecs, specs = exit_partitions(network, data.input, exits, measured)
-    if isinstance(network, MultiExitNetwork):
-        measured = all_edges(network, parts, codecs, specs, measured)
-    images, _ = data.sample_images("test", sample)
+    accuracies = measured.exits if measured else None
+    found = network_partitions(network, data.input, exits.placements, exits.policy, accuracies)
+    described: dict[str, Any] = all_edges(
+        {name: float(value) for name, value in metrics.items()}, network, found, measured
+    )
+    if points and points[0].kind == "run":
+        described["points"] = [dataclasses.asdict(point) for point in points]
     bundle = export_bundle(
         directory,
-        parts,
-        codecs,
-        data.input,
-        data.class_names,
-        images,
+        found.parts,
+        found.edges,
+        input=data.input,
+        outputs=outputs_of(network, data),
+        images=data.sample_batch("test", sample)["images"],
         config=config,
-        metrics=measured,
-        exits=specs,
+        metrics=described,
+        exits=found.exits,
         policy=exits.policy,
         overwrite=overwrite,
     )
@@ -70,8 +131,36 @@ def write_bundle(
     return directory
 
 
+def all_edges(
+    metrics: dict[str, float], network: StagedNetwork, found: Any, measured: Measured | None
+) -> dict[str, float]:
+    """Return what was measured with the bytes of every edge between placements, of which testing knows bottlenecks'.
+
+    All others send as many bytes of each sample that goes on there.
+    """
+    metrics = dict(metrics)
+    if measured is None:
+        return metrics
+    places = {part.name: part.placement for part in found.parts}
+    order = list(places)
+    for edge in found.edges:
+        if places[edge.producer] == places[edge.consumer]:
+            continue
+        sent = sum(4.0 * math.prod(t.codec.shape) for t in edge.transfers if t.tensor not in network.bottlenecks)
+        if not sent:
+            continue
+        metrics.pop("test/payload_zstd_bytes", None)  # of the bottlenecks' bytes alone
+        metrics["test/payload_bytes"] = metrics.get("test/payload_bytes", 0.0) + sent
+        if measured.policy is not None:
+            behind = [spec.name for spec in found.exits if order.index(spec.partition) > order.index(edge.producer)]
+            going = sum(measured.policy.shares[name] for name in behind)
+            known = metrics.get("test/policy/payload_bytes", 0.0)
+            metrics["test/policy/payload_bytes"] = known + sent * going
+    return metrics
+
+
 def bundle_table(bundle: Bundle, directory: Path) -> None:
-    """Print the partitions of a bundle, their parity, and where it lies."""
+    """Print the partitions of a bundle, its exits, their parity, and where it lies."""
     rows = [
         (p.name, p.placement, f"{p.file.bytes:,}", f"{p.macs:,}", f"{p.params:,}") for p in bundle.manifest.partitions
     ]
@@ -79,6 +168,26 @@ def bundle_table(bundle: Bundle, directory: Path) -> None:
     exits_table(bundle)
     console.print(f"Parity of the loaded files: {parity_words(bundle)}", highlight=False)
     console.print(f"Bundle: {directory}", soft_wrap=True, highlight=False)
+
+
+def exits_table(bundle: Bundle) -> None:
+    """Print the exits of a bundle and who decides there; nothing where it has none."""
+    manifest = bundle.manifest
+    policy = manifest.policy
+    thresholds = [*(policy.thresholds if policy is not None else [None] * len(manifest.exits)), None]
+    rows = [
+        (
+            item.name,
+            item.partition,
+            placement,
+            f"{item.macs:,}",
+            "" if item.accuracy is None else f"{item.accuracy:.4f}",
+            "" if threshold is None else f"{threshold:g}",
+        )
+        for item, placement, threshold in zip(manifest.exits, manifest.exit_placements, thresholds, strict=False)
+    ]
+    header = ("exit", "partition", "placement", "MACs until there", "accuracy", "threshold")
+    table(f"Exits by {'no policy: all go to the end' if policy is None else policy.kind}", rows, header)
 
 
 def parity_words(bundle: Bundle) -> str:
@@ -119,24 +228,33 @@ def recalibrate(restored: Restored, data: ImageDataModule, settings: DictConfig)
     if method not in METHODS:
         close = did_you_mean(str(method), METHODS)
         raise ValueError(f"recalibrate.range must be one of {', '.join(METHODS)}, got {method!r}.{close}")
-    if not restored.other_bits or not isinstance(network, SplitNetwork) or network.widths:
+    if not restored.other_bits:
         return None
-    bits = restored.config.codec.bits
-    to_fit = network.bits != bits
+    done = [_recalibrate(restored, data, cut, count, method) for cut in network.bottlenecks]
+    return next((words for words in done if words is not None), None)
+
+
+def _recalibrate(restored: Restored, data: ImageDataModule, cut: str, count: int, method: str) -> str | None:
+    network, bits = restored.network, restored.config.codec.bits
+    bottleneck = network.bottlenecks[cut]
+    if bottleneck.widths:
+        return None
+    to_fit = bottleneck.bits != bits
     if to_fit and not count:
         raise ValueError(f"codec.bits={bits}: a network trained in float needs recalibrate.batches of at least 1")
     if not count:
         return "not recalibrated"
     data.prepare_data()
     data.setup("fit")
+    at = f" at {cut}" if len(network.bottlenecks) > 1 else ""
     if to_fit:
-        low, high = network.calibrate(_batches(data, count), bits, method=method)
-        console.print(f"codes of {bits} bits from {low:.4g} to {high:.4g}, by {method}", highlight=False)
-    layers = recalibrate_batchnorm(network, network.decoder, _batches(data, count))
-    console.print(f"{layers} BatchNorm layers of the decoder measured again at {bits} bits", highlight=False)
+        low, high = network.calibrate(_batches(data, count), cut, bits, method=method)
+        console.print(f"codes of {bits} bits{at} from {low:.4g} to {high:.4g}, by {method}", highlight=False)
+    layers = recalibrate_batchnorm(network, bottleneck.decoder, _batches(data, count))
+    console.print(f"{layers} BatchNorm layers of the decoder{at} measured again at {bits} bits", highlight=False)
     return f"calibrated by {method}" if to_fit else "recalibrated"
 
 
 def _batches(data: ImageDataModule, count: int) -> Iterator[Tensor]:
-    for (images, _), _ in zip(data.train_dataloader(), range(count), strict=False):
-        yield data.input.normalize(torch.as_tensor(images))
+    for batch, _ in zip(data.train_dataloader(), range(count), strict=False):
+        yield data.input.normalize(torch.as_tensor(batch["images"]))

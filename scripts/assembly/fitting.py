@@ -1,4 +1,4 @@
-"""Fit the stages of a run one after another, each from the best weights of the one before it."""
+"""The fits of a run, one step after another, each from the best weights of the one before it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.utilities import rank_zero_only
 
 from cleave.lightning_modules import Task
-from cleave.lightning_modules.callbacks import CheckpointMetadata, FitRecord, StageMarker, WandbTracking
+from cleave.lightning_modules.callbacks import CheckpointMetadata, FitRecord, StepMarker, WandbTracking
 from cleave.reports.terminal import console, number
 from cleave.scripts.assembly.building import Assembly, build_task, instantiate_each, plain
-from cleave.scripts.assembly.recipe import Stage
+from cleave.scripts.assembly.recipe import Step
 from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
 
 
 class Fit(NamedTuple):
-    """A stage with what fits it, built before any stage is trained."""
+    """A step with what fits it, built before any step is trained."""
 
-    stage: Stage
+    step: Step
     task: Task
     trainer: pl.Trainer
     metadata: CheckpointMetadata
@@ -31,13 +31,13 @@ class Fit(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """What a stage came to; the checkpoints of the stages behind it carry it.
+    """What a step came to; the checkpoints of the steps behind it carry it.
 
     Attributes:
-        name: The stage's name, ``None`` where the run is no recipe.
+        name: The step's name, ``None`` where the run is no recipe.
         method: Its method in words.
         epochs: Epochs trained, those before a resume included; ``None`` where it was only tested.
-        steps: Steps that the loggers have seen, those of the stages before included.
+        steps: Optimizer steps that the loggers have seen, those of the recipe's steps before included.
         seconds: Wall-clock seconds of training, validation included; ``None`` where it was only tested.
         monitor: The metric by which its best checkpoint was chosen.
         score: What that metric was.
@@ -54,21 +54,53 @@ class Fitted(NamedTuple):
     best: str | None
 
 
-def prepare(stage: Stage, parts: Assembly, loggers: list[Any]) -> Fit:
-    """Build a stage's task, callbacks and trainer, so that what cannot be built is told before any stage is trained."""
-    cfg = stage.config
-    with stage.told():
-        task = build_task(cfg, parts.network, parts.data.class_names, **parts.teaching)
+def prepare(step: Step, parts: Assembly, loggers: list[Any]) -> Fit:
+    """Build a step's task, callbacks and trainer, so that what cannot be built is named before any step is trained."""
+    cfg = step.config
+    with step.naming_mistakes():
+        task = build_task(cfg, parts.network, parts.data.class_names, parts.others)
+        _check_start(task, parts)
         rehearse(task)
+        cfg.training.monitor = task.monitor
+        cfg.callbacks = _watching(cfg.get("callbacks"), task.monitor)
         callbacks = instantiate_each(cfg.get("callbacks"))
         if not loggers:  # Lightning refuses to watch the rate where nothing writes it down
             callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+        cfg.cuts = list(parts.network.cuts)
         metadata, record = CheckpointMetadata(plain(cfg), parts.data.class_names, parts.data.input), FitRecord()
-        callbacks += [record, metadata, WandbTracking(stage=stage.name)]
-        if stage.name:
-            callbacks.append(StageMarker(stage.number))
+        callbacks += [record, metadata, WandbTracking(step=step.name)]
+        if step.name:
+            callbacks.append(StepMarker(step.number))
         trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers)
-    return Fit(stage, task, trainer, metadata, record)
+    return Fit(step, task, trainer, metadata, record)
+
+
+def _watching(callbacks: Any, monitor: str) -> Any:
+    """Let callbacks whose metric is left open watch that of the task."""
+    for callback in (callbacks or {}).values():
+        if callback is not None and "monitor" in callback and callback.monitor is None:
+            callback.monitor = monitor
+    return callbacks
+
+
+def _check_start(task: Task, parts: Assembly) -> None:
+    """Refuse to learn from nobody, and to freeze what nobody has trained.
+
+    Raises:
+        ValueError: A term reads a network that is not there; or a part of the backbone is frozen, and its weights are
+            random.
+    """
+    if "teacher" in task.asked and not parts.others:
+        raise ValueError(
+            f"{type(task).__name__} needs a teacher: the pretrained backbone would be one, but it has random weights; "
+            "give base.ckpt_path=FILE, teacher.ckpt_path=FILE, backbone.weights=FILE or backbone.pretrained=true"
+        )
+    frozen = [name for name in parts.network.backbone_parts if name not in task.trained_parts]
+    if parts.from_scratch and frozen:
+        raise ValueError(
+            f"the {frozen[0]} would stay frozen with random weights; give base.ckpt_path=FILE, backbone.weights=FILE "
+            "or backbone.pretrained=true, or train it as well"
+        )
 
 
 def rehearse(task: Task) -> None:
@@ -79,64 +111,68 @@ def rehearse(task: Task) -> None:
         ValueError: Nothing is trainable, or an argument is out of range.
     """
     task.freeze_parts()  # the last task built has left its own parts frozen
-    task.optimizer_factory(task.parameter_groups())
-    if isinstance(factory := task.scheduler_factory, functools.partial):
+    task.settings.optimizer(task.parameter_groups())
+    if isinstance(factory := task.settings.scheduler, functools.partial):
         try:
             inspect.signature(factory.func).bind(None, *factory.args, **factory.keywords)
         except TypeError as error:
-            raise TypeError(f"method.scheduler: {factory.func.__name__}: {error}") from error
+            raise TypeError(f"training.scheduler: {factory.func.__name__}: {error}") from error
 
 
-def fit(this: Fit, parts: Assembly, done: list[Fitted]) -> Fitted:
-    """Fit one stage; ``done`` are those before it."""
-    stage, task, trainer, metadata, record = this
+def fit(planned: Fit, parts: Assembly, before: list[Fitted]) -> Fitted:
+    """Fit one step; ``before`` are those that came before it."""
+    step, task, trainer, metadata, record = planned
     progress = trainer.fit_loop.epoch_loop
-    metadata.before = [fitted._asdict() for fitted in done]
-    before = done[-1] if done and not stage.ckpt_path else None
-    if before:
-        # The loggers' steps go on where the stage before ended; each trainer would begin at 0.
-        progress._batches_that_stepped = before.steps
-        if before.best:
-            load_strictly(parts.network, network_state(read_checkpoint(before.best)), f"the checkpoint {before.best}")
-    if stage.ckpt_path:  # a run may be resumed in the folder that it left
+    metadata.before = [fitted._asdict() for fitted in before]
+    last = before[-1] if before and not step.ckpt_path else None
+    if last:
+        # The loggers' steps go on where the step before ended; each trainer would begin at 0.
+        progress._batches_that_stepped = last.steps
+        if last.best:
+            checkpoint = read_checkpoint(last.best)
+            load_strictly(parts.network, network_state(checkpoint), f"the checkpoint {last.best}")
+            task.take_over_terms(checkpoint["state_dict"])
+    if step.ckpt_path:  # a run may be resumed in the folder that it left
         warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")
-    if stage.name:
-        announce(this, before)
-    trainer.fit(task, datamodule=parts.data, ckpt_path=stage.ckpt_path, weights_only=True)
+    if step.name:
+        announce(planned, last)
+    trainer.fit(task, datamodule=parts.data, ckpt_path=step.ckpt_path, weights_only=True)
     progress._batches_that_stepped = record.steps  # of this process, where ranks of their own fitted
-    fitted = tested(this)._replace(epochs=record.epochs, steps=record.steps, seconds=record.seconds, score=record.score)
-    log_stage(fitted, trainer)
+    fitted = only_tested(planned)._replace(
+        epochs=record.epochs, steps=record.steps, seconds=record.seconds, score=record.score
+    )
+    log_step(fitted, trainer)
     return fitted
 
 
-def tested(this: Fit) -> Fitted:
-    """What is known of a stage that is not fitted."""
-    checkpoint: Any = this.trainer.checkpoint_callback
+def only_tested(planned: Fit) -> Fitted:
+    """What is known of a step that is not fitted."""
+    checkpoint: Any = planned.trainer.checkpoint_callback
     monitor = getattr(checkpoint, "monitor", None) or "val/acc"
     best = getattr(checkpoint, "best_model_path", "") or None
-    return Fitted(this.stage.name, this.stage.method, None, 0, None, monitor, None, best)
+    return Fitted(planned.step.name, planned.step.method, None, 0, None, monitor, None, best)
 
 
 @rank_zero_only
-def announce(this: Fit, before: Fitted | None) -> None:
-    """Say which stage begins, what it trains and where it starts from."""
-    stage, task = this.stage, this.task
-    console.rule(f"stage {stage.number} of {len(stage.config.stages)}: {stage.name}")
-    words = [stage.method + (f" of {', '.join(parts)}" if (parts := getattr(task, "trained_parts", ())) else "")]
+def announce(planned: Fit, before: Fitted | None) -> None:
+    """Say which step begins, what it trains and where it starts from."""
+    step, task = planned.step, planned.task
+    console.rule(f"step {step.number} of {len(step.config.steps)}: {step.name}")
+    words = [step.method + (f" of {', '.join(task.trained_parts)}" if task.trained_parts else "")]
     if before and before.best:
         score = "" if before.score is None else f" ({before.monitor} {number(before.score)})"
         words.append(f"from the best weights of {before.name}{score}")
-    elif stage.ckpt_path:
-        words.append(f"resumed from {stage.ckpt_path}")
+    elif step.ckpt_path:
+        words.append(f"resumed from {step.ckpt_path}")
     console.print(", ".join(words), soft_wrap=True, highlight=False)
 
 
-def log_stage(fitted: Fitted, trainer: pl.Trainer) -> None:
-    """Log what a recipe's stage came to, once, so that it stands in the summary of the run."""
+def log_step(fitted: Fitted, trainer: pl.Trainer) -> None:
+    """Log what a recipe's step came to, once, so that it stands in the summary of the run."""
     if fitted.name is None:
         return
     figures = {fitted.monitor: fitted.score, "epochs": fitted.epochs, "seconds": fitted.seconds}
-    values = {f"stages/{fitted.name}/{name}": float(value) for name, value in figures.items() if value is not None}
+    values = {f"steps/{fitted.name}/{name}": float(value) for name, value in figures.items() if value is not None}
     for logger in trainer.loggers:
         logger.log_metrics(values, step=fitted.steps)
         logger.save()

@@ -2,63 +2,65 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
-from cleave.architectures import MultiExitNetwork, profile
+from cleave.lightning_modules import Measured
 from cleave.lightning_modules.callbacks.tracking import log_artifact, wandb_run
-from cleave.reports.rates.measured import measured_points
+from cleave.reports.rates.measured import Run, measured_points
 from cleave.reports.rates.results import RESULTS, write_results
-from cleave.reports.terminal import console, next_command, number, profile_rows, results_table, table
+from cleave.reports.terminal import console, cost_rows, in_words, next_command, number, results_table, table
 from cleave.scripts.assembly.building import Assembly, plain
-from cleave.scripts.assembly.bundling import example_input, write_bundle
-from cleave.scripts.assembly.exit_bundling import chosen_exits
+from cleave.scripts.assembly.bundling import chosen_exits, example_input, write_bundle
 from cleave.scripts.assembly.fitting import Fitted
-from cleave.scripts.assembly.restoring import restore
+from cleave.scripts.assembly.restoring import Restored, restore
+
+
+class Outcome(NamedTuple):
+    """What was measured in the end.
+
+    Attributes:
+        metrics: Everything that was logged, by name.
+        measured: What the test came to, by meaning; ``None`` where there was none.
+    """
+
+    metrics: Mapping[str, Any]
+    measured: Measured | None
 
 
 def finish(
-    cfg: DictConfig,
-    parts: Assembly,
-    done: list[Fitted],
-    metrics: Mapping[str, Any],
-    shipped: Mapping[str, Any],
-    trainer: pl.Trainer,
+    cfg: DictConfig, parts: Assembly, fitted: list[Fitted], outcome: Outcome, perfect: Outcome, trainer: pl.Trainer
 ) -> None:
     """Print what was measured, where it lies and what to do next; write the bundle if asked.
 
     Args:
-        cfg: The resolved config of the last stage.
+        cfg: The resolved config of the last step.
         parts: What the run was made of.
-        done: Every stage of the run.
-        metrics: What was measured in the end.
-        shipped: The same over a perfect link, for the bundle.
-        trainer: The last stage's.
+        fitted: Every step of the run.
+        outcome: What was measured in the end.
+        perfect: The same over a perfect link, for the bundle.
+        trainer: The last step's.
     """
-    best = done[-1].best
-    stage_table(done)
-    results_table("Results", {k: v for k, v in metrics.items() if k.startswith(("val/", "test/"))})
-    cost = profile(parts.network, parts.data.input.shape)
-    table("Cost per image", profile_rows(cost), ("part", "MACs", "parameters"))
+    best = fitted[-1].best
+    step_table(fitted)
+    shown = {name: value for name, value in outcome.metrics.items() if name.startswith(("val/", "test/"))}
+    results_table("Results", shown)
+    table("Cost per image", cost_rows(parts.network.costs()), ("part", "MACs", "parameters"))
     if best:
         console.print(f"Checkpoint: {best}", soft_wrap=True, highlight=False)
-    found = measured_points(
+    run = described(
         cfg,
-        " → ".join(fitted.method for fitted in done),
-        metrics,
-        cost,
-        epochs=total(fitted.epochs for fitted in done),
-        seconds=total(fitted.seconds for fitted in done),
+        " → ".join(each.method for each in fitted),
         checkpoint=best or cfg.ckpt_path,
-        image_bytes=math.prod(parts.data.input.shape),
+        epochs=total(each.epochs for each in fitted),
+        seconds=total(each.seconds for each in fitted),
     )
-    if found:
+    if found := measured_points(run, outcome.measured, parts.network):
         file = Path(cfg.paths.output_dir) / RESULTS
         write_results(file, found, found[0].kind)
         console.print(
@@ -68,30 +70,70 @@ def finish(
         # Of the file, as under `ddp_spawn` only the ranks' own networks went back to the best weights.
         network = restore(best, trusted=True).network if best else parts.network
         bundle = Path(cfg.paths.output_dir) / "bundle"
-        exits = chosen_exits(network, parts.data.input, cfg)
-        write_bundle(network, parts.data, bundle, config=plain(cfg), metrics=shipped, exits=exits, overwrite=True)
-        if run := wandb_run(trainer):
-            log_artifact(run, bundle, kind="bundle", name="bundle")
+        write_bundle(
+            network,
+            parts.data,
+            bundle,
+            config=plain(cfg),
+            metrics=perfect.metrics,
+            measured=perfect.measured,
+            points=measured_points(run, perfect.measured, parts.network),
+            exits=chosen_exits(network, parts.data, cfg),
+            overwrite=True,
+        )
+        if tracked := wandb_run(trainer):
+            log_artifact(tracked, bundle, kind="bundle", name="bundle")
         next_command(f"python scripts/infer.py bundle={bundle} input={example_input(parts.data)}")
     elif best:
-        script = "exits_report" if isinstance(parts.network, MultiExitNetwork) else "export"
-        next_command(f"python scripts/{script}.py ckpt_path={best}")
+        next_command(f"python scripts/{'exits_report' if parts.network.exits else 'export'}.py ckpt_path={best}")
 
 
-def stage_table(done: list[Fitted]) -> None:
-    """Print what each stage of a recipe came to."""
-    if any(fitted.name is None or fitted.epochs is None for fitted in done):
+def described(
+    cfg: DictConfig,
+    method: str,
+    *,
+    checkpoint: str | None,
+    epochs: int | None = None,
+    seconds: float | None = None,
+) -> Run:
+    """Return what a point of a report says of the run that it is of."""
+    words = [f"{cfg.bottleneck.channels} channels" if cfg.split.form != "none" else "no bottleneck"]
+    if "channels" not in cfg.bottleneck:
+        words = []
+    beta = cfg.get("beta") or cfg.method.get("beta")
+    return Run(
+        method=method,
+        words=tuple(words),
+        beta=beta,
+        epochs=epochs,
+        seconds=seconds,
+        seed=cfg.seed,
+        backbone=cfg.backbone.get("name"),
+        checkpoint=checkpoint,
+    )
+
+
+def run_of(restored: Restored, checkpoint: str, *variants: str | None) -> Run:
+    """Return what a point of a report says of the run that a checkpoint is of, and of what was changed since."""
+    config = restored.config
+    method = " → ".join(config.steps.values()) if config.get("steps") else in_words(config.method._target_)
+    return described(config, ", ".join([method, *filter(None, variants)]), checkpoint=checkpoint)
+
+
+def step_table(fitted: list[Fitted]) -> None:
+    """Print what each step of a recipe came to."""
+    if any(each.name is None or each.epochs is None for each in fitted):
         return
     rows = [
         (
-            f"{fitted.name}: {fitted.method.lower()}",
-            fitted.epochs,
-            "" if fitted.score is None else number(fitted.score),
-            timedelta(seconds=round(fitted.seconds or 0)),
+            f"{each.name}: {each.method.lower()}",
+            each.epochs,
+            "" if each.score is None else number(each.score),
+            timedelta(seconds=round(each.seconds or 0)),
         )
-        for fitted in done
+        for each in fitted
     ]
-    table("Stages", rows, ("stage", "epochs", f"best {done[-1].monitor}", "h:mm:ss"))
+    table("Steps", rows, ("step", "epochs", f"best {fitted[-1].monitor}", "h:mm:ss"))
 
 
 def total(values: Iterable[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The stages of a run: one, or those of a recipe, each with its own objective, trainer and checkpoints."""
+"""The steps of a run: one, or those of a recipe, each with its own method, trainer and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cleave.architectures.naming import did_you_mean
 from cleave.lightning_modules.callbacks.metadata import KEY
-from cleave.reports.rates.measured import in_words
+from cleave.reports.terminal import in_words
 from cleave.scripts.assembly.building import plain
 from cleave.scripts.assembly.terminal import USER_ERRORS, unwrapped
 
 NAME = re.compile(r"\w[\w-]*")
-KNOWN = ("method", "trainer")
+KNOWN = ("method", "training", "trainer", "feature_cache")
 
 
-class Stage(NamedTuple):
+class Step(NamedTuple):
     """One fit of a run.
 
     Attributes:
         name: Its name in the recipe, ``None`` where the run is no recipe.
-        config: The resolved config, with the stage's own settings in place.
+        config: The resolved config, with the step's own settings in place.
         ckpt_path: Checkpoint to resume it from.
     """
 
@@ -41,91 +41,98 @@ class Stage(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Its place among the stages of the recipe, from 1."""
-        return 1 if self.name is None else list(self.config.stages).index(self.name) + 1
+        """Its place among the steps of the recipe, from 1."""
+        return 1 if self.name is None else list(self.config.steps).index(self.name) + 1
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Name the stage in a mistake of its user's."""
+    def naming_mistakes(self) -> Iterator[None]:
+        """Name the step in a mistake of its user's."""
         try:
             yield
         except USER_ERRORS as error:
             if self.name is None:
                 raise
-            raise ValueError(f"stages.{self.name}: {unwrapped(error)}") from error
+            raise ValueError(f"steps.{self.name}: {unwrapped(error)}") from error
 
 
-def stages(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> list[Stage]:
-    """Return the stages that a run goes through, those before the checkpoint to resume from left out.
+def all_steps(cfg: DictConfig) -> list[Step]:
+    """Return the steps of a run.
 
-    With ``train=false`` nothing but what the checkpoint is of, or else the last stage, remains to be tested.
+    Raises:
+        ValueError: A recipe has no step, or a step's name or setting is unknown.
+    """
+    if cfg.get("steps") is None:
+        if cfg.get("method") is None or "_target_" not in cfg.method:
+            raise ValueError("method has no _target_; choose method=head_distillation, experiment=bottlefit or another")
+        return [Step(None, OmegaConf.create(plain(cfg)), cfg.ckpt_path)]
+    if not isinstance(cfg.steps, DictConfig) or not cfg.steps:
+        raise ValueError(
+            f"steps={cfg.steps} names no step; use a recipe such as experiment=bottlefit, or add one or more by "
+            "+method@steps.NAME.method=knowledge_distillation"
+        )
+    return [Step(name, step_config(cfg, name), None) for name in map(str, cfg.steps)]
+
+
+def steps_to_go(cfg: DictConfig, steps: list[Step], checkpoint: Mapping[str, Any] | None) -> list[Step]:
+    """Return the steps that a run goes through, those before the checkpoint to resume from left out.
+
+    With ``train=false`` nothing but what the checkpoint is of, or else the last step, remains to be tested.
 
     Args:
         cfg: The run's config.
+        steps: All its steps.
         checkpoint: What ``cfg.ckpt_path`` holds.
 
     Raises:
-        ValueError: A recipe has no stage, a stage's name or setting is unknown, or the checkpoint is of another method
-            or recipe.
+        ValueError: The checkpoint is of another method or recipe.
     """
-    if cfg.get("stages") is None:
-        if "_target_" not in cfg.method:
-            raise ValueError("method has no _target_; choose method=head_distillation, experiment=bottlefit or another")
-        found = [Stage(None, OmegaConf.create(plain(cfg)), cfg.ckpt_path)]
-    elif not isinstance(cfg.stages, DictConfig) or not cfg.stages:
-        raise ValueError(
-            f"stages={cfg.stages} names no stage; use a recipe such as experiment=bottlefit, or add one or more by "
-            "+objective@stages.NAME.method=knowledge_distillation"
-        )
-    else:
-        found = [Stage(name, stage_config(cfg, name), None) for name in map(str, cfg.stages)]
     if checkpoint is None:
-        return found if cfg.train else found[-1:]
-    rest = found[_place(found, checkpoint[KEY]["config"], cfg.ckpt_path) :]
+        return steps if cfg.train else steps[-1:]
+    rest = steps[_place(steps, checkpoint[KEY]["config"], cfg.ckpt_path) :]
     rest[0] = rest[0]._replace(ckpt_path=cfg.ckpt_path)
     return rest if cfg.train else rest[:1]
 
 
-def _place(found: list[Stage], saved: Mapping[str, Any], path: str) -> int:
-    """Return which of the stages a checkpoint is of."""
-    names = [stage.name for stage in found]
-    name, theirs = saved.get("stage"), list(saved.get("stages") or [])
+def _place(found: list[Step], saved: Mapping[str, Any], path: str) -> int:
+    """Return which of the steps a checkpoint is of."""
+    names = [step.name for step in found]
+    name, theirs = saved.get("step"), list(saved.get("steps") or [])
     here = f"this run is the recipe {', '.join(map(str, names))}" if names[0] else "this run is no recipe"
     if name not in names or (name and theirs[: theirs.index(name) + 1] != names[: names.index(name) + 1]):
-        there = f"stage {name!r} of the recipe {', '.join(theirs)}" if name else "a run without stages"
+        there = f"step {name!r} of the recipe {', '.join(theirs)}" if name else "a run without steps"
         raise ValueError(f"the checkpoint {path} is of {there}, but {here}; resume with what it was made by")
     place = names.index(name)
     ours, other = found[place].config.method._target_, saved["method"]["_target_"]
     if ours != other:
-        at = f"stages.{name}.method" if name else "method"
+        at = f"steps.{name}.method" if name else "method"
         raise ValueError(f"the checkpoint {path} was made by {at}._target_={other}, but here it is {ours}")
     return place
 
 
-def stage_config(cfg: DictConfig, name: str) -> DictConfig:
-    """Return the resolved config of one stage: its ``method`` and ``trainer`` over the run's."""
+def step_config(cfg: DictConfig, name: str) -> DictConfig:
+    """Return the resolved config of one step: its own settings over the run's."""
     if not NAME.fullmatch(name):
-        raise ValueError(f"stages.{name}: a stage's name is made of letters, digits, _ and -, as its folder is")
+        raise ValueError(f"steps.{name}: a step's name is made of letters, digits, _ and -, as its folder is")
     cfg = copy.deepcopy(cfg)
-    settings = cfg.stages[name] if isinstance(cfg.stages[name], DictConfig) else {}
+    settings = cfg.steps[name] if isinstance(cfg.steps[name], DictConfig) else {}
     for key in settings:
         if key not in KNOWN:
             raise ValueError(
-                f"stages.{name}.{key} has no meaning: a stage has {' and '.join(KNOWN)}, such as "
-                f"stages.{name}.trainer.max_epochs." + did_you_mean(str(key), KNOWN)
+                f"steps.{name}.{key} has no meaning: a step has {', '.join(KNOWN)}, such as "
+                f"steps.{name}.trainer.max_epochs." + did_you_mean(str(key), KNOWN)
             )
     if "_target_" not in (settings.get("method") or {}):
         raise ValueError(
-            f"stages.{name}.method has no _target_: name an objective, such as "
-            f"+objective@stages.{name}.method=knowledge_distillation"
+            f"steps.{name}.method has no _target_: name a method, such as "
+            f"+method@steps.{name}.method=knowledge_distillation"
         )
     with open_dict(cfg):
         cfg.paths.checkpoints = str(Path(cfg.paths.checkpoints) / name)
         for key in KNOWN:
             if settings.get(key) is not None:
-                # Before interpolations are resolved: callbacks watch what the stage's method says.
-                cfg[key] = OmegaConf.merge(cfg[key], settings[key])
+                # Before interpolations are resolved: callbacks watch what the step's training says.
+                cfg[key] = settings[key] if cfg.get(key) is None else OmegaConf.merge(cfg[key], settings[key])
         config = OmegaConf.create(plain(cfg))
-        config.stage = name
-        config.stages = {str(n): in_words(OmegaConf.select(cfg, f"stages.{n}.method._target_")) for n in cfg.stages}
+        config.step = name
+        config.steps = {str(n): in_words(OmegaConf.select(cfg, f"steps.{n}.method._target_")) for n in cfg.steps}
     return config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from cleave.architectures import MultiExitNetwork, SplitNetwork
+from cleave.architectures import StagedNetwork
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import FLOAT_BITS, ImageInput, check_bits
 from cleave.lightning_modules.callbacks.metadata import KEY, SCHEMA
-from cleave.scripts.assembly.networks import build_network
+from cleave.scripts.assembly.networks import NETWORK, build_network
 from cleave.scripts.assembly.trust import check_targets
 
 
@@ -25,20 +26,23 @@ class Restored(NamedTuple):
     """A network rebuilt from a checkpoint, with what the checkpoint says of it."""
 
     config: DictConfig
-    network: nn.Module
+    network: StagedNetwork
     image_input: ImageInput
     class_names: list[str]
     sha256: str
     other_bits: bool
 
 
-def restore(path: str | Path, bits: int | None = None, trusted: bool = False) -> Restored:
+def restore(
+    path: str | Path, bits: int | None = None, trusted: bool = False, cuts: Sequence[str] = ()
+) -> Restored:
     """Rebuild a network from a checkpoint of ``train.py``, with neither teacher nor pretrained files.
 
     Args:
         path: The checkpoint.
-        bits: Another code width than the one trained with.
+        bits: Another code width than the one trained with, of every bottleneck.
         trusted: Whether the file may name code of the user's own, such as a custom backbone.
+        cuts: Further layers whose features are outputs; no further cut renames a weight.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -47,26 +51,23 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False) ->
     """
     checkpoint = read_checkpoint(path)
     metadata = checkpoint[KEY]
-    parts = {key: metadata["config"].get(key) for key in ("backbone", "network", "data", "method")}
+    parts = {key: metadata["config"].get(key) for key in (*NETWORK, "data", "method", "training")}
     check_targets(parts, str(path), trusted)
     config = OmegaConf.create(metadata["config"])
     image_input = ImageInput.from_dict(metadata["image_input"])
     config.backbone.pretrained, config.backbone.weights = False, None
     backbone = instantiate(config.backbone, num_classes=len(metadata["class_names"])).network
-    network = build_network(config, backbone, image_input)
+    network = build_network(config, backbone, image_input, [*config.get("cuts", []), *cuts])
     load_strictly(network, network_state(checkpoint), f"the checkpoint {path}")
-    if bits is not None and isinstance(network, MultiExitNetwork):
-        raise ValueError(
-            f"codec.bits={bits} cannot be changed for a network with exits such as {path}; train it at that width, or "
-            "give infer.py bits="
-        )
-    if bits is not None and not isinstance(network, SplitNetwork):
+    if bits is not None and not network.bottlenecks:
         raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
     other_bits = False
-    if isinstance(network, SplitNetwork) and bits is not None and bits != network.bits:
-        if network.bits != FLOAT_BITS or check_bits(bits) == FLOAT_BITS:
-            network.set_bits(bits)  # else `bundling.recalibrate` finds a range first
-        config.codec.bits = config.network.codec.bits = bits
+    for cut, bottleneck in network.bottlenecks.items():
+        if bits is None or bits == bottleneck.bits:
+            continue
+        if bottleneck.bits != FLOAT_BITS or check_bits(bits) == FLOAT_BITS:
+            network.set_bits(bits, cut)  # else `bundling.recalibrate` finds a range first
+        config.codec.bits = bits
         other_bits = True
     return Restored(config, network.eval(), image_input, metadata["class_names"], file_sha256(path), other_bits)
 

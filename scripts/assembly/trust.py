@@ -8,11 +8,16 @@ from typing import Any
 
 from hydra.utils import get_object
 
-# A class by its own name, at the end of lower-case modules; and the one function that makes backbones.
+# A class by its own name, at the end of lower-case modules; and the functions that make backbones, encoders and quantisers.
 ROOMS = ("architectures", "datamodules", "lightning_modules", "losses")
 OURS = re.compile(rf"cleave\.({'|'.join(ROOMS)})(\.[a-z]\w*)*\.[A-Z]\w*")
 TORCH = re.compile(r"torch\.(optim(\.lr_scheduler)?\.[A-Z]\w*|nn\.[A-Z]\w*Loss)")
-FACTORY = "cleave.architectures.backbones.create_backbone"
+FACTORIES = (
+    "cleave.architectures.backbones.create_backbone",
+    "cleave.architectures.build_bottleneck",
+    "cleave.architectures.entropy_codec",
+    "cleave.architectures.uniform_codec",
+)
 
 
 def check_targets(config: Any, path: str, trusted: bool) -> None:
@@ -31,7 +36,7 @@ def check_targets(config: Any, path: str, trusted: bool) -> None:
     if trusted:
         return
     for target in targets(config):
-        if target != FACTORY and not TORCH.fullmatch(target) and not (OURS.fullmatch(target) and _is_ours(target)):
+        if target not in FACTORIES and not TORCH.fullmatch(target) and not (OURS.fullmatch(target) and _is_ours(target)):
             raise ValueError(
                 f"the checkpoint {path} names {target}, which is not part of Cleave; if you know where the file comes "
                 "from, add trust_checkpoint=true to run that code"
@@ -42,7 +47,7 @@ def targets(config: Any) -> Iterator[str]:
     """Every ``_target_`` in plain containers."""
     if isinstance(config, dict):
         for key, value in config.items():
-            if key == "_target_":
+            if key == "_target_" and value is not None:
                 yield str(value)
             yield from targets(value)
     elif isinstance(config, list):

@@ -1,4 +1,4 @@
-"""The stage of a recipe in everything that is logged."""
+"""The step of a recipe in everything that is logged."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
 
-class StageMarker(Callback):
-    """Logs the number of the stage beside each metric of training and validation, as Lightning does the epoch.
+class StepMarker(Callback):
+    """Logs the number of the step beside each metric of training and validation, as Lightning does the epoch.
 
     Args:
-        number: The stage's place in the recipe, from 1.
+        number: The step's place in the recipe, from 1.
     """
 
     def __init__(self, number: int) -> None:
@@ -20,8 +20,8 @@ class StageMarker(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Mark what a step logs."""
-        pl_module.log("stage", self.number)
+        pl_module.log("recipe_step", self.number)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mark what validation logs."""
-        pl_module.log("stage", self.number, sync_dist=True)  # the same everywhere, but else Lightning warns
+        pl_module.log("recipe_step", self.number, sync_dist=True)  # the same everywhere, but else Lightning warns
