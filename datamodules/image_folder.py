@@ -10,9 +10,9 @@ from typing import Any
 
 from cleave.deployment import ImageInput
 
-from .base import SPLITS, ImageDataModule, say
-from .sources import FileSource, ImageSource
-from .splitting import check_fraction, check_val_from, split_off
+from .base import ImageDataModule
+from .sources import FileSource, ImageSource, check_fraction, check_val_from, split_off
+from .splits import SPLITS, log_once
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -89,13 +89,17 @@ class ImageFolder(ImageDataModule):
             if "test" not in splits:
                 raise ValueError(f"val_from='test' takes one half of {Path(self.root, 'test')}, which does not exist")
             splits["test"], splits["val"] = split_off(splits["test"], 0.5, self.class_names)
-            say(f"{self.root}: one fixed half of test/ validates ({len(splits['val'])} images), the other half tests")
+            log_once(
+                f"{self.root}: one fixed half of test/ validates ({len(splits['val'])} images), the other half tests"
+            )
         elif "val" not in splits:
             splits["train"], splits["val"] = split_off(splits["train"], self.val_fraction, self.class_names)
-            say(f"{self.root} has no val/: {len(splits['val'])} images of train/ are split off for validation")
+            log_once(f"{self.root} has no val/: {len(splits['val'])} images of train/ are split off for validation")
         if "test" not in splits:
             splits["test"] = splits["val"]
-            say(f"{self.root} has no test/: it tests on the validation images, which flatters a model selected on them")
+            log_once(
+                f"{self.root} has no test/: it tests on the validation images, which flatters a model selected on them"
+            )
         return splits
 
 
