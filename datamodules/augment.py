@@ -107,7 +107,7 @@ class Augmentation:
         )
 
     def move(self, maps: np.ndarray | Tensor, seeds: np.ndarray) -> Tensor:
-        """Crop and mirror what lies on the images' grid, (B, ..., H, W), as images of these seeds are; zeros move in."""
+        """Crop and mirror what lies on the images' grid, (B, ..., H, W), as images of these seeds; zeros move in."""
         array = np.asarray(maps)
         if self.padding is not None:
             array = padded_crop(array, seeds, *self.padding)

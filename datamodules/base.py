@@ -49,7 +49,7 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
         interpolation: Resize filter that overrides the backbone's.
         cache: Keep decoded pictures in memory, shared with the workers: ``True``, ``False``, or ``"auto"``: splits of
             at most 1 GiB decoded.
-        skip_corrupt: Leave out pictures that cannot be decoded, and say how many, instead of an error. Every picture
+        skip_corrupt: Leave out pictures that cannot be decoded, and log how many, instead of an error. Every picture
             of a split is then decoded once when the split is first used.
 
     Raises:

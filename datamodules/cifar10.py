@@ -26,7 +26,7 @@ class CIFAR10(ImageDataModule):
         root: Folder that holds or shall hold ``cifar-10-batches-py``.
         download: Fetch the data set if ``root`` lacks it; torchvision checks its digests.
         val_from: ``"train"`` takes ``val_fraction`` of the training images. ``"test"`` makes one fixed half of the test
-            images the validation split and the other half the test split: for weights that have seen all of ``train``.
+            images the validation split and the other half the test split: for weights trained on all of ``train``.
         val_fraction: Share of the training images with ``val_from="train"``.
         augment: A preset as in :class:`ImageDataModule`.
         **options: As in :class:`ImageDataModule`.

@@ -132,13 +132,13 @@ class ImageDataset(Dataset[Batch]):
             )
         for name, values in self.further.items():
             if not callable(values) and len(values) != len(self):
+                raise ValueError(f"the part {name!r} has {len(values)} rows for {len(self)} images; give one for each")
+        for name in self.maps:
+            shape = tuple(self._further(name, np.arange(1), None).shape[1:])
+            if shape[-2:] != self.spec.shape[1:]:
                 raise ValueError(
-                    f"the part {name!r} has {len(values)} values for {len(self)} images; give one for each"
-                )
-            if name in self.maps and tuple(self._further(name, np.arange(1), None).shape[-2:]) != self.spec.shape[1:]:
-                raise ValueError(
-                    f"the part {name!r} lies on the images' grid, so a sample's shape must end in "
-                    f"{self.spec.shape[1:]}, got {tuple(self._further(name, np.arange(1), None).shape[1:])}"
+                    f"the part {name!r} lies on the images' grid, so its shape must end in {self.spec.shape[1:]}, got "
+                    f"{shape}; give it at the size of the input"
                 )
 
     def _pairs(self, keys: Sequence[int | Key]) -> list[Key]:

@@ -1,4 +1,4 @@
-"""Any folder of images, sorted by split and class."""
+"""Folders of images, sorted by split and class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ImageFolder(ImageDataModule):
 
     Classes are the sorted folder names of ``train/`` and must be the same in every split. Files and folders whose
     name starts with a dot or that have none of ``EXTENSIONS`` are ignored; folders inside a class are searched too. A
-    log line says where a split comes from that has no folder:
+    log line tells where a split comes from that has no folder:
 
     - without ``val/``, a fixed stratified part of ``train/`` is split off;
     - without ``test/``, the validation images are tested on, which flatters a model that was selected on them.
@@ -30,7 +30,7 @@ class ImageFolder(ImageDataModule):
     Args:
         root: The folder.
         val_from: ``"test"`` makes one fixed half of ``test/`` the validation split and the other half the test split,
-            and leaves ``val/`` alone: for weights that have seen all of ``train/``.
+            and leaves ``val/`` alone: for weights trained on all of ``train/``.
         val_fraction: Share of every class of ``train/`` that is split off where there is no ``val/``.
         augment: A preset as in :class:`ImageDataModule`.
         **options: As in :class:`ImageDataModule`.
@@ -107,7 +107,7 @@ def scan(root: str | Path) -> tuple[list[str], dict[str, FileSource]]:
     """Find the classes, and the images of every split folder, under ``root``.
 
     Raises:
-        ValueError: As :class:`ImageFolder` says.
+        ValueError: As of :class:`ImageFolder`.
     """
     root = Path(root)
     if not root.is_dir():

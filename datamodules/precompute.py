@@ -47,9 +47,6 @@ class Precomputation:
         dtype: Key of ``DTYPES``: how features are stored.
         views: Augmented views of every image.
         device: Where to compute.
-
-    Raises:
-        ValueError: ``dtype`` is unknown.
     """
 
     compute: Callable[[Batch], Mapping[str, Tensor]]

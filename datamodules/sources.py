@@ -24,7 +24,7 @@ class ImageSource(ABC):
     """The pictures and labels of one split.
 
     Args:
-        labels: Class index of every picture.
+        labels: Class index of every picture; all 0 where there are no classes.
     """
 
     def __init__(self, labels: Sequence[int] | np.ndarray) -> None:
@@ -75,12 +75,12 @@ class ArraySource(ImageSource):
 
     Args:
         pixels: uint8 array (N, H, W) of grey or (N, H, W, 3) of RGB pictures.
-        labels: Class index of every picture.
+        labels: Class index of every picture, or ``None`` where there are no classes.
         title: What the split is called in messages.
     """
 
-    def __init__(self, pixels: np.ndarray, labels: Sequence[int] | np.ndarray, title: str) -> None:
-        super().__init__(labels)
+    def __init__(self, pixels: np.ndarray, labels: Sequence[int] | np.ndarray | None, title: str) -> None:
+        super().__init__(np.zeros(len(pixels)) if labels is None else labels)
         self.pixels = pixels
         self.title = title
 
@@ -118,11 +118,13 @@ class FileSource(ImageSource):
     Args:
         root: Folder that the paths start from.
         paths: One file per picture, relative to ``root``.
-        labels: Class index of every picture.
+        labels: Class index of every picture, or ``None`` where there are no classes.
     """
 
-    def __init__(self, root: str | Path, paths: Sequence[str] | np.ndarray, labels: Sequence[int] | np.ndarray) -> None:
-        super().__init__(labels)
+    def __init__(
+        self, root: str | Path, paths: Sequence[str] | np.ndarray, labels: Sequence[int] | np.ndarray | None = None
+    ) -> None:
+        super().__init__(np.zeros(len(paths)) if labels is None else labels)
         self.root = str(root)
         # One array of characters instead of a million Python strings: workers forked from this process share it.
         self.paths = np.array(paths, dtype=np.str_)
@@ -193,7 +195,7 @@ def split_off(source: ImageSource, fraction: float, class_names: Sequence[str]) 
     Args:
         source: The pictures to divide.
         fraction: Share of every class that is split off, above 0 and below 1; at least one picture is taken and left.
-        class_names: Names of the classes, for messages.
+        class_names: Names of the classes, for messages; where there are none, all pictures are one class.
 
     Returns:
         What stays and what is split off, both in the source's order.
@@ -204,7 +206,7 @@ def split_off(source: ImageSource, fraction: float, class_names: Sequence[str]) 
     check_fraction(fraction)
     digests = np.array([hashlib.sha256(key.encode()).hexdigest() for key in source.keys()])  # noqa: SIM118
     taken = np.zeros(len(source), dtype=bool)
-    for label, class_name in enumerate(class_names):
+    for label, class_name in enumerate(class_names or ["images"]):
         members = np.flatnonzero(source.labels == label)
         if len(members) < 2:
             raise ValueError(
