@@ -101,6 +101,9 @@ class Dense(pl.LightningModule):
         self.log("loss", loss)
         return loss
 
+    def validation_step(self, batch: dict[str, Any]) -> None:
+        self.log("val", self.layer(batch["images"]).mean())
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -109,7 +112,7 @@ def fit(task: Dense, data: ImageDataModule) -> Dense:
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
-        limit_val_batches=0,
+        num_sanity_val_steps=0,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
