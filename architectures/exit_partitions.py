@@ -11,7 +11,6 @@ from cleave.architectures.modes import evaluating
 from cleave.architectures.multi_exit import FINAL, MultiExitNetwork
 from cleave.architectures.normalize import Normalize
 from cleave.deployment import Codec, ExitPolicy, ExitSpec, FloatCodec, ImageInput, Part
-from cleave.deployment.bundle.signatures import part_inputs, part_outputs
 
 DEVICE, SERVER = "device", "server"
 
