@@ -67,7 +67,7 @@ class Stages(nn.Module):
         self.names = tuple(names)
         self.layouts: tuple[str, ...] = ("other",) * len(self.names)
         self.image_shape: tuple[int, ...] | None = None
-        self._altered = [False] * len(self.names)
+        self._altered = [False] * len(stages)
 
     def forward(self, x: Tensor) -> Any:
         """Run all stages: what the backbone returns for images (B, C, H, W)."""
@@ -110,7 +110,7 @@ class Stages(nn.Module):
 
     def alters(self, index: int) -> bool:
         """Whether stage ``index`` alters its input in place."""
-        return index > 0 and self._altered[index - 1]
+        return self._altered[index]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile every stage by itself, with the arguments of ``torch.compile``, so that ``features`` gains too."""
@@ -277,14 +277,13 @@ def _check(stages: Stages, reference: Reference) -> None:
         seen = []
         channels.start(x)
         for i, stage in enumerate(stages):
+            if not isinstance(x, Tensor):
+                raise CutError(f"layer {stages.names[i - 1]!r} returns a {type(x).__name__}, not one tensor.")
+            seen.append((x, x._version))
             x = stage(x)
-            if i < len(stages.names):
-                if not isinstance(x, Tensor):
-                    raise CutError(f"layer {stages.names[i]!r} returns a {type(x).__name__}, not one tensor.")
-                seen.append((x, x._version))
         stages._altered = [a or f._version != v for a, (f, v) in zip(stages._altered, seen, strict=True)]
         if not stages[0].training:
-            stages.layouts = tuple(layout_of(feature, channels, batch) for feature, _ in seen)
+            stages.layouts = tuple(layout_of(feature, channels, batch) for feature, _ in seen[1:])
         return x
 
     batch = reference.batch[False]
