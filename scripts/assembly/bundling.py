@@ -19,7 +19,8 @@ from cleave.architectures.partitions import network_partitions
 from cleave.datamodules import Digits, ImageDataModule
 from cleave.datamodules.sources import FileSource
 from cleave.deployment import Bundle, ExitPolicy, OutputSpec, check_parts, export_bundle, read_policy
-from cleave.lightning_modules import Measured, network_policy
+from cleave.lightning_modules import Measured
+from cleave.lightning_modules.evaluators import network_policy
 from cleave.reports.rates.results import Point
 from cleave.reports.terminal import console, table
 from cleave.scripts.assembly.building import plain
