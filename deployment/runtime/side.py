@@ -121,13 +121,16 @@ class Side:
         """
         if isinstance(arrived, Tensor):
             arrived = Message(tuple(range(len(arrived))), {self.route.input: arrived})
-        visit = self._visits.pop(request, None) or Visit()
+        visit = self._visits.get(request) or Visit()
         walk = _Running(self)
+        # What cannot be taken in is refused before anything that waits is touched.
         walk.outcome.messages = walk.step(visit, arrived)
-        if not walk.finished(visit):
+        if walk.finished(visit):
+            self.forget(request)
+        else:
             self._visits[request] = visit
             if len(self._visits) > self.limit:
-                del self._visits[next(iter(self._visits))]
+                self.forget(next(iter(self._visits)))
         return walk.outcome
 
 
