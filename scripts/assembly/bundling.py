@@ -68,7 +68,14 @@ def chosen_exits(network: StagedNetwork, data: ImageDataModule, config: DictConf
         policy = None if settings is None else network_policy(network, settings)
     exits = Exits(policy, given.get("placements"))
     found = network_partitions(network, data.input, exits.placements, exits.policy)
-    check_parts(found.parts, found.edges, outputs_of(network, data), found.exits, exits.policy)
+    check_parts(
+        found.parts,
+        found.edges,
+        input=data.input,
+        outputs=outputs_of(network, data),
+        exits=found.exits,
+        policy=exits.policy,
+    )
     return exits
 
 
