@@ -69,7 +69,7 @@ class NamedOutputs(nn.Module):
         ops = self._plan(wanted, known)
         self._check_given(known)
         if inputs is not None:
-            check_size(inputs, self.stages.image_shape)
+            check_size(inputs, self.stages.input_shape)
             known[INPUT] = inputs
         elif missing := [name for name in read_by(ops, wanted) if name not in known]:
             raise ValueError(
