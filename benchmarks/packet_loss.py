@@ -2,7 +2,7 @@
 
 Trains head distillation twice, over a perfect link and over one that loses a random share of its packets up to
 ``--worst``, and evaluates both at rates from 0 to ``--worst``, three draws each. By default on the embedded digits,
-with a teacher trained on the way; further overrides of train.py go behind, and ``teacher.ckpt_path=FILE`` saves it:
+with a teacher trained on the way; further overrides of train.py go behind, and ``base.ckpt_path=FILE`` saves it:
 
     python benchmarks/packet_loss.py [--output DIR] [--worst 0.5] [OVERRIDE …]
 """
@@ -38,9 +38,9 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     overrides = [*(args.overrides or DIGITS), *PLAIN]
-    if not any(item.startswith("teacher.ckpt_path") for item in overrides):
+    if not any(item.startswith("base.ckpt_path") for item in overrides):
         train(compose_config("train", ["experiment=digits_teacher", *PLAIN], args.output / "teacher"))
-        overrides.append(f"teacher.ckpt_path={args.output}/teacher/checkpoints/best.ckpt")
+        overrides.append(f"base.ckpt_path={args.output}/teacher/checkpoints/best.ckpt")
     lossy = [
         "channel=packet_loss", f"channel.rate=[0.0,{args.worst}]", f"channel.packet_bytes={args.packet_bytes}",
         "channel.when=train",

@@ -31,7 +31,7 @@ def needed(name: str, folder: Path, teacher_file: Path) -> list[str]:
     asked = missing(name, folder)
     overrides = [f"{key}={value}" for key, value in GIVEN.items() if key in asked]
     overrides += DIGITS if "split.at" in asked else []
-    return overrides + ([f"teacher.ckpt_path={teacher_file}"] if "teacher.ckpt_path" in asked else [])
+    return overrides + ([f"base.ckpt_path={teacher_file}"] if "base.ckpt_path" in asked else [])
 
 
 @pytest.mark.filterwarnings("ignore:.*log_every_n_steps")
@@ -57,9 +57,9 @@ OVERRIDES = ["trainer=cpu", "+trainer.limit_test_batches=2", "+trainer.enable_pr
 
 
 def test_presets_say_what_is_missing(tmp_path):
-    assert missing("digits_hnd", tmp_path) == {"teacher.ckpt_path"}
+    assert missing("digits_hnd", tmp_path) == {"base.ckpt_path"}
     assert missing("digits_teacher", tmp_path) == set()
-    assert missing("entropic_student", tmp_path) >= {"teacher.ckpt_path", "split.at", "compare", "beta"}
+    assert missing("entropic_student", tmp_path) >= {"base.ckpt_path", "split.at", "compare", "beta"}
 
 
 # `objective` is what the methods and the stages of a recipe are made of.
@@ -87,7 +87,7 @@ def test_the_teachers_file_may_be_gone_when_a_student_is_rebuilt(tmp_path, teach
     quiet()
     moved = tmp_path / "teacher.ckpt"
     moved.write_bytes(teacher_file.read_bytes())
-    overrides = ["experiment=digits_hnd", f"teacher.ckpt_path={moved}", *QUICK, "test=false"]
+    overrides = ["experiment=digits_hnd", f"base.ckpt_path={moved}", *QUICK, "test=false"]
     train(compose_config("train", overrides, tmp_path / "run"))
     moved.unlink()
     restored = restore(tmp_path / "run/checkpoints/best.ckpt")

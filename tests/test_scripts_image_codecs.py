@@ -113,7 +113,7 @@ def test_what_cannot_be_measured_is_refused(override, message, teacher_file, tmp
 
 
 def test_a_split_network_is_refused(teacher_file, tmp_path):
-    overrides = ["experiment=digits_hnd", f"teacher.ckpt_path={teacher_file}", "test=false", "trainer.max_epochs=1"]
+    overrides = ["experiment=digits_hnd", f"base.ckpt_path={teacher_file}", "test=false", "trainer.max_epochs=1"]
     train(compose_config("train", [*overrides, *QUIET, "callbacks.progress=null"], tmp_path / "student"))
     with pytest.raises(ValueError, match="holds a split network.*give the checkpoint of its teacher"):
         run(tmp_path / "student/checkpoints/best.ckpt", tmp_path)

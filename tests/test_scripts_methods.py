@@ -37,8 +37,8 @@ SPLIT = ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8"
 SPLIT += ["bottleneck.channels=4", "bottleneck.width=8", "logger=none", "callbacks.progress=null", *QUIET]
 # One short epoch, and all of the test images.
 SHORT = ["debug=limit", "trainer.detect_anomaly=false", "trainer.max_epochs=1", "trainer.limit_test_batches=1.0"]
-LAYERS = "method.objective.weights={layer2: 1.0, layer3: 0.5}"
-ENTROPIC = ["method=entropic", LAYERS, "method.beta=1.0", "method.optimizer.lr=1e-2"]
+LAYERS = "method.loss.weights={layer2: 1.0, layer3: 0.5}"
+ENTROPIC = ["method=entropic", LAYERS, "method.beta=1.0", "training.optimizer.lr=1e-2"]
 ENTROPIC += ["trainer.limit_train_batches=8"]  # until codes differ
 HND = ["method=head_distillation", "codec.bits=4"]
 # What is trained, how it is coded, and the bytes it then sends; ``None`` where they vary from image to image.
@@ -73,7 +73,7 @@ def ran(request, tmp_path_factory, teacher_file) -> Ran:
     folder = tmp_path_factory.mktemp(request.param)
     overrides, payload_bytes = CASES[request.param]
     shutil.copy(teacher_file, folder / "teacher.ckpt")
-    given = [*SPLIT, *SHORT, *overrides, f"teacher.ckpt_path={folder}/teacher.ckpt"]
+    given = [*SPLIT, *SHORT, *overrides, f"base.ckpt_path={folder}/teacher.ckpt"]
     metrics = train(compose_config("train", given, folder))
     (folder / "teacher.ckpt").unlink()
     checkpoint = folder / "checkpoints/best.ckpt"
@@ -160,7 +160,7 @@ def switchable(tmp_path_factory, teacher_file) -> Ran:
     quiet()
     folder = tmp_path_factory.mktemp("switchable")
     given = ["method=cross_entropy", "codec.widths=[2,4,8]", "codec.bits=4", *SPLIT, "trainer.max_epochs=4"]
-    given += [f"teacher.ckpt_path={teacher_file}", "method.optimizer.lr=1e-2", "export=true"]
+    given += [f"base.ckpt_path={teacher_file}", "training.optimizer.lr=1e-2", "export=true"]
     metrics = train(compose_config("train", given, folder))
     assert metrics["test/acc"] == metrics["test/bits4/acc"] > 0.4
     assert len({metrics[f"test/bits{bits}/acc"] for bits in (2, 4, 8)}) == 3
@@ -202,7 +202,7 @@ def test_features_are_sent_without_a_bottleneck_and_without_training(tmp_path, t
     quiet()
     given = ["method=cross_entropy", "split.form=none", "bottleneck=null", "codec.range=sample", "train=false"]
     given += [o for o in SPLIT if not o.startswith("bottleneck")]
-    metrics = train(compose_config("train", [*given, "export=true", f"teacher.ckpt_path={teacher_file}"], tmp_path))
+    metrics = train(compose_config("train", [*given, "export=true", f"base.ckpt_path={teacher_file}"], tmp_path))
     unsplit = evaluate(compose_config("evaluate", [f"ckpt_path={teacher_file}", *QUIET], tmp_path / "teacher"))
     assert metrics["test/payload_bytes"] == 32 * 4 * 4 + 8
     assert metrics["test/acc"] == pytest.approx(unsplit["test/acc"], abs=0.03)

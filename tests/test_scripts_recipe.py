@@ -35,7 +35,7 @@ def here(monkeypatch):
 
 
 def run(teacher: Path, folder: Path, *overrides: str) -> dict[str, float]:
-    return train(compose_config("train", [*RUN, f"teacher.ckpt_path={teacher}", *overrides], folder))
+    return train(compose_config("train", [*RUN, f"base.ckpt_path={teacher}", *overrides], folder))
 
 
 def point(folder: Path) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_any_stage_is_evaluated_and_exported_from_its_checkpoint_alone(whole, st
 
 # --- from stage to stage ----------------------------------------------------------------------------------------------
 
-STILL = ["+stages.finetune.method.optimizer.lr=0.0", "+stages.finetune.method.optimizer.weight_decay=0.0"]
+STILL = ["+steps.finetune.training.optimizer.lr=0.0", "+steps.finetune.training.optimizer.weight_decay=0.0"]
 
 
 def parameters(file: Path) -> dict[str, torch.Tensor]:
@@ -152,10 +152,10 @@ def test_without_checkpoints_a_stage_starts_from_the_last_weights(tmp_path, teac
 
 def test_epochs_optimizer_schedule_and_parts_are_each_stages_own(tmp_path, teacher_file):
     own = [
-        "+stages.head.trainer.max_epochs=1",
-        "+stages.finetune.method.optimizer={_target_: torch.optim.SGD, lr: 0.01, momentum: 0.9}",
-        "+stages.finetune.method.scheduler=null",
-        "+stages.finetune.method.train=[decoder,tail]",
+        "+steps.head.trainer.max_epochs=1",
+        "+steps.finetune.training.optimizer={_target_: torch.optim.SGD, lr: 0.01, momentum: 0.9}",
+        "+steps.finetune.training.scheduler=null",
+        "+steps.finetune.method.train=[decoder,tail]",
     ]
     run(teacher_file, tmp_path, *own, "test=false")
     head, finetune = (load(tmp_path / f"checkpoints/{stage}/last.ckpt") for stage in ("head", "finetune"))
@@ -254,7 +254,7 @@ def test_without_training_the_checkpoint_is_tested(whole, tmp_path, teacher_file
 @pytest.mark.untraced
 @pytest.mark.parametrize("mode", ["fdr", "limit", "overfit"])
 def test_a_recipe_runs_in_every_debug_mode(mode, tmp_path, teacher_file):
-    overrides = [*PLAIN, *NET, "experiment=bottlefit", "compare={layer2: 1.0}", f"teacher.ckpt_path={teacher_file}"]
+    overrides = [*PLAIN, *NET, "experiment=bottlefit", "compare={layer2: 1.0}", f"base.ckpt_path={teacher_file}"]
     short = {"overfit": ["trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1"]}.get(mode, [])
     metrics = train(compose_config("train", [*overrides, f"debug={mode}", *short], tmp_path))
     assert math.isfinite(metrics["test/acc"])
@@ -269,7 +269,7 @@ def test_a_bundle_is_of_the_last_stages_best_weights(tmp_path, teacher_file):
 
 def test_the_feature_cache_of_one_stage_is_not_the_nexts(tmp_path, teacher_file):
     jankowski = [*PLAIN, *NET, *SHORT, "experiment=jankowski", "trainer.max_epochs=1", "data.augment=none"]
-    cache = ["feature_cache.use=true", f"feature_cache.directory={tmp_path}/cache", f"teacher.ckpt_path={teacher_file}"]
+    cache = ["feature_cache.use=true", f"feature_cache.directory={tmp_path}/cache", f"base.ckpt_path={teacher_file}"]
     ends = []
     for name, overrides in {"cached": cache, "plain": cache[2:]}.items():
         train(compose_config("train", [*jankowski, *overrides, "test=false"], tmp_path / name))
@@ -282,21 +282,21 @@ def test_the_feature_cache_of_one_stage_is_not_the_nexts(tmp_path, teacher_file)
 
 # Each of them is told before anything is trained, of the second stage too.
 MISTAKES = {
-    "+stages.head.epochs=3": r"^stages\.head\.epochs has no meaning: a stage has method and trainer",
-    "+stages.head.methd.train=[decoder]": r"stages\.head\.methd has no meaning.* Did you mean 'method'\?",
-    "+stages.more.trainer.max_epochs=1": r"^stages\.more\.method has no _target_.*\+objective@stages\.more\.method=",
-    "stages.head=null": r"^stages\.head\.method has no _target_",
-    "+stages.finetune.method.train=[]": r"^stages\.finetune: train=\[\] trains nothing",
-    "+stages.finetune.method.train=[tial]": r"^stages\.finetune: train names 'tial'.*Did you mean 'tail'\?",
-    "+stages.head.method.train=[head]": r"^stages\.head: train=\['head'\] trains nothing",
-    "stages.finetune.method.objective.alpha=1.5": r"^stages\.finetune: alpha must lie in \[0, 1\], got 1\.5",
-    "stages.finetune.method.objective.temperature=0": r"^stages\.finetune: temperature must be .* got 0",
+    "+steps.head.epochs=3": r"^stages\.head\.epochs has no meaning: a stage has method and trainer",
+    "+steps.head.methd.train=[decoder]": r"stages\.head\.methd has no meaning.* Did you mean 'method'\?",
+    "+steps.more.trainer.max_epochs=1": r"^stages\.more\.method has no _target_.*\+method@steps\.more\.method=",
+    "steps.head=null": r"^stages\.head\.method has no _target_",
+    "+steps.finetune.method.train=[]": r"^stages\.finetune: train=\[\] trains nothing",
+    "+steps.finetune.method.train=[tial]": r"^stages\.finetune: train names 'tial'.*Did you mean 'tail'\?",
+    "+steps.head.method.train=[head]": r"^stages\.head: train=\['head'\] trains nothing",
+    "steps.finetune.method.loss.alpha=1.5": r"^stages\.finetune: alpha must lie in \[0, 1\], got 1\.5",
+    "steps.finetune.method.loss.temperature=0": r"^stages\.finetune: temperature must be .* got 0",
     "compare={layer2: -1.0}": r"^stages\.head: weights: 'layer2' must have .* got -1\.0",
-    "+stages.finetune.method.optimizer.lrr=1": r"^stages\.finetune: AdamW.* 'lrr'",
-    "+stages.finetune.method.optimizer.lr=-1": r"^stages\.finetune: Invalid learning rate: -1",
-    "+stages.finetune.method.scheduler.T_mx=1": r"^stages\.finetune: method\.scheduler: CosineAnnealingLR.* 'T_mx'",
-    "+stages.finetune.method.lr_scales.tial=1": r"^stages\.finetune: lr_scales names 'tial'",
-    "+stages.finetune.trainer.max_epoch=1": r"^stages\.finetune: .* 'max_epoch'",
+    "+steps.finetune.training.optimizer.lrr=1": r"^stages\.finetune: AdamW.* 'lrr'",
+    "+steps.finetune.training.optimizer.lr=-1": r"^stages\.finetune: Invalid learning rate: -1",
+    "+steps.finetune.training.scheduler.T_mx=1": r"^stages\.finetune: method\.scheduler: CosineAnnealingLR.* 'T_mx'",
+    "+steps.finetune.training.lr_scales.tial=1": r"^stages\.finetune: lr_scales names 'tial'",
+    "+steps.finetune.trainer.max_epoch=1": r"^stages\.finetune: .* 'max_epoch'",
 }
 
 
@@ -309,7 +309,7 @@ def test_a_mistake_in_any_stage_is_told_before_the_first_is_trained(mistake, tmp
 
 
 def test_the_name_of_a_stage_is_the_name_of_a_folder(tmp_path, teacher_file):
-    cfg = compose_config("train", [*RUN, f"teacher.ckpt_path={teacher_file}"], tmp_path)
+    cfg = compose_config("train", [*RUN, f"base.ckpt_path={teacher_file}"], tmp_path)
     OmegaConf.set_struct(cfg, False)
     for name in ("a/b", "..", ""):
         cfg.stages = {name: {"method": {"_target_": "cleave.lightning_modules.CrossEntropy"}}}
@@ -318,7 +318,7 @@ def test_the_name_of_a_stage_is_the_name_of_a_folder(tmp_path, teacher_file):
 
 
 def test_a_recipe_without_stages(tmp_path, teacher_file):
-    given = [*PLAIN, *NET, f"teacher.ckpt_path={teacher_file}"]
+    given = [*PLAIN, *NET, f"base.ckpt_path={teacher_file}"]
     with pytest.raises(ValueError, match=r"stages={} names no stage; .*experiment=bottlefit"):
         train(compose_config("train", [*given, "method=recipe"], tmp_path))
     with pytest.raises(ValueError, match="method has no _target_; choose"):
@@ -326,21 +326,21 @@ def test_a_recipe_without_stages(tmp_path, teacher_file):
 
 
 def test_a_recipe_made_on_the_command_line(tmp_path, teacher_file):
-    objectives = ["+objective@stages.one.method=head_distillation", "+objective@stages.two.method=cross_entropy"]
-    given = [*PLAIN, *NET, *SHORT, "method=recipe", *objectives, f"teacher.ckpt_path={teacher_file}"]
+    objectives = ["+method@steps.one.method=head_distillation", "+method@steps.two.method=cross_entropy"]
+    given = [*PLAIN, *NET, *SHORT, "method=recipe", *objectives, f"base.ckpt_path={teacher_file}"]
     train(compose_config("train", [*given, "trainer.max_epochs=1"], tmp_path))
     assert point(tmp_path)["method"] == "Head distillation → Cross entropy"
 
 
 def test_what_a_stage_still_needs_is_named(tmp_path):
-    objective = "+objective@stages.one.method=generalized_head_distillation"
-    cfg = compose_config("train", ["method=recipe", objective, "teacher.ckpt_path=FILE", "split.at=layer2"], tmp_path)
-    assert missing_values(cfg) == ["stages.one.method.objective.weights"]
+    objective = "+method@steps.one.method=generalized_head_distillation"
+    cfg = compose_config("train", ["method=recipe", objective, "base.ckpt_path=FILE", "split.at=layer2"], tmp_path)
+    assert missing_values(cfg) == ["steps.one.method.loss.weights"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(whole, tmp_path, teacher_file):
     head = f"ckpt_path={whole}/checkpoints/head/last.ckpt"
-    given = [*PLAIN, *NET, *SHORT, f"teacher.ckpt_path={teacher_file}"]
+    given = [*PLAIN, *NET, *SHORT, f"base.ckpt_path={teacher_file}"]
 
     def refused(match: str, *overrides: str) -> None:
         with pytest.raises(ValueError, match=match):
@@ -350,11 +350,11 @@ def test_a_checkpoint_of_another_run_is_refused(whole, tmp_path, teacher_file):
     of_head = "is of stage 'head' of the recipe head, finetune, but "
     refused(of_head + "this run is no recipe", "method=head_distillation", head)
     refused(of_head + "this run is the recipe bottleneck, finetune", "experiment=jankowski", head)
-    objectives = [f"+objective@stages.{name}.method=cross_entropy" for name in ("head", "more")]
+    objectives = [f"+method@steps.{name}.method=cross_entropy" for name in ("head", "more")]
     refused(r"made by stages\.head\.method\._target_=.*GeneralizedHeadDistillation, but here it is .*CrossEntropy",
             "method=recipe", *objectives, head)  # fmt: skip
     finetune = f"ckpt_path={whole}/checkpoints/finetune/last.ckpt"
-    objectives = [f"+objective@stages.{name}.method=knowledge_distillation" for name in ("other", "finetune")]
+    objectives = [f"+method@steps.{name}.method=knowledge_distillation" for name in ("other", "finetune")]
     refused("of stage 'finetune' of the recipe head, finetune, but this run is the recipe other, finetune",
             "method=recipe", *objectives, finetune)  # fmt: skip
     refused("is of a run without stages, but this run is the recipe head, finetune",
@@ -369,8 +369,8 @@ def test_a_checkpoint_of_another_run_is_refused(whole, tmp_path, teacher_file):
 @pytest.mark.slow
 def test_two_spawned_processes_fit_stages_that_train_different_parts(tmp_path, teacher_file):
     folder = tmp_path / "run"
-    overrides = [f"teacher.ckpt_path={teacher_file}", "trainer=ddp_sim", "logger=csv", "export=true"]
-    overrides.append("+stages.finetune.method.train=[decoder,tail]")
+    overrides = [f"base.ckpt_path={teacher_file}", "trainer=ddp_sim", "logger=csv", "export=true"]
+    overrides.append("+steps.finetune.method.train=[decoder,tail]")
     told = run_script("train", *RUN, *overrides, folder=folder, timeout=280, fresh=True)
     assert "Warning" not in told
     assert "recommended" not in told
@@ -387,7 +387,7 @@ def test_two_spawned_processes_fit_stages_that_train_different_parts(tmp_path, t
 @pytest.mark.slow
 def test_two_subprocesses_fit_a_recipe(tmp_path, teacher_file):
     folder = tmp_path / "run"
-    overrides = [f"teacher.ckpt_path={teacher_file}", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    overrides = [f"base.ckpt_path={teacher_file}", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     overrides += ["trainer.precision=32-true", "trainer.plugins=null", "logger=csv"]
     told = run_script("train", *RUN, *overrides, folder=folder, timeout=280, fresh=True)
     assert told.count("stage 1 of 2") == told.count("stage 2 of 2") == told.count("Results: ") == 1
@@ -402,7 +402,7 @@ def load_before(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_each_job_of_a_sweep_has_results_of_its_own(tmp_path, teacher_file):
     folder = tmp_path / "sweep"
-    run_script("train", "-m", *RUN, f"teacher.ckpt_path={teacher_file}", "codec.bits=2,4", folder=folder, timeout=280)
+    run_script("train", "-m", *RUN, f"base.ckpt_path={teacher_file}", "codec.bits=2,4", folder=folder, timeout=280)
     assert [point(folder / job)["bits"] for job in ("0", "1")] == [2, 4]
     assert all(
         (folder / f"{job}/checkpoints/{stage}/best.ckpt").is_file() for job in "01" for stage in ("head", "finetune")

@@ -75,7 +75,7 @@ class Tracked(NamedTuple):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path) -> Tracked:
     folder = tmp_path_factory.mktemp("tracked")
-    overrides = ["experiment=digits_hnd", f"teacher.ckpt_path={teacher_file}", *QUICK, "export=true", "seed=0"]
+    overrides = ["experiment=digits_hnd", f"base.ckpt_path={teacher_file}", *QUICK, "export=true", "seed=0"]
     overrides += ["tags=[first,second]", "logger.wandb.group=ours", "trainer.log_every_n_steps=1"]
     process = run_script("train", overrides, folder)
     assert process.returncode == 0, process.stderr
@@ -224,7 +224,7 @@ def test_each_job_of_a_sweep_is_its_own_run_and_a_crash_is_recorded_as_one(tmp_p
 
 
 def test_a_recipe_is_one_run_in_which_its_stages_are_visible(tmp_path, teacher_file):
-    overrides = ["experiment=bottlefit", f"teacher.ckpt_path={teacher_file}", *QUICK, "trainer.log_every_n_steps=1"]
+    overrides = ["experiment=bottlefit", f"base.ckpt_path={teacher_file}", *QUICK, "trainer.log_every_n_steps=1"]
     overrides += ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8", "split.at=layer2"]
     process = run_script("train", [*overrides, "compare={layer2: 1.0, layer3: 0.5}"], tmp_path)
     assert process.returncode == 0, process.stderr
