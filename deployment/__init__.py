@@ -1,17 +1,20 @@
 """What a device or a server needs: bundles, codecs, preprocessing and export. Imports nothing of the other rooms."""
 
-from .bundle.export import Part, check_parts, check_target, export_bundle
+from .bundle.edges import Crossing, Edge, Transfer
+from .bundle.export import Part, check_parts, export_bundle
 from .bundle.files import BundleError, FileEntry
+from .bundle.folder import check_target
 from .bundle.loading import Bundle, Partition, load_bundle
 from .bundle.manifest import Manifest, read_manifest, write_manifest
 from .bundle.parity import Parity, ParityError
-from .bundle.specs import PartitionSpec, TensorSpec
+from .bundle.route import Route
+from .bundle.specs import OutputSpec, PartitionSpec, TensorSpec
 from .bundle.torchscript import load_torchscript, save_torchscript
-from .codecs.codec import CODECS, Codec, CodesCodec, FloatCodec, UniformCodec, codec_from_dict
+from .codecs.codec import CODECS, Codec, FloatCodec, codec_from_dict
 from .codecs.entropy_codec import EntropyCodec, integer_frequencies
-from .codecs.feature_codecs import CODINGS, SparseCodec, TiledImageCodec, ZstdCodec, code_codec
-from .codecs.image_codecs import IMAGE_CODECS, ImageCodec, JPEGCodec, PNGCodec, WebPCodec, image_codec
+from .codecs.feature_codecs import CODINGS, SparseCodec, ZstdCodec, code_codec
 from .codecs.packing import FLOAT_BITS, CodecError, check_bits, pack_bits, packed_bytes, unpack_bits, zstd_bytes
+from .codecs.uniform import CodesCodec, UniformCodec
 from .exits.early_exit import Exited, anytime, exit_shares, expected_cost, leave_early, offline
 from .exits.policies import (
     POLICIES,
@@ -24,15 +27,17 @@ from .exits.policies import (
     policy_from_dict,
 )
 from .exits.policy import Decision, ExitPolicy
-from .exits.specs import ExitSpec, check_policy, read_policy
+from .exits.specs import ExitSpec, check_policy, exit_logits, read_policy
+from .runtime.inputs import Input, TensorInput
 from .runtime.pipeline import Pipeline, Result
 from .runtime.preprocess import ImageError, ImageInput, open_image
+from .runtime.side import Outcome, Side
+from .runtime.walk import Message
 
 __all__ = [
     "CODECS",
     "CODINGS",
     "FLOAT_BITS",
-    "IMAGE_CODECS",
     "POLICIES",
     "Bundle",
     "BundleError",
@@ -40,7 +45,9 @@ __all__ = [
     "CodecError",
     "CodesCodec",
     "ConfidencePolicy",
+    "Crossing",
     "Decision",
+    "Edge",
     "EnsemblePolicy",
     "EntropyCodec",
     "EntropyPolicy",
@@ -49,13 +56,14 @@ __all__ = [
     "Exited",
     "FileEntry",
     "FloatCodec",
-    "ImageCodec",
     "ImageError",
     "ImageInput",
-    "JPEGCodec",
+    "Input",
     "Manifest",
     "MarginPolicy",
-    "PNGCodec",
+    "Message",
+    "Outcome",
+    "OutputSpec",
     "Parity",
     "ParityError",
     "Part",
@@ -64,11 +72,13 @@ __all__ = [
     "PatiencePolicy",
     "Pipeline",
     "Result",
+    "Route",
+    "Side",
     "SparseCodec",
+    "TensorInput",
     "TensorSpec",
-    "TiledImageCodec",
+    "Transfer",
     "UniformCodec",
-    "WebPCodec",
     "ZstdCodec",
     "anytime",
     "build_policy",
@@ -78,10 +88,10 @@ __all__ = [
     "check_target",
     "code_codec",
     "codec_from_dict",
+    "exit_logits",
     "exit_shares",
     "expected_cost",
     "export_bundle",
-    "image_codec",
     "integer_frequencies",
     "leave_early",
     "load_bundle",

@@ -1,55 +1,44 @@
-"""Training and evaluation logic: one thin module per family of methods."""
+"""Training and evaluation: one task of terms and evaluators, and the published methods as thin classes of it."""
 
-from cleave.lightning_modules.base import Task
-from cleave.lightning_modules.exits import ExitTask
-from cleave.lightning_modules.methods.classification import Classification
-from cleave.lightning_modules.methods.cross_entropy import CrossEntropy
-from cleave.lightning_modules.methods.entropic import Entropic
-from cleave.lightning_modules.methods.exits_distilled import ExitsDistilled
-from cleave.lightning_modules.methods.exits_joint import ExitsJoint
-from cleave.lightning_modules.methods.exits_separate import ExitsSeparate
-from cleave.lightning_modules.methods.generalized_head_distillation import GeneralizedHeadDistillation
-from cleave.lightning_modules.methods.head_distillation import HeadDistillation
-from cleave.lightning_modules.methods.information_bottleneck import InformationBottleneck
-from cleave.lightning_modules.methods.knowledge_distillation import KnowledgeDistillation
-from cleave.lightning_modules.methods.reconstruction import Reconstruction
-from cleave.lightning_modules.methods.zero_time_waste import ZeroTimeWaste
-from cleave.lightning_modules.split import SplitTask
-from cleave.lightning_modules.teacher import Teacher
-from cleave.lightning_modules.terms import (
-    FeaturesTerm,
-    FeatureTerm,
-    GaussianTerm,
-    LabelTerm,
-    LogitsTerm,
-    RateTerm,
-    ReconstructionTerm,
-    Term,
+from cleave.lightning_modules.evaluators import Evaluator, Measured, Passed, default_evaluators
+from cleave.lightning_modules.frozen import Frozen
+from cleave.lightning_modules.methods import (
+    Classification,
+    CrossEntropy,
+    Entropic,
+    ExitsDistilled,
+    ExitsJoint,
+    ExitsSeparate,
+    GeneralizedHeadDistillation,
+    HeadDistillation,
+    InformationBottleneck,
+    KnowledgeDistillation,
+    Reconstruction,
+    ZeroTimeWaste,
 )
+from cleave.lightning_modules.task import Task
+from cleave.lightning_modules.term import Term
+from cleave.lightning_modules.training import Training
 
 __all__ = [
     "Classification",
     "CrossEntropy",
     "Entropic",
-    "ExitTask",
+    "Evaluator",
     "ExitsDistilled",
     "ExitsJoint",
     "ExitsSeparate",
-    "FeatureTerm",
-    "FeaturesTerm",
-    "GaussianTerm",
+    "Frozen",
     "GeneralizedHeadDistillation",
     "HeadDistillation",
     "InformationBottleneck",
     "KnowledgeDistillation",
-    "LabelTerm",
-    "LogitsTerm",
-    "RateTerm",
+    "Measured",
+    "Passed",
     "Reconstruction",
-    "ReconstructionTerm",
-    "SplitTask",
     "Task",
-    "Teacher",
     "Term",
+    "Training",
     "ZeroTimeWaste",
+    "default_evaluators",
 ]

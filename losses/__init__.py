@@ -1,4 +1,4 @@
-"""Pure objectives: tensors in, scalar out."""
+"""Pure objectives: tensors in, a scalar or several named ones out."""
 
 from cleave.losses.exit_distillation import ExitDistillationLoss
 from cleave.losses.generalized_head_distillation import GeneralizedHeadDistillationLoss

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,7 +47,7 @@ class ExitDistillationLoss(WeightedExits):
         - logits: E outputs (B, K), unnormalised, or all in one tensor (E, B, K).
         - labels: (B,), int64 in 0..K-1.
         - teacher_logits: (B, K), unnormalised; looked at with ``"teacher"`` only.
-        - output: scalar, in nats, float32 at least.
+        - output: the weighted loss of each exit by its name, scalars in nats, float32 at least.
 
     Raises:
         ValueError: An argument is out of its range, the teacher's logits are missing or of another shape, or the
@@ -58,10 +57,9 @@ class ExitDistillationLoss(WeightedExits):
         >>> import torch
         >>> logits = [torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])]
         >>> objective = ExitDistillationLoss("final", alpha=0.5, temperature=2.0)
-        >>> objective.terms(logits, torch.tensor([0]))
-        [tensor(0.5685), tensor(0.1269)]
+        >>> objective.bind(["layer1", "final"])
         >>> objective(logits, torch.tensor([0]))
-        tensor(0.6954)
+        {'layer1': tensor(0.5685), 'final': tensor(0.1269)}
     """
 
     def __init__(
@@ -84,21 +82,15 @@ class ExitDistillationLoss(WeightedExits):
         return self.source == "teacher"
 
     def forward(
-        self, logits: Sequence[Tensor], labels: Tensor, teacher_logits: Tensor | None = None, progress: float = 1.0
-    ) -> Tensor:
-        """Return the loss of a batch, the sum of its terms."""
-        return torch.stack(self.terms(logits, labels, teacher_logits, progress)).sum()
-
-    def terms(
-        self, logits: Sequence[Tensor], labels: Tensor, teacher_logits: Tensor | None = None, progress: float = 1.0
-    ) -> list[Tensor]:
-        """Return the weighted term of each exit, a scalar, so that they can be logged one by one.
+        self, logits: Sequence[Tensor], labels: Tensor, progress: float = 1.0, teacher_logits: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return the weighted loss of each exit by its name; their sum is what is minimised.
 
         Args:
             logits: The exits' outputs.
             labels: The labels.
-            teacher_logits: The teacher's output for the same images, where ``needs_teacher``.
             progress: Share of the training that is done, in [0, 1].
+            teacher_logits: The teacher's output for the same images, where ``needs_teacher``.
         """
 
         def loss(j: int) -> Tensor:

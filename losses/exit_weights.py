@@ -15,7 +15,7 @@ PRESETS = ("equal", "branchynet", "linear", "final", "shallow_deep", "learned")
 class WeightedExits(nn.Module):
     """Base of the losses that sum over the exits of a network; ``JointExitLoss`` describes the weights.
 
-    A subclass says in ``terms`` what the loss of one exit is and leaves the weights to :meth:`weigh`.
+    A subclass says what the loss of one exit is and leaves the weights to :meth:`weigh`.
 
     Args:
         weights: One of ``PRESETS``, or one weight per exit, the final classifier last.
@@ -28,38 +28,43 @@ class WeightedExits(nn.Module):
             raise ValueError(f"start must lie in [0, 1], got {start}; it is what an early exit weighs at first")
         self.weights = _checked(weights)
         self.start = start
-        self.exits: int | None = None
+        self.names: tuple[str, ...] | None = None
         self.costs: tuple[float, ...] | None = None
         self.log_scales: nn.Parameter | None
         self.register_parameter("log_scales", None)
 
-    def bind(self, exits: int, costs: Sequence[float] | None = None) -> None:
+    @property
+    def follows_progress(self) -> bool:
+        """Whether the weights change along the training, which must then have an end."""
+        return self.weights == "shallow_deep"
+
+    def bind(self, exits: Sequence[str], costs: Sequence[float] | None = None) -> None:
         """Fit the weights to a network, once, before an optimizer is made or a state is loaded.
 
         Only ``"shallow_deep"``, which needs the costs, and ``"learned"``, whose parameter is made here, must be bound;
-        for the others it finds a wrong number of weights before training. Binding again keeps what was learned.
+        for the others it names the exits, and finds a wrong number of weights before training. Binding again keeps what
+        was learned.
 
         Args:
-            exits: Number of exits, the final classifier included.
+            exits: Names of the exits, the final classifier included.
             costs: Cost of leaving at each exit as a share of the whole network's MACs: in (0, 1], cumulative, so
                 that none falls below the one before, and 1 for the last.
 
         Raises:
             ValueError: The numbers do not fit each other or the weights, or costs are missing or out of range.
         """
-        if isinstance(exits, bool) or not isinstance(exits, int) or exits < 1:
-            raise ValueError(f"exits must be a whole number of at least 1, got {exits!r}")
-        self._check_count(exits)
+        names = checked_names(exits)
+        self._check_count(len(names))
         if costs is not None:
-            _check_costs(costs, exits)
+            _check_costs(costs, len(names))
             self.costs = tuple(costs)
         elif self.weights == "shallow_deep" and self.costs is None:
             raise ValueError(
                 "weights='shallow_deep' needs costs, got None; give the share of the network's MACs spent by each exit"
             )
-        self.exits = exits
+        self.names = names
         if self.weights == "learned" and self.log_scales is None:
-            self.log_scales = nn.Parameter(torch.zeros(exits))
+            self.log_scales = nn.Parameter(torch.zeros(len(names)))
 
     def weights_at(self, exits: int, progress: float) -> Tensor:
         """Return the weight of every exit at a moment of the training, to be read or logged; no gradient flows.
@@ -79,8 +84,8 @@ class WeightedExits(nn.Module):
             return torch.exp(-self.log_scales.detach().float())
         return torch.tensor(self._numbers(exits, progress), dtype=torch.float32)
 
-    def weigh(self, logits: Sequence[Tensor], loss: Callable[[int], Tensor], progress: float) -> list[Tensor]:
-        """Return the weighted loss of each exit; an exit that never has a weight is not computed.
+    def weigh(self, logits: Sequence[Tensor], loss: Callable[[int], Tensor], progress: float) -> dict[str, Tensor]:
+        """Return the weighted loss of each exit by its name; an exit that never has a weight is not computed.
 
         Args:
             logits: The exits' outputs, each (B, K).
@@ -89,12 +94,17 @@ class WeightedExits(nn.Module):
         """
         check_exits(logits)
         self._check_moment(len(logits), progress)
+        names = exit_names(self.names, len(logits))
         if self.log_scales is not None:
-            return [torch.exp(-s) * loss(j) + s for j, s in enumerate(self.log_scales)]
+            return {
+                name: torch.exp(-s) * loss(j) + s
+                for j, (name, s) in enumerate(zip(names, self.log_scales, strict=True))
+            }
         nothing = at_least_single(logits[0].new_zeros(()))
         weights = self._numbers(len(logits), progress)
         never = self.weightless(len(logits))
-        return [nothing if never[j] else weight * loss(j) for j, weight in enumerate(weights)]
+        terms = [nothing if never[j] else weight * loss(j) for j, weight in enumerate(weights)]
+        return dict(zip(names, terms, strict=True))
 
     def weightless(self, exits: int) -> list[bool]:
         """Say of each exit whether its weight is 0 all along the training.
@@ -124,7 +134,7 @@ class WeightedExits(nn.Module):
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must lie in [0, 1], got {progress}; it is the share of the training done")
         self._check_count(exits)
-        if self.exits is None and self.weights in ("shallow_deep", "learned"):
+        if self.names is None and self.weights in ("shallow_deep", "learned"):
             raise ValueError(f"weights={self.weights!r} is not bound to a network; call bind(exits, costs) first")
 
     def _check_count(self, exits: int) -> None:
@@ -133,14 +143,30 @@ class WeightedExits(nn.Module):
                 f"weights has {len(self.weights)} numbers, but there are {exits} exits; "
                 "give one weight per exit, the final classifier last"
             )
-        if self.exits not in (None, exits):
-            raise ValueError(
-                f"the loss is bound to {self.exits} exits, got {exits}; each network needs a loss of its own"
-            )
+        check_bound(self.names, exits)
 
     def extra_repr(self) -> str:
         """Show the settings in the printed module."""
         return f"weights={self.weights!r}" + (f", start={self.start}" if self.weights == "shallow_deep" else "")
+
+
+def checked_names(exits: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of a network's exits; refuse what is no list of different names."""
+    names = () if isinstance(exits, str) or not isinstance(exits, Sequence) else tuple(exits)
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"exits must be the names of all exits, the final classifier last, got {exits!r}")
+    return names
+
+
+def check_bound(names: tuple[str, ...] | None, exits: int) -> None:
+    """Refuse another number of exits than a loss is bound to."""
+    if names is not None and len(names) != exits:
+        raise ValueError(f"the loss is bound to {len(names)} exits, got {exits}; each network needs a loss of its own")
+
+
+def exit_names(names: tuple[str, ...] | None, exits: int) -> tuple[str, ...]:
+    """Return the names that a loss is bound to, or else the numbers of the exits, of which the last is ``final``."""
+    return names or (*(str(number) for number in range(1, exits)), "final")
 
 
 def check_exits(logits: Sequence[Tensor]) -> None:

@@ -6,7 +6,6 @@ import difflib
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from cleave.losses.head_distillation import HeadDistillationLoss
@@ -31,7 +30,7 @@ class GeneralizedHeadDistillationLoss(nn.Module):
     Shape:
         - student, teacher: features (B, ...) by layer; further layers are ignored, and no gradient flows into the
           teacher's.
-        - output: scalar, in squared units of the features.
+        - output: the weighted error of each layer by its name, scalars in squared units of the features.
 
     Raises:
         ValueError: A weight is out of its range or none is above 0, a layer is missing, or its two features differ in
@@ -42,10 +41,8 @@ class GeneralizedHeadDistillationLoss(nn.Module):
         >>> objective = GeneralizedHeadDistillationLoss({"layer1": 1.0, "layer2": 0.5})
         >>> student = {"layer1": torch.ones(2, 3), "layer2": torch.ones(2, 4)}
         >>> teacher = {"layer1": torch.zeros(2, 3), "layer2": torch.zeros(2, 4)}
-        >>> objective.terms(student, teacher)
-        {'layer1': tensor(3.), 'layer2': tensor(2.)}
         >>> objective(student, teacher)
-        tensor(5.)
+        {'layer1': tensor(3.), 'layer2': tensor(2.)}
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
@@ -58,12 +55,8 @@ class GeneralizedHeadDistillationLoss(nn.Module):
             raise ValueError(f"weights must give at least one layer a weight above 0, got {dict(weights)}")
         self.distance = HeadDistillationLoss()
 
-    def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss of a batch, the sum of its terms."""
-        return torch.stack(list(self.terms(student, teacher).values())).sum()
-
-    def terms(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weighted term of each layer, a scalar, so that they can be logged one by one."""
+    def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weighted error of each layer by its name; their sum is what is minimised."""
         terms = {}
         for layer, weight in self.weights.items():
             ours, theirs = _feature(student, layer, "student"), _feature(teacher, layer, "teacher")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cleave.losses.exit_weights import at_least_single, check_exits
+from cleave.losses.exit_weights import at_least_single, check_bound, check_exits, checked_names, exit_names
 
 
 def geometric_ensemble(logits: Sequence[Tensor], weights: Tensor, log_bias: Tensor) -> Tensor:
@@ -65,24 +65,32 @@ class GeometricEnsembleLoss(nn.Module):
         - answers: log q, (E, B, K) as ``geometric_ensemble`` returns it, or E of (B, K); a constant that was added to
           all classes of a row changes nothing.
         - labels: (B,), int64 in 0..K-1.
-        - output: scalar, in nats, float32 at least.
+        - output: the cross entropy of each exit by its name, scalars in nats, float32 at least.
 
     Raises:
-        ValueError: The answers are not one (B, K) for each exit.
+        ValueError: The answers are not one (B, K) for each exit, or of another number of exits than it is bound to.
 
     Example:
         >>> import torch
         >>> logits = torch.tensor([[[0.9, 0.1]], [[0.4, 0.6]]]).log()
         >>> answers = geometric_ensemble(logits, torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.zeros(2, 2))
         >>> GeometricEnsembleLoss()(answers, torch.tensor([0]))
-        tensor(0.4477)
+        {'1': tensor(0.1054), 'final': tensor(0.3423)}
     """
 
-    def forward(self, answers: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """Return the loss of a batch, the sum of its terms."""
-        return torch.stack(self.terms(answers, labels)).sum()
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: tuple[str, ...] | None = None
 
-    def terms(self, answers: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
-        """Return the term of each exit, a scalar, so that they can be logged one by one."""
+    def bind(self, exits: Sequence[str], costs: Sequence[float] | None = None) -> None:
+        """Take the names of a network's exits, the final classifier included; their costs play no role."""
+        self.names = checked_names(exits)
+
+    def forward(self, answers: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Return the cross entropy of each exit by its name; their sum is what is minimised."""
         check_exits(answers)
-        return [F.cross_entropy(at_least_single(answer), labels) for answer in answers]
+        check_bound(self.names, len(answers))
+        names = exit_names(self.names, len(answers))
+        return {
+            name: F.cross_entropy(at_least_single(answer), labels) for name, answer in zip(names, answers, strict=True)
+        }

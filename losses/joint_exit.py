@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,7 +43,7 @@ class JointExitLoss(WeightedExits):
     Shape:
         - logits: E outputs (B, K), unnormalised, or all in one tensor (E, B, K).
         - labels: (B,), int64 in 0..K-1.
-        - output: scalar, in nats, float32 at least.
+        - output: the weighted loss of each exit by its name, scalars in nats, float32 at least.
 
     Raises:
         ValueError: An argument is out of its range, or the weights do not fit the number of exits.
@@ -53,12 +52,11 @@ class JointExitLoss(WeightedExits):
         >>> import torch
         >>> logits = [torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]])]
         >>> objective = JointExitLoss("branchynet")
-        >>> objective.terms(logits, torch.tensor([0]))
-        [tensor(0.6931), tensor(0.6931), tensor(0.0054)]
+        >>> objective.bind(["layer1", "layer2", "final"])
         >>> objective(logits, torch.tensor([0]))
-        tensor(1.3917)
+        {'layer1': tensor(0.6931), 'layer2': tensor(0.6931), 'final': tensor(0.0054)}
         >>> scheduled = JointExitLoss("shallow_deep")
-        >>> scheduled.bind(3, costs=[0.25, 0.5, 1.0])
+        >>> scheduled.bind(["layer1", "layer2", "final"], costs=[0.25, 0.5, 1.0])
         >>> scheduled.weights_at(3, progress=0.5)
         tensor([0.1300, 0.2550, 1.0000])
     """
@@ -71,12 +69,8 @@ class JointExitLoss(WeightedExits):
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}; 0 trusts the labels")
         self.label_smoothing = label_smoothing
 
-    def forward(self, logits: Sequence[Tensor], labels: Tensor, progress: float = 1.0) -> Tensor:
-        """Return the loss of a batch, the sum of its terms."""
-        return torch.stack(self.terms(logits, labels, progress)).sum()
-
-    def terms(self, logits: Sequence[Tensor], labels: Tensor, progress: float = 1.0) -> list[Tensor]:
-        """Return the weighted term of each exit, a scalar, so that they can be logged one by one.
+    def forward(self, logits: Sequence[Tensor], labels: Tensor, progress: float = 1.0) -> dict[str, Tensor]:
+        """Return the weighted loss of each exit by its name; their sum is what is minimised.
 
         Args:
             logits: The exits' outputs.

@@ -89,10 +89,10 @@ def calibrate_budget(
     check_budget(budget)
     thresholds = _search(policy, table, within_budget(table, budget), shared)
     if thresholds is None:
-        least = sweep(table, _choices(policy)).cost.min() / table.samples
+        least = sweep(table, policy.candidates()).cost.min() / table.samples
         raise ValueError(f"budget={budget:g} cannot be kept: the least possible mean cost is {least:g}; raise it")
-    scheme = "shared" if shared or policy.kind == "patience" else "per_exit"
-    return _calibrated(_with(policy, thresholds), logits, labels, costs, scheme, budget)
+    scheme = "shared" if shared or not policy.per_exit else "per_exit"
+    return _calibrated(policy.with_certainties(thresholds.tolist()), logits, labels, costs, scheme, budget)
 
 
 def calibrate_accuracy_drop(
@@ -135,8 +135,8 @@ def calibrate_accuracy_drop(
     needed = math.ceil(table.right[-1].sum() - drop * table.samples - 1e-9)
     thresholds = _search(policy, table, at_least_right(needed), shared)
     assert thresholds is not None  # leaving nowhere is always allowed
-    scheme = "shared" if shared or policy.kind == "patience" else "per_exit"
-    return _calibrated(_with(policy, thresholds), logits, labels, costs, scheme, None)
+    scheme = "shared" if shared or not policy.per_exit else "per_exit"
+    return _calibrated(policy.with_certainties(thresholds.tolist()), logits, labels, costs, scheme, None)
 
 
 def budgeted_batch(
@@ -157,7 +157,7 @@ def budgeted_batch(
     those that got so far. Shares are met up to 1/B, rounded towards early exits; where scores are equal, more leave.
 
     Args:
-        policy: Any but patience, whose whole numbers cannot meet a share.
+        policy: One whose exits may each have a threshold of their own; patience, a whole number, cannot meet a share.
         logits: Every exit's own logits (E, B, C).
         labels: int64 (B,); only the accuracy that is reported depends on them.
         costs: Cumulative cost of leaving at each exit, E numbers in any unit.
@@ -165,8 +165,8 @@ def budgeted_batch(
         split: Where the logits are from; ``test`` is refused.
 
     Raises:
-        ValueError: The budget is below the first exit's cost, the policy is patience, the split is the test split, or a
-            shape or value is not what it must be.
+        ValueError: The budget is below the first exit's cost, the policy has no threshold per exit, the split is the
+            test split, or a shape or value is not what it must be.
 
     Example:
         >>> from cleave.deployment import build_policy
@@ -176,14 +176,16 @@ def budgeted_batch(
         (0.5, 0.5)
     """
     check_split(split)
-    if policy.kind == "patience":
-        raise ValueError("budgeted_batch sets a threshold per exit, which patience does not have; use calibrate_budget")
+    if not policy.per_exit:
+        raise ValueError(
+            f"budgeted_batch sets a threshold per exit, which {policy.kind} does not have; use calibrate_budget"
+        )
     table = _table(policy, logits, labels, costs)
     check_budget(budget)
     if budget * ROUNDING < table.costs[0]:
         raise ValueError(f"budget={budget:g} cannot be kept: the least possible is {table.costs[0]:g}; raise it")
     thresholds = geometric_thresholds(table, budget)
-    return _calibrated(_with(policy, thresholds), logits, labels, costs, "budgeted_batch", budget)
+    return _calibrated(policy.with_certainties(thresholds.tolist()), logits, labels, costs, "budgeted_batch", budget)
 
 
 def cost_curve(
@@ -198,9 +200,9 @@ def cost_curve(
 ) -> list[CurvePoint]:
     """Return what the policy achieves over all its thresholds, from the cheapest to the dearest setting.
 
-    With one shared threshold nothing is fitted: the curve runs over evenly spaced quantiles of the scores, for patience
-    over all whole numbers, and may be drawn on any split. With thresholds per exit each point is calibrated at one of
-    evenly spaced budgets, which the test split is not for; draw those with
+    With one shared threshold nothing is fitted: the curve runs over evenly spaced quantiles of the scores, or over all
+    thresholds of a policy that has but a few, and may be drawn on any split. With thresholds per exit each point is
+    calibrated at one of evenly spaced budgets, which the test split is not for; draw those with
     :func:`~cleave.planning.exit_statistics.measure`.
 
     Args:
@@ -225,17 +227,17 @@ def cost_curve(
     if isinstance(points, bool) or not isinstance(points, int) or points < 2:
         raise ValueError(f"points must be a whole number of at least 2, got {points!r}")
     table = _table(policy, logits, labels, costs)
-    if not shared and policy.kind != "patience":
+    if not shared and policy.per_exit:
         check_split(split)
         budgets = np.linspace(table.costs[0], table.costs[-1], points)
         found = [_search(policy, table, within_budget(table, budget), shared=False) for budget in budgets]
-        return [measure(_with(policy, t), logits, labels, costs) for t in found if t is not None]
-    swept = sweep(table, _choices(policy))
+        return [measure(policy.with_certainties(t.tolist()), logits, labels, costs) for t in found if t is not None]
+    swept = sweep(table, policy.candidates())
     last = len(swept.thresholds) - 1
     chosen = np.unique(np.linspace(0, last, min(points, last + 1)).round().astype(int))
     return [
         CurvePoint(
-            _with(policy, np.full(len(table.scores), swept.thresholds[i])).thresholds,
+            policy.with_certainties([float(swept.thresholds[i])] * len(table.scores)).thresholds,
             float(swept.right[i]) / table.samples,
             float(swept.cost[i]) / table.samples,
             tuple((swept.shares[:, i] / table.samples).tolist()),
@@ -261,30 +263,18 @@ def _table(policy: ExitPolicy, logits: Tensor, labels: Tensor, costs: Sequence[f
         raise ValueError("logits hold one exit, so there is no threshold to choose; pass (E, B, C) of at least 2 exits")
     values = check_costs(costs, len(logits))
     right = decisions(policy, logits).answers.argmax(2) == labels
-    scores = policy.scores(logits)[:-1].double().cpu().numpy()
-    return Table(scores if policy.rising else -scores, right.cpu().numpy().astype(np.int64), values)
+    certainties = policy.certainties(logits)[:-1].double().cpu().numpy()
+    return Table(certainties, right.cpu().numpy().astype(np.int64), values)
 
 
 def _search(policy: ExitPolicy, table: Table, goal: Goal, shared: bool) -> Floats | None:
     """Return the thresholds (E - 1,) that reach the goal best, ``None`` if none does."""
-    swept = sweep(table, _choices(policy))
+    swept = sweep(table, policy.candidates())
     best = goal(swept.right, swept.cost)
     if best is None:
         return None
     start = np.full(len(table.scores), swept.thresholds[best])
-    return start if shared or policy.kind == "patience" else per_exit(table, goal, start)
-
-
-def _choices(policy: ExitPolicy) -> range | None:
-    """Return the thresholds that there are: whole numbers up to one that no count of agreements reaches, or any."""
-    return range(1, policy.exits) if policy.kind == "patience" else None
-
-
-def _with(policy: ExitPolicy, thresholds: Floats) -> ExitPolicy:
-    if policy.kind == "patience":
-        return policy.with_thresholds([int(t) for t in thresholds])
-    signs = thresholds if policy.rising else -thresholds
-    return policy.with_thresholds([None if math.isinf(t) else float(t) for t in signs])
+    return start if shared or not policy.per_exit else per_exit(table, goal, start)
 
 
 def _calibrated(

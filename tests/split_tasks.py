@@ -1,10 +1,11 @@
-"""Tiny split networks, tasks and training runs, shared by the tests of split training."""
+"""Tiny networks with a bottleneck, tasks and training runs, shared by the tests of training."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,23 @@ import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
-from cleave.architectures import EntropyBottleneck, GaussianEncoder, SplitNetwork
+from cleave.architectures import Bottleneck, GaussianEncoder, StagedNetwork, entropy_codec
+from cleave.architectures import split_network as build_network
 from cleave.architectures.backbones.zoo import CifarResNet
 from cleave.lightning_modules import (
     CrossEntropy,
     Entropic,
+    Frozen,
     GeneralizedHeadDistillation,
     HeadDistillation,
     InformationBottleneck,
     KnowledgeDistillation,
     Reconstruction,
-    SplitTask,
-    Teacher,
+    Task,
+    Training,
+    default_evaluators,
 )
 from cleave.losses import (
     GeneralizedHeadDistillationLoss,
@@ -39,43 +43,66 @@ NAMES = [str(i) for i in range(10)]
 ADAM = functools.partial(torch.optim.AdamW, lr=1e-2)
 LAYERS = {"layer2": 1.0, "layer3": 0.5}
 VARIANCE = {"bottleneck": {"channels": 3, "width": 8, "variance": "learned"}}
-ENTROPY = {"codec": {"kind": "entropy"}}
+ENTROPY = {"codec": entropy_codec}
 
-OBJECTIVES: dict[type[SplitTask], Callable[[], dict[str, Any]]] = {
-    CrossEntropy: lambda: {"objective": nn.CrossEntropyLoss()},
-    KnowledgeDistillation: lambda: {"objective": KnowledgeDistillationLoss(alpha=0.3, temperature=2.0)},
-    Reconstruction: lambda: {"objective": ReconstructionLoss()},
-    HeadDistillation: lambda: {"objective": HeadDistillationLoss()},
-    GeneralizedHeadDistillation: lambda: {"objective": GeneralizedHeadDistillationLoss(LAYERS)},
+LOSSES: dict[type[Task], Callable[[], dict[str, Any]]] = {
+    CrossEntropy: lambda: {"loss": nn.CrossEntropyLoss()},
+    KnowledgeDistillation: lambda: {"loss": KnowledgeDistillationLoss(alpha=0.3, temperature=2.0)},
+    Reconstruction: lambda: {"loss": ReconstructionLoss()},
+    HeadDistillation: lambda: {"loss": HeadDistillationLoss()},
+    GeneralizedHeadDistillation: lambda: {"loss": GeneralizedHeadDistillationLoss(LAYERS)},
     InformationBottleneck: lambda: {
-        "objective": nn.CrossEntropyLoss(),
+        "loss": nn.CrossEntropyLoss(),
         "rate": InformationBottleneckLoss(),
         "beta": 1e-2,
     },
-    Entropic: lambda: {"objective": GeneralizedHeadDistillationLoss({"layer2": 1.0}), "beta": 0.3},
+    Entropic: lambda: {"loss": GeneralizedHeadDistillationLoss({"layer2": 1.0}), "beta": 0.3},
 }
 
 
 def without_prior(network: dict[str, Any]) -> dict[str, Any]:
     """Settings that leave a learned prior out of what learns, where no rate teaches it."""
-    learned = network.get("codec", {}).get("kind") == "entropy"
-    return {"train": ["encoder", "decoder", "tail"]} if learned else {}
+    return {"train": ["encoder", "decoder", "tail"]} if network.get("codec") is entropy_codec else {}
 
 
 TEACHERLESS = (CrossEntropy, Reconstruction, InformationBottleneck)
 
 
+class Pairs(Dataset[dict[str, Tensor]]):
+    """Images and labels as batches name them."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"images": self.images[index], "labels": self.labels[index]}
+
+
 def batches(n: int = 24, batch_size: int = 8) -> DataLoader:
     """Grey noise with random labels."""
     generator = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(n, 1, 8, 8, generator=generator), torch.randint(10, (n,), generator=generator))
+    data = Pairs(torch.randn(n, 1, 8, 8, generator=generator), torch.randint(10, (n,), generator=generator))
     return DataLoader(data, batch_size=batch_size)
 
 
+def whole() -> tuple[Tensor, Tensor]:
+    """All images and labels of :func:`batches`."""
+    found = list(batches())
+    return torch.cat([batch["images"] for batch in found]), torch.cat([batch["labels"] for batch in found])
+
+
 def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The first of :func:`batches`."""
-    images, labels = next(iter(batches()))
-    return images.to(dtype), labels
+    """Images and labels of the first of :func:`batches`."""
+    first = next(iter(batches()))
+    return first["images"].to(dtype), first["labels"]
+
+
+def losses(task: Task, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The terms of a task for a batch."""
+    return task.training_loss({"images": images, "labels": labels})
 
 
 def backbone(classes: int = 10, seed: int = 0) -> nn.Module:
@@ -84,31 +111,70 @@ def backbone(classes: int = 10, seed: int = 0) -> nn.Module:
     return CifarResNet(8, classes, in_channels=1)
 
 
-def teacher(network: nn.Module | None = None) -> Teacher:
-    """The backbone that the student is cut from, unless another is given."""
-    return Teacher(backbone() if network is None else copy.deepcopy(network), "teacher.ckpt", "0" * 64)
+def teacher(network: nn.Module | None = None) -> dict[str, Frozen]:
+    """The backbone that the student is cut from, unless another is given, as a task takes it."""
+    return {"teacher": Frozen(backbone() if network is None else copy.deepcopy(network), "teacher.ckpt", "0" * 64)}
 
 
-def split_network(**settings: Any) -> SplitNetwork:
-    """Cut at layer2, layer3 observed, 3x4x4 codes of 4 bits; cut from eval mode, which leaves nothing to chance."""
-    bottleneck = None if settings.get("form") == "none" else {"channels": 3, "width": 8}
-    defaults = {"bottleneck": bottleneck, "codec": {"bits": 4}, "observe": ["layer3"]}
-    network = SplitNetwork(backbone().eval(), "layer2", torch.randn(2, 1, 8, 8), **defaults | settings)
-    if isinstance(network.quantizer, EntropyBottleneck) and bottleneck is not None:
+def split_network(**settings: Any) -> StagedNetwork:
+    """Split at layer2, cut at layer3 too, 3x4x4 codes of 4 bits; cut from eval mode, which leaves nothing to chance."""
+    coders = None if settings.get("form") == "none" else {"channels": 3, "width": 8}
+    defaults = {"bottleneck": coders, "codec": {"bits": 4}, "cuts": ["layer3"]}
+    network = build_network(backbone().eval(), "layer2", torch.randn(2, 1, 8, 8), **defaults | settings)
+    bottleneck = bottleneck_of(network)
+    if bottleneck.has_prior and coders is not None:
         with torch.no_grad():  # untrained, all codes would be 0
-            network.encoder[-1].weight.mul_(20)
+            bottleneck.encoder[-1].weight.mul_(20)
     return network
 
 
-def build(method: type[SplitTask], network: dict[str, Any] | None = None, **settings: Any) -> SplitTask:
-    """A task of a method with its objective of :data:`OBJECTIVES`, and with a teacher where it needs one."""
+def bottleneck_of(network: StagedNetwork) -> Bottleneck:
+    """The bottleneck at layer2."""
+    return network.bottlenecks["layer2"]
+
+
+def parts_of(network: StagedNetwork) -> dict[str, nn.ModuleList]:
+    """The parts of a network by their names without the layer."""
+    return {name.partition("/")[0]: nn.ModuleList(modules) for name, modules in network.parts().items()}
+
+
+def codes(network: StagedNetwork, images: Tensor) -> dict[str, Tensor]:
+    """What the bottleneck at layer2 sends of images."""
+    return bottleneck_of(network).send(network.outputs(images, ["layer2/z"])["layer2/z"])
+
+
+def through_bytes(network: StagedNetwork, images: Tensor) -> tuple[Tensor, list[bytes]]:
+    """Logits of what arrives as bytes, and the bytes."""
+    sent: list[bytes] = []
+
+    def link(cut: str, codec: Any, tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        sent.extend(codec.encode(tensors))
+        return codec.decode(sent)
+
+    return network.outputs(images, ["logits"], link=link)["logits"], sent
+
+
+def training(**settings: Any) -> Training:
+    """The settings of a training, of a fast rate unless another optimizer is given."""
+    return dataclasses.replace(Training(optimizer=ADAM), **settings)
+
+
+def build(
+    method: type[Task],
+    network: dict[str, Any] | None = None,
+    how: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Task:
+    """A task of a method with its loss of :data:`LOSSES`, and with a teacher where it needs one."""
     if network is None:
         network = {Reconstruction: {"form": "insert"}, InformationBottleneck: VARIANCE, Entropic: ENTROPY}.get(
             method, {}
         )
     if method not in TEACHERLESS:
-        settings = {"teacher": teacher()} | settings
-    return method(split_network(**network), NAMES, ADAM, **OBJECTIVES[method]() | settings)
+        settings = {"others": teacher()} | settings
+    made = split_network(**network)
+    settings = {"training": training(**(how or {})), "evaluators": default_evaluators(made, NAMES)} | settings
+    return method(made, **LOSSES[method]() | settings)  # type: ignore[call-arg]
 
 
 def trainer_of(callbacks: Iterable[pl.Callback] = (), epochs: int = 2, **settings: Any) -> pl.Trainer:
@@ -118,13 +184,13 @@ def trainer_of(callbacks: Iterable[pl.Callback] = (), epochs: int = 2, **setting
     )  # fmt: skip
 
 
-def fit(task: SplitTask, callbacks: Iterable[pl.Callback] = (), epochs: int = 2, **settings: Any) -> pl.Trainer:
+def fit(task: Task, callbacks: Iterable[pl.Callback] = (), epochs: int = 2, **settings: Any) -> pl.Trainer:
     trainer = trainer_of(callbacks, epochs, **settings)
     trainer.fit(task, batches(), batches())
     return trainer
 
 
-def evaluate(task: SplitTask, data: Any = None) -> dict[str, float]:
+def evaluate(task: Task, data: Any = None) -> dict[str, float]:
     """Test a task on what it was trained on and return what was measured."""
     trainer = trainer_of()
     trainer.test(task, batches() if data is None else data, verbose=False)
@@ -145,38 +211,39 @@ class Logged(pl.Callback):
         return [step["loss"] for step in self.steps]
 
 
-def double(task: SplitTask) -> SplitTask:
-    """The task and its teacher in float64, every part in the mode of training."""
+def double(task: Task) -> Task:
+    """The task and its frozen networks in float64, every part in the mode of training."""
     task.double()
-    if task._teacher is not None:
-        task._teacher.network.double()
+    for frozen in task.others.values():
+        frozen.network.double()
     task.set_modes()
     return task
 
 
-def by_hand(network: SplitNetwork, images: Tensor) -> dict[str, Tensor]:
+def by_hand(network: StagedNetwork, images: Tensor) -> dict[str, Tensor]:
     """All that a copy of a network makes of a batch, its parts called one after the other; z is what is sent."""
     twin = copy.deepcopy(network)
-    found = {"head": images if twin.head is None else twin.head(images)}
-    if isinstance(twin.encoder, GaussianEncoder):
-        hidden = twin.encoder.body(found["head"])
-        found["mean"] = twin.encoder.mean(hidden)
-        spread = twin.encoder.log_variance
+    bottleneck = bottleneck_of(twin)
+    found = {"head": images if twin.replaced else twin.stages[0](images)}
+    if isinstance(bottleneck.encoder, GaussianEncoder):
+        hidden = bottleneck.encoder.body(found["head"])
+        found["mean"] = bottleneck.encoder.mean(hidden)
+        spread = bottleneck.encoder.log_variance
         found["log_variance"] = spread(hidden) if callable(spread) else torch.full_like(found["mean"], spread)
         noise = torch.randn_like(found["mean"])
         found["z"] = found["mean"] + torch.exp(found["log_variance"] / 2) * noise
     else:
-        found["z"] = twin.encoder(found["head"])
-    found["z_hat"] = twin.quantizer(found["z"])
-    found["layer2"] = twin.decoder(found["z_hat"].to(images.dtype))
-    found["layer3"] = twin.tail[0](found["layer2"].clone())
-    found["logits"] = twin.tail[1](found["layer3"].clone())
+        found["z"] = bottleneck.encoder(found["head"])
+    found["z_hat"] = bottleneck.quantizer(found["z"])
+    found["layer2"] = bottleneck.decoder(found["z_hat"].to(images.dtype))
+    found["layer3"] = twin.stages[1](found["layer2"].clone())
+    found["logits"] = twin.stages[2](found["layer3"].clone())
     return {name: value.detach() for name, value in found.items()}
 
 
 def taught(images: Tensor, network: nn.Module | None = None) -> dict[str, Tensor]:
     """What the teacher makes of a batch, seen by hooks on the whole backbone."""
-    network = (backbone() if network is None else network).to(images.dtype).eval()
+    network = copy.deepcopy(backbone() if network is None else network).to(images.dtype).eval()
     found: dict[str, Tensor] = {}
     for name in ("layer2", "layer3"):
         network.get_submodule(name).register_forward_hook(
@@ -187,12 +254,12 @@ def taught(images: Tensor, network: nn.Module | None = None) -> dict[str, Tensor
     return found
 
 
-def terms_of(task: SplitTask, images: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+def terms_of(task: Task, images: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
     """The task's terms and all that :func:`by_hand` finds, drawn with the same noise."""
     torch.manual_seed(7)
     found = by_hand(task.network, images)
     torch.manual_seed(7)
-    return {name: value.item() for name, value in task.training_loss((images, labels)).items()}, found
+    return {name: value.item() for name, value in losses(task, images, labels).items()}, found
 
 
 def squared_error(one: Tensor, other: Tensor) -> float:

@@ -32,7 +32,7 @@ from cleave.deployment.bundle.canonical_json import digest, dump
 
 from .deployment_networks import CLASSES, INPUT, images, make_bundle
 
-FILES = ["head.pt", "tail.pt", "sample.safetensors"]
+FILES = ["head.pt", "tail.pt", "sample.device.safetensors", "sample.server.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_what_is_no_file_is_refused(folder, name):
 def test_a_path_leading_outside_is_refused(folder, name):
     for change in (
         lambda values: values["partitions"][0].update(file=name),
-        lambda values: values["sample"].update(file=name),
+        lambda values: values["samples"]["device"].update(file=name),
     ):
         edit(folder, change)
         with pytest.raises(BundleError, match="must be a plain name"):
@@ -194,7 +194,7 @@ def test_files_are_bounded(folder, monkeypatch):
     manifest = read_manifest(folder)
     with pytest.raises(BundleError, match="more than the 16777216 allowed"):
         write_manifest(folder, dataclasses.replace(manifest, config={"text": "x" * 2**24}))
-    edit(folder, lambda values: values["sample"].update(bytes=2**40))
+    edit(folder, lambda values: values["samples"]["server"].update(bytes=2**40))
     with pytest.raises(BundleError, match="may have 1 to 4294967296 bytes"):
         read_manifest(folder)
 
@@ -220,6 +220,15 @@ def remove(*path):
     return change
 
 
+def twice(*path):
+    def change(values):
+        for key in path:
+            values = values[key]
+        values.append(values[0])
+
+    return change
+
+
 def repeat_partition(**changes):
     def change(values):
         values["partitions"].append(values["partitions"][1] | changes)
@@ -230,23 +239,32 @@ def repeat_partition(**changes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_in("schema", value=1), "has schema 1; this version of Cleave reads 2"),
+        (set_in("schema", value=2), r"has schema 2, written by cleave .* and torch .*; .* reads 3: export it again"),
         (set_in("schema", value=True), "has schema True"),
         (remove("schema"), "has schema None"),
         (remove("route"), "the manifest lacks route"),
         (set_in("extra", value=1), "unknown keys extra"),
         (set_in("route", value="head"), "route has the wrong type, str"),
-        (set_in("route", value=[]), "the route is empty"),
-        (set_in("route", value=["head", 3]), "route has an entry of the wrong type: 3"),
-        (set_in("route", value=["head", "body"]), "route names unknown partitions body; known are head, tail"),
-        (set_in("route", value=["head", "tail", "head"]), "step of the route head appears twice"),
-        (set_in("route", value=["head"]), "tail are not on the route"),
-        (set_in("route", value=["tail", "head"]), "partition tail, number 1 of the route, takes"),
-        (set_in("codecs", value=[]), "a route of 2 partitions needs 1 codecs, got 0"),
-        (set_in("codecs", 0, "kind", value="morse"), "unknown codec kind 'morse'"),
-        (set_in("codecs", 0, "bits", value=1), "bits must be 2 to 16"),
-        (set_in("codecs", 0, "shape", value=[4, 4]), r"head emits codes of shape .*its codec sends \(4, 4\)"),
-        (set_in("codecs", 0, value=7), "a codec needs a kind"),
+        (set_in("route", value=[]), "partition head takes cut.levels, which nothing gives"),
+        (set_in("route", value=["head"]), "an edge must be an object, got str"),
+        (set_in("route", 0, "gpu", value=1), "an edge has the unknown keys gpu"),
+        (set_in("route", 0, "consumer", value="body"), "the unknown partition body; known are head, tail"),
+        (set_in("route", 0, "consumer", value="head"), "the route has a cycle: head > head"),
+        (set_in("route", 0, "producer", value="tail"), "the route has a cycle: tail > tail"),
+        (set_in("route", 0, "transfers", value=[]), "the edge head > tail carries nothing"),
+        (set_in("route", 0, "transfers", 0, "tensor", value="z"), "sends z.codes, z.low, z.high, which head does not"),
+        (twice("route"), "the edge head > tail appears twice"),
+        (twice("route", 0, "transfers"), "carries cut twice"),
+        (set_in("route", 0, "transfers", 0, "codec", value=None), "sends cut, which head does not emit"),
+        (set_in("route", 0, "transfers", 0, "codec", "kind", value="morse"), "unknown codec kind 'morse'"),
+        (set_in("route", 0, "transfers", 0, "codec", "bits", value=1), "bits must be 2 to 16"),
+        (
+            set_in("route", 0, "transfers", 0, "codec", "shape", value=[4, 4]),
+            "head emits cut.codes of shape .*its codec sends",
+        ),
+        (set_in("route", 0, "transfers", 0, "codec", value=7), "codec has the wrong type"),
+        (set_in("route", 0, "transfers", 0, "codec", value={}), "a codec needs a kind"),
+        (set_in("partitions", value=[]), "the route is empty"),
         (remove("partitions", 0, "sha256"), "a partition lacks sha256"),
         (set_in("partitions", 0, "gpu", value=1), "a partition has the unknown keys gpu"),
         (set_in("partitions", 0, "sha256", value="A" * 64), "must be 64 hexadecimal digits"),
@@ -255,23 +273,34 @@ def repeat_partition(**changes):
         (set_in("partitions", 0, "format", value="pickle"), "unknown format 'pickle'"),
         (set_in("partitions", 0, "params", value=-1), "negative"),
         (set_in("partitions", 0, "name", value="../x"), "must be a plain name"),
+        (set_in("partitions", 0, "placement", value="../x"), "must be a plain name"),
+        (set_in("partitions", 0, "placement", value="server"), "stays on server, where nothing is sent"),
+        (set_in("partitions", 0, "placement", value="edge"), "each placement, edge, server, has one sample file"),
         (set_in("partitions", 0, "file", value="tail.pt"), "the file tail.pt appears twice"),
         (set_in("partitions", 0, "file", value="manifest.json"), "the file manifest.json appears twice"),
-        (repeat_partition(), "the partition tail appears twice"),
-        (repeat_partition(name="end"), "the file tail.pt appears twice"),
+        (repeat_partition(), "the file tail.pt appears twice"),
+        (repeat_partition(file="more.pt"), "the partition tail appears twice"),
+        (repeat_partition(file="more.pt", name="end"), "logits is emitted by tail and by end"),
         (set_in("partitions", 0, value="head"), "a partition must be an object"),
         (set_in("partitions", 0, "inputs", 0, "dtype", value="complex64"), "the dtype of images must be one of"),
-        (set_in("partitions", 0, "inputs", 0, "shape", value=[-1, 1, 8, 8]), "the first input of head must be"),
+        (set_in("partitions", 0, "inputs", 0, "shape", value=[-1, 1, 8, 8]), "the input images of head must be"),
         (set_in("partitions", 0, "inputs", 0, "shape", value=[-2]), "the shape of images must be"),
-        (set_in("partitions", 0, "inputs", 0, "name", value="levels"), "head repeats levels among its inputs"),
-        (set_in("partitions", 1, "outputs", value=[]), r"tail, number 2 of the route, returns \(\)"),
-        (set_in("class_names", value=["a"]), "there are 1 class names"),
-        (set_in("class_names", value=[]), "at least one name"),
+        (set_in("partitions", 0, "inputs", 0, "name", value="cut.levels"), "head repeats cut.levels among its inputs"),
+        (set_in("partitions", 1, "inputs", 0, "dtype", value="int64"), "the input cut.codes of tail must be .*int32"),
+        (set_in("partitions", 1, "inputs", 3, "shape", value=[-1]), "the input cut.levels of tail must be"),
+        (set_in("partitions", 1, "outputs", value=[]), "no partition emits the output logits"),
+        (set_in("outputs", 0, "class_names", value=["a"]), "there are 1 class names"),
+        (set_in("outputs", 0, "class_names", value=["a", 3]), "class_names has an entry of the wrong type: 3"),
+        (set_in("outputs", 0, "class_names", value=[]), "at least one name"),
+        (set_in("outputs", 0, "kind", value="logit"), "must be one of .*Did you mean 'logits'"),
+        (set_in("outputs", 0, "name", value="scores"), "no partition emits the output scores"),
         (set_in("input", "height", value=0), "height must be"),
         (set_in("input", "size", value=1), "unknown image input keys"),
+        (set_in("input", "kind", value="images"), "the kind of input must be one of .*Did you mean 'image'"),
         (set_in("exits", value=[1]), "an exit must be an object, got int"),
         (set_in("metrics", value=[]), "metrics has the wrong type"),
-        (remove("sample", "bytes"), "sample lacks bytes"),
+        (remove("samples", "device", "bytes"), "the sample of device lacks bytes"),
+        (remove("samples", "device"), "each placement, device, server, has one sample file, got server"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(folder, change, message):
@@ -295,7 +324,7 @@ def replace_file(folder, name, content):
     assert entry["sha256"] == hashlib.sha256(content).hexdigest()
 
     def change(values):
-        for item in (values["sample"], *values["partitions"]):
+        for item in (*values["samples"].values(), *values["partitions"]):
             if item["file"] == name:
                 item.update(entry)
 
@@ -309,34 +338,43 @@ def test_a_partition_that_is_no_torchscript_is_named(folder):
 
 
 def test_a_sample_that_is_no_safetensors_is_named(folder):
-    replace_file(folder, "sample.safetensors", b"not a header")
-    with pytest.raises(BundleError, match=r"sample\.safetensors is not a safetensors file"):
+    replace_file(folder, "sample.device.safetensors", b"not a header")
+    with pytest.raises(BundleError, match=r"sample\.device\.safetensors is not a safetensors file"):
         load_bundle(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("place", "change", "message"),
     [
-        (lambda s: s.pop("tail.logits"), r"must hold .*tail\.logits, it holds"),
-        (lambda s: s.update(more=s["images"].clone()), "it holds .*more"),
-        (lambda s: s.update(images=s["images"].float()), "images must be uint8"),
+        ("server", lambda s: s.pop("logits"), r"must hold .*logits, it holds"),
+        ("device", lambda s: s.update(more=s["images"].clone()), "it holds .*more"),
+        ("server", lambda s: s.update(images=images()), "it holds .*images"),
+        ("device", lambda s: s.update(images=s["images"].float()), "images must be uint8"),
+        ("device", lambda s: s.update(images=s["images"][:3].clone()), "must hold as many samples in each tensor"),
     ],
 )
-def test_a_sample_that_lacks_something_is_named(folder, change, message):
-    sample = safetensors.torch.load_file(folder / "sample.safetensors")
+def test_a_sample_that_lacks_something_is_named(folder, place, change, message):
+    sample = safetensors.torch.load_file(folder / f"sample.{place}.safetensors")
     change(sample)
-    replace_file(folder, "sample.safetensors", safetensors.torch.save(sample))
+    replace_file(folder, f"sample.{place}.safetensors", safetensors.torch.save(sample))
     with pytest.raises(BundleError, match=message):
         load_bundle(folder)
 
 
-@pytest.mark.parametrize("part", ["head.codes", "tail.logits"])
-def test_the_self_test_finds_a_partition_that_computes_something_else(folder, part):
-    sample = safetensors.torch.load_file(folder / "sample.safetensors")
-    sample[part] = sample[part].flip(0).contiguous()
-    replace_file(folder, "sample.safetensors", safetensors.torch.save(sample))
-    with pytest.raises(ParityError, match=f"partition {part.split('.')[0]}: {part.split('.')[1]} differs"):
+@pytest.mark.parametrize(
+    ("place", "part", "name"),
+    [("device", "head", "cut.codes"), ("server", "tail", "logits"), ("server", "tail", "cut.codes")],
+)
+def test_the_self_test_finds_a_partition_that_computes_something_else(folder, place, part, name):
+    sample = safetensors.torch.load_file(folder / f"sample.{place}.safetensors")
+    sample[name] = sample[name].flip(0).contiguous()
+    replace_file(folder, f"sample.{place}.safetensors", safetensors.torch.save(sample))
+    differing = "logits" if part == "tail" else name
+    with pytest.raises(ParityError, match=f"partition {part}: {differing} differs"):
         load_bundle(folder).self_test()
+    with pytest.raises(ParityError):
+        load_bundle(folder, placement=place).self_test()
+    assert load_bundle(folder, placement="server" if place == "device" else "device").self_test().max_difference == 0
 
 
 @pytest.mark.parametrize("kind", ["sample", "float", "whole", "three"])
@@ -365,10 +403,10 @@ class Returns(nn.Module):
     [
         (lambda *r: r[:2], "partition head returned 2 tensors instead of 3"),
         (lambda *r: r[0], "partition head returned 1 tensors instead of 3"),
-        (lambda c, *r: (c.long(), *r), "partition head: codes must be int32"),
+        (lambda c, *r: (c.long(), *r), "partition head: cut.codes must be int32"),
         (
             lambda c, *r: (c[:, :2], *r),
-            r"partition head: codes must be int32 \[-1, 4, 4, 4\], got int32 \[5, 2, 4, 4\]",
+            r"partition head: cut.codes must be int32 \[-1, 4, 4, 4\], got int32 \[5, 2, 4, 4\]",
         ),
     ],
 )
@@ -377,16 +415,16 @@ def test_a_partition_that_returns_something_else_is_named(folder, change, messag
     replace_file(folder, "head.pt", content)
     head = load_bundle(folder).partitions["head"]
     with pytest.raises(BundleError, match=message):
-        head({"images": images(), "levels": torch.tensor(16)})
+        head({"images": images(), "cut.levels": torch.tensor(16)})
 
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"images": images()}, "partition head lacks its inputs levels"),
-        ({"images": images().float(), "levels": torch.tensor(16)}, "images must be uint8"),
-        ({"images": images(), "levels": torch.tensor([16])}, r"levels must be int64 \[\], got int64 \[1\]"),
-        ({"images": images(), "levels": torch.tensor(16.0)}, r"levels must be int64 \[\], got float32 \[\]"),
+        ({"images": images()}, "partition head lacks its inputs cut.levels"),
+        ({"images": images().float(), "cut.levels": torch.tensor(16)}, "images must be uint8"),
+        ({"images": images(), "cut.levels": torch.tensor([16])}, r"cut.levels must be int64 \[\], got int64 \[1\]"),
+        ({"images": images(), "cut.levels": torch.tensor(16.0)}, r"cut.levels must be int64 \[\], got float32 \[\]"),
     ],
 )
 def test_a_partition_fed_something_else_says_so(folder, tensors, message):
@@ -474,8 +512,9 @@ print(json.dumps({{
     "file": deployment.__file__,
     "parity": [parity.max_difference, parity.codes_differing],
     "logits": result.logits.numpy().tobytes().hex(),
-    "payloads": [[payload.hex() for payload in edge] for edge in result.payloads],
+    "payloads": [[payload.hex() for payload in edge] for edge in result.payloads.values()],
     "loaded": sorted(set({BLOCKED!r}) & set(sys.modules)),
+    "baselines": [name for name in sys.modules if name.endswith(("image_codecs", "jpeg_scan", "tiled_image"))],
 }}))
 """
 
@@ -500,6 +539,7 @@ def test_a_bundle_runs_alone_on_a_device(tmp_path, kind):
     expected = deployment.Pipeline(bundle).run_files(paths)
     assert Path(found["file"]).is_relative_to(device)
     assert found["loaded"] == []
+    assert found["baselines"] == []
     assert found["parity"] == [0.0, 0.0]
-    assert found["payloads"] == [[payload.hex() for payload in edge] for edge in expected.payloads]
+    assert found["payloads"] == [[payload.hex() for payload in edge] for edge in expected.payloads.values()]
     assert found["logits"] == expected.logits.numpy().tobytes().hex()

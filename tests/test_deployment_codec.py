@@ -287,8 +287,8 @@ def test_codecs_round_trip_through_json(codec):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "morse", "shape": [3]}, "unknown codec kind 'morse'; known are uniform, float32"),
-        ({"shape": [3]}, "needs a kind, one of uniform, float32"),
+        ({"kind": "morse", "shape": [3]}, "unknown codec kind 'morse'; known are .*float32, .*uniform"),
+        ({"shape": [3]}, "needs a kind, one of .*float32, .*uniform"),
         (["uniform"], "needs a kind"),
         ({"kind": ["uniform"]}, "needs a kind"),
         ({"kind": "float32"}, r"takes the keys \['shape'\], got \[\]"),

@@ -11,29 +11,35 @@ from torch import nn
 
 from cleave.deployment import (
     BundleError,
+    Edge,
     FloatCodec,
+    OutputSpec,
     ParityError,
     Part,
     Pipeline,
+    Transfer,
     UniformCodec,
     check_target,
     export_bundle,
     load_bundle,
     save_torchscript,
 )
-from cleave.deployment.bundle import export
+from cleave.deployment.bundle import export, folder
 
 from .deployment_networks import (
     CLASSES,
     DELIVERS,
     INPUT,
+    OUTPUTS,
     SENDS,
     SHAPE,
     FixedDevice,
     SampleDevice,
     Server,
     Whole,
+    codecs_of,
     device_part,
+    edge,
     images,
     make_bundle,
     make_parts,
@@ -49,14 +55,17 @@ def content(directory):
 
 def export_device(directory, device, codec=None, **settings):
     codec = codec or UniformCodec(SHAPE, 4, -1.0, 1.0)
-    arguments = {"image_input": INPUT, "class_names": CLASSES, "images": images(), **settings}
-    return export_bundle(directory, [device_part(device), server_part()], [codec], **arguments)
+    arguments = {"input": INPUT, "outputs": OUTPUTS, "images": images(), **settings}
+    return export_bundle(
+        directory, [device_part(device), server_part()], [edge("head", "tail", cut=codec)], **arguments
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exported_route_computes_what_its_modules_compute(tmp_path, kind):
     bundle = make_bundle(tmp_path / "bundle", kind)
-    parts, codecs = make_parts(kind)
+    parts, edges = make_parts(kind)
+    codecs = codecs_of(edges)
     for count in (1, 2, 7):
         batch = images(count, seed=count)
         received = [batch]
@@ -71,10 +80,10 @@ def test_an_exported_route_computes_what_its_modules_compute(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_describes_itself(tmp_path, kind):
     manifest = make_bundle(tmp_path / "bundle", kind, config={"seed": 0, 1: "x"}, metrics={"val/acc": 0.5}).manifest
-    parts, codecs = make_parts(kind)
-    assert manifest.route == tuple(part.name for part in parts)
-    assert manifest.codecs == tuple(codecs)
-    assert (manifest.input, manifest.class_names) == (INPUT, CLASSES)
+    parts, edges = make_parts(kind)
+    assert manifest.route.order == tuple(part.name for part in parts)
+    assert manifest.edges == manifest.route.edges == tuple(edges)
+    assert (manifest.input, manifest.outputs, manifest.class_names) == (INPUT, OUTPUTS, CLASSES)
     assert manifest.config == {"seed": 0, "1": "x"}
     assert manifest.metrics == {"val/acc": 0.5}
     assert manifest.versions["torch"] == torch.__version__
@@ -86,29 +95,32 @@ def test_what_is_written_describes_itself(tmp_path, kind):
         assert spec.params == sum(p.numel() for p in part.module.parameters())
     assert manifest.partitions[0].inputs[0].shape == (-1, *INPUT.shape)
     assert manifest.partitions[-1].outputs[0].shape == (-1, len(CLASSES))
-    assert set(content(tmp_path / "bundle")) == {f"{p.name}.pt" for p in parts} | {
-        "manifest.json",
-        "sample.safetensors",
-    }
+    files = {f"{p.name}.pt" for p in parts} | {f"sample.{p.placement}.safetensors" for p in parts} | {"manifest.json"}
+    assert set(content(tmp_path / "bundle")) == files
 
 
 def test_the_sample_batch_holds_the_expected_outputs(tmp_path):
     make_bundle(tmp_path / "bundle")
-    sample = safetensors.torch.load_file(tmp_path / "bundle" / "sample.safetensors")
+    device, server = (
+        safetensors.torch.load_file(tmp_path / "bundle" / f"sample.{place}.safetensors")
+        for place in ("device", "server")
+    )
     parts, _ = make_parts("fixed")
     codes, low, high = parts[0].module.eval()(images(), torch.tensor(16))
-    assert torch.equal(sample["images"], images())
-    assert torch.equal(sample["head.codes"], codes)
-    torch.testing.assert_close(
-        sample["tail.logits"], parts[1].module.eval()(codes, low, high, torch.tensor(16)).detach()
-    )
+    assert set(device) == {"images", *SENDS}
+    assert set(server) == {*SENDS, "logits"}  # no images
+    assert torch.equal(device["images"], images())
+    for name, tensor in zip(SENDS, (codes, low, high), strict=True):
+        assert torch.equal(device[name], tensor)
+        assert torch.equal(server[name], tensor)
+    torch.testing.assert_close(server["logits"], parts[1].module.eval()(codes, low, high, torch.tensor(16)).detach())
 
 
 def test_modules_are_left_as_they_were(tmp_path):
-    parts, codecs = make_parts("fixed")
+    parts, edges = make_parts("fixed")
     parts[0].module.train()
     before = [copy.deepcopy(part.module.state_dict()) for part in parts]
-    export_bundle(tmp_path / "bundle", parts, codecs, INPUT, CLASSES, images())
+    export_bundle(tmp_path / "bundle", parts, edges, input=INPUT, outputs=OUTPUTS, images=images())
     for part, state in zip(parts, before, strict=True):
         assert part.module.training
         assert all(parameter.requires_grad for parameter in part.module.parameters())
@@ -169,8 +181,8 @@ def forgets_levels(module, images, codes):
         (data_dependent, r"steers by the values of its input.*images\.float\(\)\.mean\(\) > 100"),
         (through_numpy, "head cannot be traced: .*NumPy"),
         (through_a_list, "head cannot be traced: .*Python list"),
-        (random, r"head with a batch of 5 at 4 bits: codes differs in \d+\.\d+% of the codes"),
-        (neighbours, "a sample's outputs depend on the others in its batch: partition head: codes"),
+        (random, r"head with a batch of 5 at 4 bits: cut.codes differs in \d+\.\d+% of the codes"),
+        (neighbours, "a sample's outputs depend on the others in its batch: partition head: cut.codes"),
         (forgets_levels, r"head with a batch of 5 at 2 bits emits what its codec cannot send: codes of 2 bits"),
     ],
 )
@@ -284,7 +296,8 @@ def test_one_step_in_1e_4_of_the_codes_is_float_noise(tmp_path, monkeypatch):
         monkeypatch.setattr(export, "save_torchscript", save_changed)
         parts = [device_part(Wide()), Part("tail", "server", Narrow(), DELIVERS, ("logits",))]
         codec = UniformCodec((160, 16, 16), 4, -1.0, 1.0)
-        return export_bundle(tmp_path / name, parts, [codec], INPUT, CLASSES, images())
+        edges = [edge("head", "tail", cut=codec)]
+        return export_bundle(tmp_path / name, parts, edges, input=INPUT, outputs=OUTPUTS, images=images())
 
     parity = export_wide("noise", steps=1, share=0.9e-4).manifest.parity
     assert 0 < parity["codes_differing"] <= 1e-4
@@ -301,22 +314,34 @@ def test_one_step_in_1e_4_of_the_codes_is_float_noise(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"parts": []}, "at least one partition"),
-        ({"codecs": []}, "2 parts need 1 codecs between them, got 0"),
-        ({"codecs": [FloatCodec(SHAPE)]}, r"takes \(images, levels\); .* it must be \(images\)"),
-        ({"codecs": [UniformCodec((4, 4, 5), 4, -1.0, 1.0)]}, r"codes must have shape \(B, 4, 4, 5\)"),
+        ({"edges": []}, "partition head takes cut.levels, which nothing gives; given are images"),
+        (
+            {"edges": [edge("head", "tail", cut=FloatCodec(SHAPE))]},
+            "sends cut, which head does not emit; it emits cut.c",
+        ),
+        ({"edges": [edge("head", "tail", cut=None)]}, "sends cut, which head does not emit"),
+        (
+            {"edges": [edge("head", "tial", cut=None)]},
+            "unknown partition tial; known are head, tail. Did you mean 'tail'",
+        ),
+        ({"edges": [edge("head", "tail", cut=UniformCodec((4, 4, 5), 4, -1, 1))]}, r"must have shape \(B, 4, 4, 5\)"),
         ({"images": images()[:2]}, "at least 3"),
         ({"images": images()[0]}, "at least 3"),
         ({"images": images().float()}, r"images must be uint8 \[-1, 3, 8, 8\], got float32"),
         ({"images": images()[..., :7]}, r"images must be uint8 \[-1, 3, 8, 8\]"),
-        ({"class_names": ("a", "b")}, "there are 2 class names"),
-        ({"class_names": ()}, "at least one name"),
+        ({"outputs": [OutputSpec("logits", "logits", (2,), ("a", "b"))]}, "the output logits is .*must be"),
+        (
+            {"outputs": [OutputSpec("logit", "logits", (4,), CLASSES)]},
+            "emits the output logit; .*Did you mean 'logits'",
+        ),
+        ({"outputs": []}, "say what the network is for"),
         ({"config": {"path": object()}}, "must be plain finite JSON values"),
         ({"metrics": {"loss": float("nan")}}, "must be plain finite JSON values"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(tmp_path, change, message):
-    parts, codecs = make_parts("fixed")
-    arguments = {"parts": parts, "codecs": codecs, "image_input": INPUT, "class_names": CLASSES, "images": images()}
+    parts, edges = make_parts("fixed")
+    arguments = {"parts": parts, "edges": edges, "input": INPUT, "outputs": OUTPUTS, "images": images()}
     with pytest.raises(ValueError, match=message):
         export_bundle(tmp_path / "bundle", **(arguments | change))
     assert list(tmp_path.iterdir()) == []
@@ -329,28 +354,35 @@ def test_arguments_that_do_not_fit_are_named(tmp_path, change, message):
         (0, {"name": ""}, "must be a plain name"),
         (0, {"name": "TAIL"}, "a name of its own"),
         (0, {"placement": ""}, "needs a placement"),
-        (0, {"inputs": ("levels", "images")}, r"takes \(levels, images\)"),
-        (0, {"outputs": ("codes", "high", "low")}, r"returns \(codes, high, low\)"),
-        (1, {"outputs": ("probabilities",)}, r"it must be \(logits\)"),
-        (1, {"inputs": SENDS}, r"it must be \(codes, low, high, levels\)"),
+        (0, {"placement": "a/b"}, "the placement of head, 'a/b' must be a plain name"),
+        (0, {"placement": "SERVER"}, "each placement needs one spelling"),
+        (0, {"placement": "server"}, "stays on server, where nothing is sent: the uniform codec of cut needs two"),
+        (0, {"inputs": ("cut.levels",)}, "no partition takes the network's input images"),
+        (0, {"inputs": ("images", "cut.level")}, "takes cut.level, which nothing gives; .*Did you mean 'cut.level"),
+        (0, {"outputs": ("cut.codes", "cut.low", "high")}, "sends cut.high, which head does not emit"),
+        (0, {"outputs": (*SENDS, "more")}, "emits more, which no edge, exit or output of the network takes"),
+        (1, {"outputs": ("probabilities",)}, "no partition emits the output logits"),
+        (1, {"outputs": ("logits", "cut.low")}, "cut.low is emitted by head and by tail"),
+        (1, {"inputs": ("images",)}, "delivers cut.codes, .*, none of which tail takes; it takes images"),
+        (1, {"inputs": (*DELIVERS, "images")}, "the input images is taken on device and on server"),
         (0, {"macs": -1}, "negative macs=-1"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(tmp_path, index, change, message):
-    parts, codecs = make_parts("fixed")
+    parts, edges = make_parts("fixed")
     parts[index] = dataclasses.replace(parts[index], **change)
     with pytest.raises(BundleError, match=message):
-        export_bundle(tmp_path / "bundle", parts, codecs, INPUT, CLASSES, images())
+        export_bundle(tmp_path / "bundle", parts, edges, input=INPUT, outputs=OUTPUTS, images=images())
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda codes, low, high: codes, "must return the tensors codes, low, high, it returned"),
+        (lambda codes, low, high: codes, "must return the tensors cut.codes, cut.low, cut.high, it returned"),
         (lambda codes, low, high: (codes, low, high, high), "must return the tensors"),
-        (lambda codes, low, high: (codes, low[0], high), "low must begin with the batch of 5"),
-        (lambda codes, low, high: (codes, low[:2], high), "low must begin with the batch of 5"),
+        (lambda codes, low, high: (codes, low[0], high), "cut.low must begin with the batch of 5"),
+        (lambda codes, low, high: (codes, low[:2], high), "cut.low must begin with the batch of 5"),
         (lambda codes, low, high: (codes.float(), low, high), "codes must be integers"),
         (lambda codes, low, high: (codes, low, {"high": high}), "must return the tensors"),
     ],
@@ -377,8 +409,8 @@ def test_a_bundle_is_replaced_only_if_asked(tmp_path):
     with pytest.raises(BundleError, match="overwrite=true"):
         check_target(target)
     assert content(target) == before
-    assert len(make_bundle(target, "whole", overwrite=True).manifest.route) == 1
-    assert sorted(content(target)) == ["all.pt", "manifest.json", "sample.safetensors"]
+    assert len(make_bundle(target, "whole", overwrite=True).partitions) == 1
+    assert sorted(content(target)) == ["all.pt", "manifest.json", "sample.device.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
@@ -430,7 +462,7 @@ def test_other_files_are_never_replaced(tmp_path):
             with pytest.raises(BundleError, match=message):
                 call(tmp_path / name, overwrite=True)
     assert content(tmp_path / "photos") == {"cat.jpg": b"cat"}
-    assert len(content(tmp_path / "kept")) == 5
+    assert len(content(tmp_path / "kept")) == 6
 
 
 def test_an_empty_folder_is_taken_and_parents_are_made(tmp_path):
@@ -465,7 +497,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, monk
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(export.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(folder.tempfile, "mkdtemp", refuse)
     for call in (lambda path: export_device(path, Watched()), check_target):
         with pytest.raises(BundleError, match=r"cannot write to .*bundle: Permission denied"):
             call(tmp_path / "bundle")
@@ -475,7 +507,8 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, monk
 def test_a_relative_target_is_written_below_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_bundle("bundle")
-    assert json.loads((tmp_path / "bundle" / "manifest.json").read_text())["route"] == ["head", "tail"]
+    (found,) = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["route"]
+    assert (found["producer"], found["consumer"]) == ("head", "tail")
 
 
 def test_a_module_in_training_mode_is_not_saved(tmp_path):
@@ -491,3 +524,41 @@ def test_a_whole_network_without_codes_is_exported(tmp_path):
     module = Whole().eval()
     with torch.no_grad():
         assert torch.equal(Pipeline(bundle).run(images()).logits, module(images()))
+
+
+@pytest.mark.parametrize(
+    ("edges", "message"),
+    [
+        ([edge("a", "b", x=None), edge("b", "c", y=None), edge("c", "b", z=None)], "has a cycle: b > c > b"),
+        ([edge("a", "b", x=None), edge("b", "c", y=None), edge("b", "b", w=None)], "has a cycle: b > b"),
+        ([edge("a", "b", x=None), edge("a", "b", v=None), edge("b", "c", y=None)], "the edge a > b appears twice"),
+        ([edge("a", "b", x=None), edge("b", "c", y=UniformCodec(SHAPE, 4))], "sends y.codes, .*does not emit"),
+        (
+            [edge("a", "b", x=FloatCodec(SHAPE)), edge("b", "c", y=None)],
+            "b takes z, w, which nothing gives; given are",
+        ),
+    ],
+)
+def test_edges_that_cannot_be_walked_are_named(tmp_path, edges, message):
+    parts = [
+        Part("a", "device", nn.Identity(), ("images",), ("x", "v")),
+        Part("b", "device", nn.Identity(), ("x", "z", "w"), ("y", "w")),
+        Part("c", "device", nn.Identity(), ("y",), ("logits", "z")),
+    ]
+    with pytest.raises(BundleError, match=message):
+        export_bundle(tmp_path / "bundle", parts, edges, input=INPUT, outputs=OUTPUTS, images=images())
+
+
+def test_an_edge_says_what_it_carries():
+    with pytest.raises(BundleError, match="the edge a > b carries nothing"):
+        Edge("a", "b", ())
+    with pytest.raises(BundleError, match="the edge a > b carries x twice"):
+        Edge("a", "b", (Transfer("x"), Transfer("x")))
+
+
+def test_an_edge_to_another_placement_needs_a_codec(tmp_path):
+    parts, _ = make_parts("float")
+    with pytest.raises(BundleError, match="goes from device to server, so cut needs a codec"):
+        export_bundle(
+            tmp_path / "bundle", parts, [edge("head", "tail", cut=None)], input=INPUT, outputs=OUTPUTS, images=images()
+        )

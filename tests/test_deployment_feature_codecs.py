@@ -3,6 +3,8 @@ import io
 import json
 import math
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,11 +16,9 @@ from cleave.deployment import (
     CODINGS,
     CodecError,
     FloatCodec,
-    JPEGCodec,
     ParityError,
     Pipeline,
     SparseCodec,
-    TiledImageCodec,
     UniformCodec,
     ZstdCodec,
     code_codec,
@@ -26,8 +26,10 @@ from cleave.deployment import (
     export_bundle,
     load_bundle,
 )
+from cleave.deployment.codecs.image_codecs import JPEGCodec
+from cleave.deployment.codecs.tiled_image import TiledImageCodec
 
-from .deployment_networks import CLASSES, INPUT, SHAPE, images, make_bundle, make_parts
+from .deployment_networks import CLASSES, INPUT, OUTPUTS, SHAPE, codecs_of, edge, images, make_bundle, make_parts
 
 LOSSY = ["tiled_jpeg", "tiled_jpeg_zstd", "tiled_webp@50"]
 WAYS = [*(c for c in CODINGS if "jpeg" not in c), *LOSSY]
@@ -325,32 +327,37 @@ def test_a_codec_that_cannot_be_is_refused(call, message):
         call()
 
 
-def parts_with(way, kind):
-    parts, (codec,) = make_parts(kind)
-    return parts, [build(way, codec.shape, codec.bits, codec.low, codec.high)]
+def export_with(folder, parts, codec):
+    edges = [edge("head", "tail", cut=codec)]
+    return export_bundle(folder, parts, edges, input=INPUT, outputs=OUTPUTS, images=images())
 
 
 @pytest.mark.parametrize("kind", ["fixed", "sample"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_bundle_passes_the_gate_and_runs(way, kind, tmp_path):
-    parts, codecs = parts_with(way, kind)
-    bundle = export_bundle(tmp_path / "b", parts, codecs, INPUT, CLASSES, images())
-    assert list(load_bundle(tmp_path / "b").manifest.codecs) == codecs
+    parts, edges = make_parts(kind)
+    (codec,) = codecs_of(edges)
+    codec = build(way, codec.shape, codec.bits, codec.low, codec.high)
+    bundle = export_with(tmp_path / "b", parts, codec)
+    assert load_bundle(tmp_path / "b").manifest.route.codecs == {"cut": codec}
     bundle.self_test()
     result = Pipeline(bundle).run(images(seed=3))
-    assert [len(p) for p in result.payloads[0]] == result.payload_bytes
+    assert [len(p) for p in result.payloads["cut"]] == result.payload_bytes
     plain = Pipeline(make_bundle(tmp_path / "plain", kind)).run(images(seed=3))
-    if codecs[0].lossless:
+    if codec.lossless:
         assert torch.equal(result.logits, plain.logits)
     else:
         assert result.logits.shape == plain.logits.shape
         assert not torch.equal(result.logits, plain.logits)
+        # What arrived is the server's input, and may differ from what the device was expected to send.
+        arrived, sent = (bundle.samples[place]["cut.codes"] for place in ("server", "device"))
+        assert arrived.shape == sent.shape
     assert Pipeline(bundle, bits=2).run(images(2)).logits.shape == (2, len(CLASSES))
 
 
 def test_float_payloads_can_be_compressed_in_a_bundle(tmp_path):
-    parts, (codec,) = make_parts("float")
-    bundle = export_bundle(tmp_path / "b", parts, [ZstdCodec(codec)], INPUT, CLASSES, images())
+    parts, edges = make_parts("float")
+    bundle = export_with(tmp_path / "b", parts, ZstdCodec(*codecs_of(edges)))
     plain = Pipeline(make_bundle(tmp_path / "plain", "float")).run(images(seed=3))
     assert torch.equal(Pipeline(bundle).run(images(seed=3)).logits, plain.logits)
 
@@ -376,4 +383,22 @@ def test_the_gate_refuses_a_codec_that_loses_more_than_it_says(says, wrong, tmp_
     parts, _ = make_parts("fixed")
     codec = Shifting(SHAPE, 4, -1.0, 1.0, says=says, wrong=wrong)
     with pytest.raises(ParityError, match=f"the bytes of .*: {wrong} differs"):
-        export_bundle(tmp_path / "b", parts, [codec], INPUT, CLASSES, images())
+        export_with(tmp_path / "b", parts, codec)
+
+
+def test_image_codecs_are_loaded_only_for_tiled_codes():
+    """A device that sends packed codes loads no baseline."""
+    script = """
+import sys
+import cleave.deployment as deployment
+found = lambda: [name for name in sys.modules if name.endswith(("image_codecs", "jpeg_scan", "tiled_image"))]
+plain = deployment.code_codec("sparse_zstd", (3, 2, 2), 4)
+assert deployment.codec_from_dict(plain.to_dict()) == plain
+assert not found(), found()
+tiled = {"kind": "tiled_image", "shape": [3, 2, 2], "bits": 4, "low": None, "high": None, "format": "png",
+         "quality": None}
+assert deployment.codec_from_dict(tiled) == deployment.code_codec("tiled_png", (3, 2, 2), 4)
+assert found()
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr

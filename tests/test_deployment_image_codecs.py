@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cleave.deployment import CodecError, JPEGCodec, PNGCodec, WebPCodec, image_codec
+from cleave.deployment import CodecError
+from cleave.deployment.codecs.image_codecs import JPEGCodec, PNGCodec, WebPCodec, image_codec
 from cleave.deployment.codecs.jpeg_scan import check_scan
 
 # ITU-T T.81, Annex K: tables K.1 and K.2, row by row, and the code counts and values of table K.3.
@@ -226,8 +227,8 @@ def test_pictures_that_do_not_fit_are_refused(image, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"format": "wepb"}, "one of jpeg, webp, png, got 'wepb'; did you mean 'webp'"),
-        ({"format": "avif"}, "one of jpeg, webp, png, got 'avif'$"),
+        ({"format": "wepb"}, "one of jpeg, webp, png, got 'wepb'. Did you mean 'webp'"),
+        ({"format": "avif"}, "one of jpeg, webp, png, got 'avif'.$"),
         ({"format": "jpeg"}, "JPEG has no lossless form: give a quality, 1 to 100"),
         ({"format": "png", "quality": 50}, "PNG is lossless: quality=50 has no meaning"),
         ({"format": "jpeg", "quality": 0}, "quality must be a whole number, 1 to 100, got 0"),

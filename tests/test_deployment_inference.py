@@ -40,12 +40,14 @@ def test_run_returns_logits_payloads_and_times(bundles, kind, sizes, count):
     result = Pipeline(bundle).run(images(count))
     assert result.logits.shape == (count, len(CLASSES))
     assert result.logits.dtype == torch.float32
-    assert [len(edge) for edge in result.payloads] == [count] * len(sizes)
-    assert [{len(payload) for payload in edge} for edge in result.payloads] == [{size} for size in sizes]
+    assert list(result.payloads) == ["cut", "next"][: len(sizes)]
+    assert [len(edge) for edge in result.payloads.values()] == [count] * len(sizes)
+    assert [{len(payload) for payload in edge} for edge in result.payloads.values()] == [{size} for size in sizes]
     assert result.payload_bytes == [sum(sizes)] * count
-    assert tuple(result.part_seconds) == bundle.manifest.route
-    assert len(result.encode_seconds) == len(result.decode_seconds) == len(sizes)
-    assert min(*result.part_seconds.values(), *result.encode_seconds, *result.decode_seconds, 1) >= 0
+    assert tuple(result.part_seconds) == bundle.manifest.route.order
+    assert list(result.encode_seconds) == list(result.decode_seconds) == list(result.payloads)
+    seconds = (result.part_seconds, result.encode_seconds, result.decode_seconds)
+    assert min(1, *(spent for each in seconds for spent in each.values())) >= 0
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 7, 8, 11, 16])
@@ -108,9 +110,9 @@ def test_images_of_another_kind_are_refused(bundles, batch):
 
 def test_a_truncated_payload_is_never_decoded(bundles):
     pipeline = Pipeline(bundles("fixed"))
-    payload = pipeline.run(images(1)).payloads[0][0]
+    payload = pipeline.run(images(1)).payloads["cut"][0]
     with pytest.raises(CodecError, match="payload 0 has 31 bytes instead of 32"):
-        pipeline.codecs[0].decode([payload[:-1]])
+        pipeline.codecs["cut"].decode([payload[:-1]])
 
 
 def test_files_are_preprocessed_as_the_bundle_says(bundles, tmp_path):

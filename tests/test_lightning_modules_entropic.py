@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cleave.lightning_modules import CrossEntropy, Entropic, RateTerm
+from cleave.lightning_modules import CrossEntropy, Entropic, Term
 from cleave.losses import GeneralizedHeadDistillationLoss, RateLoss
 
 from .split_tasks import (
@@ -14,8 +14,9 @@ from .split_tasks import (
     Logged,
     backbone,
     batch,
-    batches,
+    bottleneck_of,
     build,
+    codes,
     double,
     evaluate,
     fit,
@@ -23,6 +24,7 @@ from .split_tasks import (
     taught,
     teacher,
     terms_of,
+    whole,
 )
 
 IMAGES, LABELS = batch(torch.float64)
@@ -31,7 +33,7 @@ PIXELS = 8 * 8
 
 def cumulative(network: Any, x: torch.Tensor) -> torch.Tensor:
     """Balle's cumulative (2018, appendix 6.1) of each channel at x (B, C, H, W), from the parameters."""
-    prior = network.quantizer
+    prior = bottleneck_of(network).quantizer
     logits = x.movedim(1, 0).reshape(3, 1, -1)
     for k, (matrix, bias) in enumerate(zip(prior.matrices, prior.biases, strict=True)):
         logits = torch.log1p(torch.exp(matrix)) @ logits + bias
@@ -43,8 +45,8 @@ def cumulative(network: Any, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("form", ["replace", "insert"])
 def test_the_loss_is_distillation_and_the_rate_in_bits_per_pixel(form: str) -> None:
     other = backbone(seed=1)
-    objective = GeneralizedHeadDistillationLoss({"layer2": 0.7, "layer3": 1.3})
-    task = build(Entropic, ENTROPY | {"form": form}, objective=objective, beta=0.3, teacher=teacher(other))
+    loss = GeneralizedHeadDistillationLoss({"layer2": 0.7, "layer3": 1.3})
+    task = build(Entropic, ENTROPY | {"form": form}, loss=loss, beta=0.3, others=teacher(other))
     terms, found = terms_of(double(task), IMAGES, LABELS)
     noise = (found["z_hat"] - found["z"]).abs()
     assert 0.4 < noise.max() <= 0.5
@@ -73,10 +75,9 @@ def test_the_payloads_are_as_long_as_the_prior_estimates() -> None:
     task = build(Entropic, beta=1e3)
     fit(task, epochs=12, limit_val_batches=0)
     network = task.network.eval()
-    images = torch.cat([images for images, _ in batches()])
-    codes = network.codes(images)
-    payloads = network.codec.encode(codes)
-    estimated = network.quantizer.estimated_bits(codes["codes"].float())
+    sent = codes(network, whole()[0])
+    payloads = bottleneck_of(network).codec.encode(sent)
+    estimated = bottleneck_of(network).quantizer.estimated_bits(sent["codes"].float())
     for payload, bits in zip(payloads, estimated.tolist(), strict=True):
         assert bits / 8 - 1 <= len(payload) <= bits / 8 + 8  # a coder's words and header; a share of so short a stream
     measured = evaluate(task)
@@ -85,8 +86,8 @@ def test_the_payloads_are_as_long_as_the_prior_estimates() -> None:
 
 
 def test_the_rate_may_be_added_to_any_method() -> None:
-    task = double(build(CrossEntropy, ENTROPY, extra_terms={"rate": RateTerm(RateLoss(PIXELS), weight=2.0)}))
+    task = double(build(CrossEntropy, ENTROPY, extra_terms={"rate": Term(RateLoss(PIXELS), ["student/layer2/likelihoods"], weight=2.0)}))
     terms, found = terms_of(task, IMAGES, LABELS)
-    bits = task.network.quantizer.estimated_bits(found["z_hat"]).mean().item()
+    bits = bottleneck_of(task.network).quantizer.estimated_bits(found["z_hat"]).mean().item()
     assert terms["rate"] == pytest.approx(2 * bits / PIXELS, rel=1e-6)
     assert terms.keys() == {"cross_entropy", "rate"}

@@ -9,7 +9,19 @@ import torch
 from cleave.lightning_modules import InformationBottleneck
 from cleave.losses import InformationBottleneckLoss
 
-from .split_tasks import VARIANCE, Logged, batch, build, cross_entropy, double, fit, terms_of
+from .split_tasks import (
+    VARIANCE,
+    Logged,
+    batch,
+    bottleneck_of,
+    build,
+    codes,
+    cross_entropy,
+    double,
+    fit,
+    terms_of,
+    through_bytes,
+)
 
 IMAGES, LABELS = batch(torch.float64)
 CONSTANT = {"bottleneck": {"channels": 3, "width": 8, "variance": 0.01}}
@@ -48,15 +60,16 @@ def test_in_evaluation_the_mean_is_sent() -> None:
     fit(task, epochs=1)
     network = task.network.eval()
     images, _ = batch()
-    first, second = (network.codec.encode(network.codes(images)) for _ in range(2))
+    bottleneck = bottleneck_of(network)
+    first, second = (bottleneck.codec.encode(codes(network, images)) for _ in range(2))
     assert first == second
-    mean = network.encoder.mean(network.encoder.body(images))
-    received = network.codec.decode(first)
+    mean = bottleneck.encoder.mean(bottleneck.encoder.body(images))
+    received = bottleneck.codec.decode(first)
     step = (received["high"] - received["low"])[0] / 15
     inside = mean.clamp(received["low"][0], received["high"][0])
-    decoded = network.quantizer.receive(*received.values())
+    decoded = bottleneck.quantizer.receive(*received.values())
     assert (decoded - inside).abs().max() <= 0.5 * step + 1e-6
-    first, second = (task.through_bytes(task.network.encode(images))[0] for _ in range(2))
+    first, second = (through_bytes(network, images)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 

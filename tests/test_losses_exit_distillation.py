@@ -17,6 +17,10 @@ def batch(b=6, k=5, dtype=torch.float64):
     return logits, torch.arange(b) % k, teacher
 
 
+def total(terms):
+    return torch.stack(list(terms.values())).sum()
+
+
 def reference(logits, labels, teacher, source, alpha, tau):
     """Every exit's loss, unweighted, by SciPy's softmax and relative entropy in float64."""
     s, y = [x.detach().double().numpy() for x in logits], labels.numpy()
@@ -39,10 +43,10 @@ def test_equals_the_float64_reference_term_by_term(source, alpha, tau):
     logits, labels, teacher = batch()
     expected = WEIGHTS * reference(logits, labels, teacher, source, alpha, tau)
     loss = ExitDistillationLoss(source, alpha, tau, weights=WEIGHTS)
-    terms = loss.terms(logits, labels, teacher)
-    assert [term.item() for term in terms] == pytest.approx(expected, rel=1e-10)
-    assert loss(logits, labels, teacher).item() == pytest.approx(expected.sum(), rel=1e-10)
-    single = loss(torch.stack(logits).float(), labels, teacher.float())
+    terms = loss(logits, labels, teacher_logits=teacher)
+    assert [term.item() for term in terms.values()] == pytest.approx(expected, rel=1e-10)
+    assert total(terms).item() == pytest.approx(expected.sum(), rel=1e-10)
+    single = total(loss(torch.stack(logits).float(), labels, teacher_logits=teacher.float()))
     assert single.item() == pytest.approx(expected.sum(), rel=1e-6)
 
 
@@ -50,12 +54,12 @@ def test_the_weights_follow_the_training_and_can_be_learned():
     logits, labels, teacher = batch()
     single = reference(logits, labels, teacher, "next", 0.5, 4.0)
     loss = ExitDistillationLoss("next", weights="shallow_deep")
-    loss.bind(3, [0.2, 0.5, 1.0])
-    assert loss(logits, labels, progress=0).item() == pytest.approx(single @ [0.01, 0.01, 1])
-    assert loss(logits, labels).item() == pytest.approx(single @ [0.2, 0.5, 1])
+    loss.bind(["layer1", "layer2", "final"], [0.2, 0.5, 1.0])
+    assert total(loss(logits, labels, progress=0)).item() == pytest.approx(single @ [0.01, 0.01, 1])
+    assert total(loss(logits, labels)).item() == pytest.approx(single @ [0.2, 0.5, 1])
     loss = ExitDistillationLoss("next", weights="learned")
-    loss.bind(3)
-    loss(logits, labels).backward()
+    loss.bind(["layer1", "layer2", "final"])
+    total(loss(logits, labels)).backward()
     assert loss.log_scales.grad.tolist() == pytest.approx(1 - single, rel=1e-5)
 
 
@@ -66,14 +70,15 @@ def test_gradient_is_exact_and_stays_out_of_the_sources(source, alpha):
     logits = [output.requires_grad_() for output in logits]
     teacher.requires_grad_()
     loss = ExitDistillationLoss(source, alpha, 2.0, weights=WEIGHTS)
-    for j, term in enumerate(loss.terms(logits, labels, teacher)):
+    for j, term in enumerate(loss(logits, labels, teacher_logits=teacher).values()):
         gradients = torch.autograd.grad(term, [*logits, teacher], allow_unused=True)
         assert [g is not None for g in gradients] == [i == j for i in range(4)]
     # Each term by itself: a numeric gradient of the sum would also move the sources.
     for j in range(3):
 
         def term(output, j=j):
-            return loss.terms([output if i == j else x.detach() for i, x in enumerate(logits)], labels, teacher)[j]
+            outputs = [output if i == j else x.detach() for i, x in enumerate(logits)]
+            return list(loss(outputs, labels, teacher_logits=teacher).values())[j]
 
         assert torch.autograd.gradcheck(term, logits[j])
 
@@ -101,7 +106,8 @@ def test_the_gradient_is_the_weighted_sum_of_the_gradients_of_single_exits(sourc
         for y, t in ((exits()[j], target[j]) for j in range(3))
     ]
     expected = sum(weight * g for weight, g in zip(WEIGHTS, single, strict=True))
-    measured = gradient(ExitDistillationLoss(source, 0.3, 2.0, weights=WEIGHTS)(exits(), labels, teacher))
+    loss = ExitDistillationLoss(source, 0.3, 2.0, weights=WEIGHTS)
+    measured = gradient(total(loss(exits(), labels, teacher_logits=teacher)))
     torch.testing.assert_close(measured, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -109,14 +115,14 @@ def test_the_final_classifier_keeps_its_whole_cross_entropy():
     logits, labels, _ = batch()
     expected = nn.functional.cross_entropy(logits[-1], labels)
     for source in ("final", "next"):
-        assert torch.equal(ExitDistillationLoss(source, alpha=0.1).terms(logits, labels)[-1], expected)
+        assert torch.equal(ExitDistillationLoss(source, alpha=0.1)(logits, labels)["final"], expected)
 
 
 def test_a_source_of_nan_stays_out_where_nobody_learns_from_it():
     logits, labels, teacher = batch()
     nan = torch.full_like(teacher, math.nan)
-    assert ExitDistillationLoss("teacher", alpha=1)(logits, labels, nan).isfinite()
-    assert ExitDistillationLoss("next", weights=[1, 0, 0])([logits[0], logits[1], nan], labels).isfinite()
+    assert total(ExitDistillationLoss("teacher", alpha=1)(logits, labels, teacher_logits=nan)).isfinite()
+    assert total(ExitDistillationLoss("next", weights=[1, 0, 0])([logits[0], logits[1], nan], labels)).isfinite()
 
 
 def test_only_a_teacher_is_needed_from_outside():
@@ -133,7 +139,7 @@ def test_half_precision_is_computed_in_single(dtype, source):
     logits, labels, teacher = batch()
     logits, teacher = [(10 * output).to(dtype) for output in logits], teacher.to(dtype)
     expected = reference(logits, labels, teacher, source, 0.5, 4.0).sum()
-    measured = ExitDistillationLoss(source)(logits, labels, teacher)
+    measured = total(ExitDistillationLoss(source)(logits, labels, teacher_logits=teacher))
     assert measured.dtype == torch.float32
     assert measured.item() == pytest.approx(expected, rel=1e-5)
 
@@ -159,6 +165,6 @@ def test_a_teacher_that_is_missing_or_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="'teacher' needs teacher_logits, got None"):
         loss(logits, labels)
     with pytest.raises(ValueError, match=r"\(6, 5\).*\(6, 4\).*another number of classes"):
-        loss(logits, labels, teacher[:, :4])
+        loss(logits, labels, teacher_logits=teacher[:, :4])
     with pytest.raises(ValueError, match=r"\(6, 5\).*\(2, 5\).*same batch"):
-        loss(logits, labels, teacher[:2])
+        loss(logits, labels, teacher_logits=teacher[:2])

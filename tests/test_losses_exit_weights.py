@@ -5,6 +5,7 @@ import torch
 
 from cleave.losses import ExitDistillationLoss, JointExitLoss
 
+EXITS = ["layer1", "layer2", "final"]
 COSTS = [0.2, 0.55, 1.0]
 
 
@@ -32,7 +33,7 @@ def logits(exits=3):
 def test_constant_weights_need_no_binding(build, weights, expected, bound):
     loss = build(weights=weights)
     if bound:
-        loss.bind(3, COSTS)
+        loss.bind(EXITS, COSTS)
     for progress in (0, 0.3, 1):
         assert loss.weights_at(3, progress).tolist() == pytest.approx(expected, rel=1e-7)
     assert not list(loss.parameters())
@@ -46,23 +47,23 @@ def test_presets_follow_the_number_of_exits():
 
 def test_shallow_deep_grows_linearly_from_a_hundredth_to_the_cost(build):
     loss = build(weights="shallow_deep")
-    loss.bind(3, COSTS)
+    loss.bind(EXITS, COSTS)
     for progress, expected in {0: [0.01, 0.01, 1], 1: COSTS, 0.25: [0.0575, 0.145, 1]}.items():
         assert loss.weights_at(3, progress).tolist() == pytest.approx(expected, rel=1e-6)
     other = build(weights="shallow_deep", start=0.5)
-    other.bind(3, COSTS)
+    other.bind(EXITS, COSTS)
     assert other.weights_at(3, 0).tolist() == [0.5, 0.5, 1]
     assert other.weights_at(3, 1).tolist() == pytest.approx(COSTS)
 
 
 def test_learned_weights_begin_at_one_and_outlive_a_second_binding(build):
     loss = build(weights="learned")
-    loss.bind(3)
+    loss.bind(EXITS)
     assert list(loss.state_dict()) == ["log_scales"]
     assert loss.weights_at(3, 0).tolist() == [1, 1, 1]
     with torch.no_grad():
         loss.log_scales.copy_(torch.tensor([0.0, math.log(2), -math.log(4)]))
-    loss.bind(3, COSTS)
+    loss.bind(EXITS, COSTS)
     assert loss.weights_at(3, 1).tolist() == pytest.approx([1, 0.5, 4])
     assert not loss.weights_at(3, 1).requires_grad
 
@@ -99,7 +100,7 @@ def test_a_wrong_number_of_weights_is_refused(build):
     named = "weights has 2 numbers, but there are 3 exits; give one weight per exit, the final classifier last"
     loss = build(weights=[1, 2])
     with pytest.raises(ValueError, match=named):
-        loss.bind(3)
+        loss.bind(EXITS)
     with pytest.raises(ValueError, match=named):
         loss(logits(), torch.arange(4))
     with pytest.raises(ValueError, match=named):
@@ -108,11 +109,11 @@ def test_a_wrong_number_of_weights_is_refused(build):
 
 def test_a_bound_loss_keeps_to_its_network(build):
     loss = build(weights="equal")
-    loss.bind(3)
+    loss.bind(EXITS)
     with pytest.raises(ValueError, match="bound to 3 exits, got 2"):
         loss(logits(2), torch.arange(4))
     with pytest.raises(ValueError, match="bound to 3 exits, got 2"):
-        loss.bind(2)
+        loss.bind(EXITS[1:])
 
 
 @pytest.mark.parametrize("weights", ["shallow_deep", "learned"])
@@ -126,16 +127,18 @@ def test_weights_of_a_network_must_be_bound(build, weights):
 @pytest.mark.parametrize(
     ("exits", "costs", "named"),
     [
-        (0, None, "exits must be a whole number of at least 1, got 0"),
+        ([], None, r"exits must be the names of all exits, the final classifier last, got \[\]"),
         (True, None, "exits.*got True"),
-        (3.0, None, r"exits.*got 3\.0"),
-        (3, None, "'shallow_deep' needs costs, got None"),
-        (3, [0.5, 1.0], "costs has 2 numbers, but there are 3 exits"),
-        (3, [0.0, 0.5, 1.0], r"costs must rise within \(0, 1\] and end at 1, got \[0\.0"),
-        (3, [0.6, 0.5, 1.0], "costs must rise"),
-        (3, [0.2, 0.5, 0.9], "costs.*end at 1"),
-        (3, [0.2, 1.5, 1.0], "costs must rise"),
-        (3, [0.2, math.nan, 1.0], "costs must rise"),
+        ("final", None, "exits.*got 'final'"),
+        (3, None, r"exits.*got 3"),
+        (["layer1", "layer1"], None, "exits.*'layer1', 'layer1'"),
+        (EXITS, None, "'shallow_deep' needs costs, got None"),
+        (EXITS, [0.5, 1.0], "costs has 2 numbers, but there are 3 exits"),
+        (EXITS, [0.0, 0.5, 1.0], r"costs must rise within \(0, 1\] and end at 1, got \[0\.0"),
+        (EXITS, [0.6, 0.5, 1.0], "costs must rise"),
+        (EXITS, [0.2, 0.5, 0.9], "costs.*end at 1"),
+        (EXITS, [0.2, 1.5, 1.0], "costs must rise"),
+        (EXITS, [0.2, math.nan, 1.0], "costs must rise"),
     ],
 )
 def test_a_bad_binding_is_refused(exits, costs, named):
@@ -158,3 +161,12 @@ def test_progress_out_of_range_is_refused(build, progress):
 def test_outputs_that_do_not_fit_are_refused(build, outputs):
     with pytest.raises(ValueError, match=r"logits must be one \(B, K\) for each exit"):
         build()(outputs, torch.zeros(2, dtype=torch.int64))
+
+
+def test_an_unbound_loss_numbers_the_exits(build):
+    assert list(build(weights="equal")(logits(), torch.arange(4))) == ["1", "2", "final"]
+
+
+def test_only_growing_weights_follow_the_progress(build):
+    assert build(weights="shallow_deep").follows_progress
+    assert not build(weights="linear").follows_progress

@@ -14,6 +14,10 @@ def ensemble(exits=3, b=4, k=5, dtype=torch.float64):
     return logits, weights.tril(), log_bias, torch.arange(b) % k
 
 
+def total(terms):
+    return torch.stack(list(terms.values())).sum()
+
+
 def reference(logits, weights, log_bias):
     """The product of probabilities as it is printed, in float64."""
     p, w, b = softmax(logits.double().numpy(), axis=2), weights.double().numpy(), np.exp(log_bias.double().numpy())
@@ -66,22 +70,31 @@ def test_the_loss_equals_the_float64_reference_term_by_term():
     expected = -np.log(q[:, np.arange(4), labels.numpy()]).mean(1)
     log_q = geometric_ensemble(logits, weights, log_bias)
     loss = GeometricEnsembleLoss()
-    assert [term.item() for term in loss.terms(log_q, labels)] == pytest.approx(expected, rel=1e-10)
-    assert loss(log_q, labels).item() == pytest.approx(expected.sum(), rel=1e-10)
-    assert loss(list(log_q + 7), labels).item() == pytest.approx(expected.sum(), rel=1e-10)
+    assert [term.item() for term in loss(log_q, labels).values()] == pytest.approx(expected, rel=1e-10)
+    assert total(loss(log_q, labels)).item() == pytest.approx(expected.sum(), rel=1e-10)
+    assert total(loss(list(log_q + 7), labels)).item() == pytest.approx(expected.sum(), rel=1e-10)
+
+
+def test_the_loss_goes_by_the_names_of_the_exits():
+    logits, weights, log_bias, labels = ensemble()
+    loss = GeometricEnsembleLoss()
+    loss.bind(["layer1", "layer2", "final"])
+    assert list(loss(geometric_ensemble(logits, weights, log_bias), labels)) == ["layer1", "layer2", "final"]
+    with pytest.raises(ValueError, match="bound to 3 exits, got 2"):
+        loss(logits[:2], labels)
 
 
 def test_gradient_is_exact():
     logits, weights, log_bias, labels = ensemble(b=2)
     loss = GeometricEnsembleLoss()
     inputs = [x.requires_grad_() for x in (logits, weights, log_bias)]
-    assert torch.autograd.gradcheck(lambda *x: loss(geometric_ensemble(*x), labels), inputs)
+    assert torch.autograd.gradcheck(lambda *x: total(loss(geometric_ensemble(*x), labels)), inputs)
 
 
 def test_the_gradient_of_the_biases_has_its_closed_form():
     logits, weights, log_bias, labels = ensemble()
     log_bias.requires_grad_()
-    GeometricEnsembleLoss()(geometric_ensemble(logits, weights, log_bias), labels).backward()
+    total(GeometricEnsembleLoss()(geometric_ensemble(logits, weights, log_bias), labels)).backward()
     expected = (reference(logits, weights, log_bias.detach()) - np.eye(5)[labels.numpy()]).mean(1)
     np.testing.assert_allclose(log_bias.grad.numpy(), expected, rtol=1e-9, atol=1e-12)
 
@@ -93,10 +106,10 @@ def test_half_precision_is_computed_in_single_under_autocast_too(dtype):
     expected = reference(logits, weights, log_bias)
     with torch.autocast("cpu", dtype=dtype):
         log_q = geometric_ensemble(logits, weights.float(), log_bias.float())
-        loss = GeometricEnsembleLoss()(log_q, labels)
+        loss = total(GeometricEnsembleLoss()(log_q, labels))
     assert log_q.dtype == loss.dtype == torch.float32
     np.testing.assert_allclose(log_q.exp().numpy(), expected, rtol=1e-5)
-    assert GeometricEnsembleLoss()(log_q.to(dtype), labels).dtype == torch.float32
+    assert total(GeometricEnsembleLoss()(log_q.to(dtype), labels)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

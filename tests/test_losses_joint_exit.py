@@ -8,6 +8,7 @@ from torch import nn
 
 from cleave.losses import JointExitLoss
 
+EXITS = ["layer1", "layer2", "final"]
 COSTS = [0.2, 0.55, 1.0]
 LEARNED = [0.4, -0.7, 0.1]
 # What each setting of the weights makes of three exits at a progress of 0.25.
@@ -28,10 +29,14 @@ def batch(exits=3, b=6, k=5, dtype=torch.float64):
 
 def bound(weights, **settings):
     loss = JointExitLoss(weights, **settings)
-    loss.bind(3, COSTS)
+    loss.bind(EXITS, COSTS)
     if weights == "learned":
         loss.double().log_scales.data.copy_(torch.tensor(LEARNED, dtype=torch.float64))
     return loss
+
+
+def total(terms):
+    return torch.stack(list(terms.values())).sum()
 
 
 def cross_entropies(logits, labels, smoothing=0.0):
@@ -53,10 +58,11 @@ def test_equals_the_float64_reference_term_by_term(weights, smoothing):
     if weights == "learned":
         expected += LEARNED
     loss = bound(weights, label_smoothing=smoothing)
-    terms = loss.terms(logits, labels, 0.25)
-    assert [term.item() for term in terms] == pytest.approx(expected, rel=1e-10)
-    assert loss(logits, labels, 0.25).item() == pytest.approx(expected.sum(), rel=1e-10)
-    assert loss(torch.stack(logits).float(), labels, 0.25).item() == pytest.approx(expected.sum(), rel=1e-6)
+    terms = loss(logits, labels, 0.25)
+    assert list(terms) == EXITS
+    assert [term.item() for term in terms.values()] == pytest.approx(expected, rel=1e-10)
+    assert total(terms).item() == pytest.approx(expected.sum(), rel=1e-10)
+    assert total(loss(torch.stack(logits).float(), labels, 0.25)).item() == pytest.approx(expected.sum(), rel=1e-6)
 
 
 @pytest.mark.parametrize("weights", LAMBDAS)
@@ -83,20 +89,20 @@ def test_the_gradient_is_the_weighted_sum_of_the_gradients_of_single_exits(weigh
     single = [gradient(nn.functional.cross_entropy(exits()[j], labels)) for j in range(3)]
     expected = sum(weight * g for weight, g in zip(LAMBDAS[weights], single, strict=True))
     assert len({tuple(g.tolist()) for g in single}) == 3
-    torch.testing.assert_close(gradient(bound(weights)(exits(), labels, 0.25)), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient(total(bound(weights)(exits(), labels, 0.25))), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("weights", ["branchynet", "learned", (0.3, 0, 2)])
 def test_gradient_is_exact(weights):
     logits, labels = batch(b=2)
     loss = bound(weights, label_smoothing=0.1)
-    assert torch.autograd.gradcheck(lambda *s: loss(s, labels), [s.requires_grad_() for s in logits])
+    assert torch.autograd.gradcheck(lambda *s: total(loss(s, labels)), [s.requires_grad_() for s in logits])
 
 
 def test_the_gradient_of_learned_weights_has_its_closed_form():
     logits, labels = batch()
     loss = bound("learned")
-    loss(logits, labels).backward()
+    total(loss(logits, labels)).backward()
     expected = 1 - np.exp(-np.array(LEARNED)) * cross_entropies(logits, labels)
     assert loss.log_scales.grad.tolist() == pytest.approx(expected, rel=1e-10)
 
@@ -105,7 +111,7 @@ def test_learned_weights_settle_at_the_inverse_of_each_loss():
     logits, labels = batch()
     loss = bound("learned")
     loss.log_scales.data.copy_(torch.tensor(np.log(cross_entropies(logits, labels))))
-    loss(logits, labels).backward()
+    total(loss(logits, labels)).backward()
     assert loss.log_scales.grad.abs().max() < 1e-12
 
 
@@ -115,8 +121,8 @@ def test_an_exit_of_weight_zero_lets_no_nan_in_and_learns_nothing():
     with torch.no_grad():
         logits[1].fill_(math.nan)
     loss = JointExitLoss([1, 0, 1])
-    assert [term.item() > 0 for term in loss.terms(logits, labels)] == [True, False, True]
-    loss(logits, labels).backward()
+    assert [term.item() > 0 for term in loss(logits, labels).values()] == [True, False, True]
+    total(loss(logits, labels)).backward()
     assert logits[1].grad is None
     assert logits[0].grad.isfinite().all()
 
@@ -127,11 +133,11 @@ def test_half_precision_is_computed_in_single(dtype, weights):
     logits, labels = batch()
     logits = [(100 * output).to(dtype) for output in logits]
     loss = JointExitLoss(weights)
-    loss.bind(3)
+    loss.bind(EXITS)
     expected = loss.weights_at(3, 1).numpy() @ cross_entropies(logits, labels)
-    measured = loss(logits, labels)
-    assert measured.dtype == torch.float32
-    assert {term.dtype for term in loss.terms(logits, labels)} == {torch.float32}
+    terms = loss(logits, labels)
+    measured = total(terms)
+    assert {term.dtype for term in terms.values()} == {torch.float32}
     assert measured.item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import importlib.metadata
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +13,23 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..codecs.codec import Codec
 from ..exits.policy import ExitPolicy
 from ..exits.specs import ExitSpec, check_exits
-from ..runtime.preprocess import ImageInput
+from ..runtime.inputs import Input
+from ..runtime.walk import Walk, walk_all
 from .data_dependence import data_dependent_lines
+from .edges import Crossing, Edge, Signature
 from .files import BundleError, FileEntry, check_name
-from .gate import first_sample, parity_gate, run_module, through_bytes
+from .folder import new_folder
+from .gate import first_sample, parity_gate, run_module
 from .loading import Bundle, load_bundle
-from .manifest import MANIFEST, Manifest, write_manifest
-from .parity import ParityError
-from .signatures import EXIT_LOGITS, Signature, check_signatures, part_arguments
-from .specs import PartitionSpec, TensorSpec
+from .manifest import Manifest, route_results, write_manifest
+from .parity import ParityError, through_bytes
+from .route import Route
+from .specs import OutputSpec, PartitionSpec, TensorSpec, check_placement
 from .torchscript import FORMAT, save_torchscript
 
-SAMPLE = "sample.safetensors"
-_SUFFIXES = (".pt", ".safetensors")
-MIN_IMAGES = 3
+MIN_SAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +38,12 @@ class Part:
 
     Args:
         name: Its name, unique in the bundle; letters, digits, ``_``, ``.`` and ``-``.
-        placement: Where it is to run, a free name: ``device``, ``edge``, ``server``.
+        placement: Where it is to run, a free name of the same letters: ``device``, ``edge``, ``server``.
         module: Takes its inputs by position and returns a tensor, or a tuple of tensors. Left as it is: a copy on the
             CPU, in eval mode, is exported.
-        inputs: Names of the inputs in order: ``images`` for the first part, what the codec before it delivers for
-            each other one; then ``levels`` where the codec behind it sends codes; then ``before``, the logits of the
-            exit before, where its own exit reads them.
-        outputs: Names of the outputs in order: what the codec behind it sends, ``logits`` for the last part; then
-            ``exit_logits`` where an early exit stands behind it.
+        inputs: Names of the inputs in order: the network's input, what codecs deliver, such as ``layer2.codes``, and
+            codecs' settings, such as ``layer2.levels``.
+        outputs: Names of the outputs in order: what codecs send, the logits of an exit, outputs of the network.
         macs: Multiply-accumulates per sample, if known.
     """
 
@@ -69,14 +63,15 @@ class Part:
 def export_bundle(
     directory: str | Path,
     parts: Sequence[Part],
-    codecs: Sequence[Codec],
-    image_input: ImageInput,
-    class_names: Sequence[str],
+    edges: Sequence[Edge],
+    *,
+    input: Input,  # noqa: A002
+    outputs: Sequence[OutputSpec],
     images: Tensor,
-    config: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, Any] | None = None,
     exits: Sequence[ExitSpec] = (),
     policy: ExitPolicy | None = None,
+    config: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Write a network as a bundle, after its files, loaded back, have passed the parity gate.
@@ -86,16 +81,17 @@ def export_bundle(
 
     Args:
         directory: The folder to write; its parents are made.
-        parts: The partitions, in the order of the route.
-        codecs: How each part's outputs reach the next one; one fewer than there are parts.
-        image_input: The network's input.
-        class_names: Name of each class, in the order of the logits.
-        images: A sample batch as ``image_input`` makes it, uint8 (B, C, H, W), at least 3 images; it is kept in the
-            bundle with its expected outputs. Real images show what made-up ones may not.
+        parts: The partitions; of two that may run in either order, the one listed first runs first.
+        edges: What passes between them.
+        input: What the network takes.
+        outputs: What it is for.
+        images: A sample batch as ``input`` makes it, (B, …), at least 3 samples; it is kept in the bundle, in the files
+            of its entry, with the outputs expected of it. Real images show what made-up ones may not.
+        exits: In the order in which they are reached, the network's own classifier last; empty where there are no early
+            ones. Their logits are the outputs ``NAME/logits`` of their partitions, ``logits`` of the last.
+        policy: Who decides at the exits; ``None``: all samples go on to the end.
         config: The resolved configuration, plain JSON values.
         metrics: What was measured of the network, plain JSON values: accuracy, payload bytes per sample, …
-        exits: In the order of the route, the network's own classifier last; empty where there are no early ones.
-        policy: Who decides at the exits; ``None``: all samples go on to the end.
         overwrite: Replace a bundle that stands there; a folder with any file that no export wrote is never replaced.
 
     Returns:
@@ -107,21 +103,25 @@ def export_bundle(
         ParityError: A module steers by its input's values, or a loaded partition differs from its module.
     """
     directory = Path(directory)
-    check_parts(parts, codecs, exits, policy)
-    if images.ndim != 4 or len(images) < MIN_IMAGES:
-        raise BundleError(f"images must be at least {MIN_IMAGES}, (B, C, H, W), got shape {tuple(images.shape)}")
+    route = check_parts(parts, edges, input=input, outputs=outputs, exits=exits, policy=policy)
+    if images.ndim != 1 + len(input.shape) or len(images) < MIN_SAMPLES:
+        raise BundleError(
+            f"{input.name} must be a batch of at least {MIN_SAMPLES}, (B, {', '.join(map(str, input.shape))}), "
+            f"got shape {tuple(images.shape)}"
+        )
     images = images.detach().cpu().contiguous()
-    TensorSpec("images", "uint8", (-1, *image_input.shape)).check(images, "the sample batch")
-    with _new_folder(directory, overwrite) as folder:
-        modules = [copy.deepcopy(part.module).cpu().eval().requires_grad_(False) for part in parts]
-        specs, sample = _write_parts(folder, parts, modules, codecs, images)
+    TensorSpec(input.name, input.dtype, (-1, *input.shape)).check(images, "the sample batch")
+    with new_folder(directory, overwrite) as folder:
+        modules = {part.name: copy.deepcopy(part.module).cpu().eval().requires_grad_(False) for part in parts}
+        writers = {place: Writer(route, place, folder, parts, modules, outputs) for place in route.placements}
+        walk_all(writers, route, images)
+        specs = {name: spec for writer in writers.values() for name, spec in writer.specs.items()}
         manifest = Manifest(
-            input=image_input,
-            class_names=tuple(class_names),
-            partitions=tuple(specs),
-            route=tuple(part.name for part in parts),
-            codecs=tuple(codecs),
-            sample=_write_sample(folder / SAMPLE, sample),
+            input=input,
+            outputs=tuple(outputs),
+            partitions=tuple(specs[part.name] for part in parts),
+            edges=tuple(edges),
+            samples={place: writer.write_sample() for place, writer in writers.items()},
             exits=tuple(exits),
             policy=policy,
             metrics=dict(metrics or {}),
@@ -134,137 +134,113 @@ def export_bundle(
     return load_bundle(directory)
 
 
-def check_target(directory: str | Path, overwrite: bool = False) -> None:
-    """Raise :class:`BundleError` unless a bundle can be written to ``directory``; ask before a long computation."""
-    with _new_folder(Path(directory), overwrite, keep=False):
-        pass
-
-
 def check_parts(
     parts: Sequence[Part],
-    codecs: Sequence[Codec],
+    edges: Sequence[Edge],
+    *,
+    input: Input,  # noqa: A002
+    outputs: Sequence[OutputSpec],
     exits: Sequence[ExitSpec] = (),
     policy: ExitPolicy | None = None,
-) -> None:
-    """Raise :class:`BundleError` unless all of these fit together; ask before a long computation."""
-    if not parts:
-        raise BundleError("parts is empty: a bundle has at least one partition")
-    if len(codecs) != len(parts) - 1:
-        raise BundleError(f"{len(parts)} parts need {len(parts) - 1} codecs between them, got {len(codecs)}")
+) -> Route:
+    """Return the route of all of these; :class:`BundleError` unless they fit. Ask before a long computation."""
     names = [check_name(part.name, "the partition") for part in parts]
     if len({name.lower() for name in names}) < len(names):
         raise BundleError(f"each partition needs a name of its own, whatever the case, got {', '.join(names)}")
-    signatures = [part.signature for part in parts]
-    check_signatures(signatures, codecs, check_exits(exits, policy, signatures))
+    for part in parts:
+        check_placement(part.name, part.placement)
+    places = {part.placement for part in parts}
+    if len({place.lower() for place in places}) < len(places):
+        raise BundleError(f"each placement needs one spelling, whatever the case, got {', '.join(sorted(places))}")
+    if not outputs:
+        raise BundleError("outputs is empty: say what the network is for")
+    results = route_results(outputs, exits)
+    route = Route(tuple(part.signature for part in parts), tuple(edges), input.name, results)
+    check_exits(exits, policy, [output.name for output in outputs], route)
+    return route
 
 
-@contextlib.contextmanager
-def _new_folder(directory: Path, overwrite: bool, keep: bool = True) -> Iterator[Path]:
-    """Yield a folder beside ``directory`` that takes its place if all went well, and is removed otherwise."""
-    folder, made = None, []
-    try:
-        try:
-            _check_replaceable(directory, overwrite)
-            made = [parent for parent in directory.parents if not parent.exists()]
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        except OSError as error:
-            raise BundleError(f"cannot write to {directory}: {error.strerror}") from error
-        yield folder
-        if keep:
-            _move(folder, directory)
-            made = []
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+class Writer(Walk):
+    """A walk that traces and saves each part on what the ones before it make of the sample batch.
 
+    Args:
+        route: The parts and their edges.
+        placement: Whose parts are saved.
+        folder: Where to.
+        parts: All parts.
+        modules: Their modules by name, as they are saved.
+        outputs: The network's, whose free sizes stay free.
 
-def _check_replaceable(directory: Path, overwrite: bool) -> None:
-    if files := [parent for parent in directory.parents if parent.exists() and not parent.is_dir()]:
-        raise BundleError(f"cannot write to {directory}: {files[0]} is a file")
-    if directory.is_symlink():
-        raise BundleError(f"{directory} is a symbolic link; name the folder itself")
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise BundleError(f"{directory} is a file; a bundle is a folder")
-    names = sorted(path.name for path in directory.iterdir())
-    ours = (MANIFEST, *(name for name in names if name.endswith(_SUFFIXES))) if MANIFEST in names else ()
-    if other := [name for name in names if name not in ours]:
-        raise BundleError(f"{directory} holds {other[0]}, which no export wrote; name a new or an empty folder")
-    if names and not overwrite:
-        raise BundleError(f"{directory} is a bundle already; replace it with overwrite=true, or name another folder")
+    Attributes:
+        specs: What was saved, by name.
+    """
 
+    def __init__(
+        self,
+        route: Route,
+        placement: str,
+        folder: Path,
+        parts: Sequence[Part],
+        modules: Mapping[str, nn.Module],
+        outputs: Sequence[OutputSpec],
+    ) -> None:
+        super().__init__(route, placement)
+        self.folder, self.modules = folder, modules
+        self.by_name = {part.name: part for part in parts}
+        self.outputs = {output.name: output for output in outputs}
+        self.specs: dict[str, PartitionSpec] = {}
+        self.sample: dict[str, Tensor] = {}
 
-def _move(folder: Path, directory: Path) -> None:
-    """Give ``folder`` the name ``directory``; a bundle that has it is put aside until that has worked."""
-    # A temporary folder is private; a bundle is as open as any other folder its owner makes.
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    aside = folder.with_name(folder.name + ".old")
-    try:
-        if directory.exists():
-            directory.rename(aside)
-        try:
-            folder.rename(directory)
-        except OSError:
-            if aside.exists():
-                aside.rename(directory)
-            raise
-    except OSError as error:
-        raise BundleError(f"cannot write to {directory}: {error.strerror}") from error
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _write_parts(
-    folder: Path, parts: Sequence[Part], modules: Sequence[nn.Module], codecs: Sequence[Codec], images: Tensor
-) -> tuple[list[PartitionSpec], dict[str, Tensor]]:
-    """Trace and save each part on what the ones before it make of the images; return entries and sample tensors."""
-    specs, sample = [], {"images": images}
-    received: dict[str, Tensor] = {"images": images}
-    before: Tensor | None = None
-    for index, (part, module) in enumerate(zip(parts, modules, strict=True)):
-        codec = codecs[index] if index < len(codecs) else None
-        arguments = part_arguments(part.inputs, received, codec, before)
-        outputs = run_module(module, arguments, part.outputs, part.name)
+    def run(self, name: str, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Save a part and return its module's outputs."""
+        part, module = self.by_name[name], self.modules[name]
+        outputs = run_module(module, arguments, part.outputs, name)
         if lines := data_dependent_lines(module, list(first_sample(arguments).values())):
             raise ParityError(
-                f"partition {part.name} steers by the values of its input, which a trace would freeze, in "
+                f"partition {name} steers by the values of its input, which a trace would freeze, in "
                 + "; ".join(lines[:3])
             )
-        path = folder / f"{part.name}.pt"
+        path = self.folder / f"{name}.pt"
         try:
             save_torchscript(module, list(arguments.values()), path)
         except RuntimeError as error:
-            raise BundleError(f"partition {part.name} cannot be traced: {error}") from error
-        specs.append(
-            PartitionSpec(
-                name=part.name,
-                placement=part.placement,
-                file=FileEntry.of(path),
-                format=FORMAT,
-                inputs=tuple(TensorSpec.of(name, tensor) for name, tensor in arguments.items()),
-                outputs=tuple(TensorSpec.of(name, tensor) for name, tensor in outputs.items()),
-                macs=part.macs,
-                params=sum(parameter.numel() for parameter in module.parameters()),
-            )
+            raise BundleError(f"partition {name} cannot be traced: {error}") from error
+        self.specs[name] = PartitionSpec(
+            name=name,
+            placement=part.placement,
+            file=FileEntry.of(path),
+            format=FORMAT,
+            inputs=tuple(TensorSpec.of(key, tensor) for key, tensor in arguments.items()),
+            outputs=tuple(self._output(key, tensor) for key, tensor in outputs.items()),
+            macs=part.macs,
+            params=sum(parameter.numel() for parameter in module.parameters()),
         )
-        sample |= {f"{part.name}.{name}": tensor for name, tensor in outputs.items()}
-        received = through_bytes(codec, outputs, f"partition {part.name}") if codec else {}
-        before = outputs.get(EXIT_LOGITS, before)
-        if codec and not codec.lossless:
-            sample |= {f"{part.name}.delivered.{name}": received[name] for name in codec.sends}
-    return specs, sample
+        self.sample |= {key: tensor for key, tensor in arguments.items() if key not in self.route.settings} | outputs
+        return outputs
 
+    def send(self, crossing: Crossing, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what arrives of a tensor's bytes."""
+        return through_bytes(crossing.codec, tensors, f"partition {crossing.producer}")
 
-def _write_sample(path: Path, sample: dict[str, Tensor]) -> FileEntry:
-    # safetensors refuses tensors that share memory, as a range expanded over the batch does.
-    safetensors.torch.save_file({name: tensor.clone().contiguous() for name, tensor in sample.items()}, path)
-    return FileEntry.of(path)
+    def receive(self, crossing: Crossing, payload: Any) -> dict[str, Tensor]:
+        """Return what arrived."""
+        return payload
+
+    def write_sample(self) -> FileEntry:
+        """Save what came to this placement and what its parts made of it."""
+        path = self.folder / f"sample.{self.placement}.safetensors"
+        # safetensors refuses tensors that share memory, as a range expanded over the batch does.
+        safetensors.torch.save_file({name: tensor.clone().contiguous() for name, tensor in self.sample.items()}, path)
+        return FileEntry.of(path)
+
+    def _output(self, name: str, tensor: Tensor) -> TensorSpec:
+        spec = TensorSpec.of(name, tensor)
+        if (output := self.outputs.get(name)) is not None and len(output.shape) == len(spec.shape) - 1:
+            free = [isinstance(size, str) for size in (0, *output.shape)]
+            spec = dataclasses.replace(
+                spec, shape=tuple(-1 if any_size else n for n, any_size in zip(spec.shape, free, strict=True))
+            )
+        return spec
 
 
 def _versions() -> dict[str, str]:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs.codec import Codec
-from ..codecs.packing import MIN_BITS, CodecError
+from ..codecs.packing import MIN_BITS
+from ..runtime.walk import Walk, walk_all
+from .edges import Crossing
 from .files import BundleError
 from .loading import Bundle
-from .parity import Parity, ParityError, Tolerance, compare
-from .signatures import EXIT_LOGITS, part_arguments
+from .parity import Parity, ParityError, Tolerance, compare, through_bytes
+from .route import Route
 
 
 def run_module(
@@ -30,7 +32,7 @@ def run_module(
     if len(results) != len(outputs) or not all(isinstance(item, Tensor) for item in results):
         found = [type(item).__name__ for item in results]
         raise BundleError(f"partition {name} must return the tensors {', '.join(outputs)}, it returned {found}")
-    batch = len(next(iter(arguments.values())))
+    batch = next(len(tensor) for tensor in arguments.values() if tensor.ndim)
     for output, tensor in zip(outputs, results, strict=True):
         if tensor.ndim == 0 or len(tensor) != batch:
             raise BundleError(
@@ -39,16 +41,59 @@ def run_module(
     return dict(zip(outputs, results, strict=True))
 
 
-def parity_gate(bundle: Bundle, modules: Sequence[nn.Module], images: Tensor) -> dict[str, Any]:
+class Gate(Walk):
+    """A walk on which every loaded partition is compared with its module, both fed the same inputs.
+
+    Args:
+        bundle: Loaded from disk.
+        modules: The modules by name, on the CPU in eval mode.
+        route: The bundle's, at any width of codes.
+        placement: Whose partitions run.
+        batch: Number of samples, for messages.
+    """
+
+    def __init__(
+        self, bundle: Bundle, modules: Mapping[str, nn.Module], route: Route, placement: str, batch: int
+    ) -> None:
+        super().__init__(route, placement)
+        self.bundle, self.modules, self.batch, self.parity = bundle, modules, batch, Parity()
+
+    def run(self, name: str, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run the module and the loaded partition; go on with what the latter returns."""
+        where, codec = self._where(name), self.route.behind(name)
+        partition, module = self.bundle.partitions[name], self.modules[name]
+        expected = run_module(module, arguments, [item.name for item in partition.spec.outputs], name)
+        try:
+            actual = partition(arguments)
+        except (RuntimeError, BundleError) as error:
+            raise ParityError(f"{where} does not run once it is traced: {error}") from error
+        self.parity |= compare(expected, actual, where)
+        _check_alone(module, arguments, expected, codec, name)
+        return actual
+
+    def send(self, crossing: Crossing, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what arrives of a tensor's bytes."""
+        return through_bytes(crossing.codec, tensors, self._where(crossing.producer))
+
+    def receive(self, crossing: Crossing, payload: Any) -> dict[str, Tensor]:
+        """Return what arrived."""
+        return payload
+
+    def _where(self, name: str) -> str:
+        codec = self.route.behind(name)
+        return f"partition {name} with a batch of {self.batch}" + (f" at {codec.bits} bits" if codec else "")
+
+
+def parity_gate(bundle: Bundle, modules: Mapping[str, nn.Module], batch: Tensor) -> dict[str, Any]:
     """Compare every loaded partition with its module, both fed the same inputs.
 
-    Run with the whole batch, with one image, with one inverted image, and at the least number of bits where codes are
+    Run with the whole batch, with one sample, with one mirrored sample, and at the least number of bits where codes are
     sent. What a part sends passes through its codec, and the next part takes what arrived; nobody leaves early.
 
     Args:
         bundle: Loaded from disk.
-        modules: The modules in the order of the route, on the CPU in eval mode.
-        images: uint8 (B, C, H, W), at least 2.
+        modules: The modules by name, on the CPU in eval mode.
+        batch: The network's input for at least 2 samples.
 
     Returns:
         What was measured, for the manifest: ``max_difference``, ``codes_differing`` and ``batches``.
@@ -57,66 +102,27 @@ def parity_gate(bundle: Bundle, modules: Sequence[nn.Module], images: Tensor) ->
         ParityError: A partition differs by more than 1e-5 + 1e-5·|y|, or in more than 1e-4 of its codes, or in any by
             more than one step; it fails at another batch size; or a sample's outputs depend on its neighbours.
     """
-    codecs = bundle.manifest.codecs
-    coarse = [codec.with_bits(MIN_BITS) if codec.levels else codec for codec in codecs]
-    parity = Parity()
-    for batch in (images, images[:1], 255 - images[-1:]):
-        parity |= _run(bundle, modules, codecs, batch)
-    if any(codec.levels for codec in codecs):
-        parity |= _run(bundle, modules, coarse, images)
+    manifest = bundle.manifest
+    route, parity = manifest.route, Parity()
+    mirrored = manifest.input.mirrored(batch)[-1:]
+    runs = [(route, batch), (route, batch[:1]), (route, mirrored)]
+    if coarse := {name: codec.with_bits(MIN_BITS) for name, codec in route.codecs.items() if codec.levels}:
+        runs.append((route.with_codecs(coarse), batch))
+    for each, inputs in runs:
+        gates = {place: Gate(bundle, modules, each, place, len(inputs)) for place in each.placements}
+        walk_all(gates, each, inputs)
+        for gate in gates.values():
+            parity |= gate.parity
     return {
         "max_difference": parity.max_difference,
         "codes_differing": parity.codes_differing,
-        "batches": [len(images), 1],
+        "batches": [len(batch), 1],
     }
 
 
 def first_sample(arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cut a partition's arguments to a batch of one; scalars, such as the number of levels, have no batch."""
     return {name: tensor[:1] if tensor.ndim else tensor for name, tensor in arguments.items()}
-
-
-def _run(bundle: Bundle, modules: Sequence[nn.Module], codecs: Sequence[Codec], images: Tensor) -> Parity:
-    parity = Parity()
-    received: dict[str, Tensor] = {"images": images}
-    before: Tensor | None = None
-    for index, (name, module) in enumerate(zip(bundle.manifest.route, modules, strict=True)):
-        codec = codecs[index] if index < len(codecs) else None
-        where = f"partition {name} with a batch of {len(images)}"
-        if codec and codec.levels:
-            where += f" at {codec.bits} bits"
-        partition = bundle.partitions[name]
-        _, _, inputs, outputs = partition.spec.signature
-        arguments = part_arguments(inputs, received, codec, before)
-        expected = run_module(module, arguments, outputs, name)
-        try:
-            actual = partition(arguments)
-        except (RuntimeError, BundleError) as error:
-            raise ParityError(f"{where} does not run once it is traced: {error}") from error
-        parity |= compare(expected, actual, where)
-        _check_alone(module, arguments, expected, codec, name)
-        if codec:
-            received, before = through_bytes(codec, actual, where), actual.get(EXIT_LOGITS, before)
-    return parity
-
-
-def through_bytes(codec: Codec, outputs: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Encode and decode a partition's outputs.
-
-    What a lossy codec does to codes is no difference between partitions: both sides of the gate are fed what arrived.
-
-    Raises:
-        ParityError: The codec cannot send them, or what arrives is not what was sent, of a lossy codec in dtype, shape
-            and range.
-    """
-    try:
-        received = codec.decode(codec.encode(outputs))
-    except CodecError as error:
-        raise ParityError(f"{where} emits what its codec cannot send: {error}") from error
-    sent = {name: outputs[name] for name in codec.sends}
-    tolerance = Tolerance(steps=0, share=0.0) if codec.lossless else Tolerance(steps=codec.levels, share=1.0)
-    compare(sent, received, f"the bytes of {where}", tolerance)
-    return received
 
 
 def _check_alone(

@@ -1,21 +1,23 @@
-"""A bundle in memory: verified, loaded, and able to test itself."""
+"""A bundle in memory, whole or one side of it: verified, loaded, and able to test itself."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..runtime.preprocess import ImageInput
+from ..runtime.inputs import Input
+from ..runtime.walk import Message, Visit, Walk
+from .edges import Crossing
 from .files import BundleError, read_verified
 from .manifest import Manifest, read_manifest
-from .parity import Parity, Tolerance, compare
-from .signatures import EXIT_LOGITS, part_arguments
+from .parity import Parity, Tolerance, compare, through_bytes
 from .specs import PartitionSpec
 from .torchscript import load_torchscript
 
@@ -63,27 +65,26 @@ class Partition:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """All parts of one model, loaded from a folder.
+    """One model, or its part for one placement, loaded from a folder.
 
     Args:
         directory: Where it was loaded from.
         manifest: What it says about itself.
-        partitions: The partitions, callable, by name.
-        sample: A batch of ``images`` uint8 (B, C, H, W) and the expected outputs of each partition on it, under
-            ``PARTITION.OUTPUT``; behind a lossy codec, whose libraries may differ from machine to machine, also what
-            it delivered of them, under ``PARTITION.delivered.OUTPUT``.
+        partitions: The partitions that were loaded, callable, by name.
+        samples: For each placement that was loaded, what comes to it of a sample batch and what its partitions make
+            of that, by name.
         device: Where the partitions run.
     """
 
     directory: Path
     manifest: Manifest
     partitions: dict[str, Partition]
-    sample: dict[str, Tensor]
+    samples: dict[str, dict[str, Tensor]]
     device: torch.device
 
     @property
-    def input(self) -> ImageInput:
-        """How a picture becomes the first partition's input."""
+    def input(self) -> Input:
+        """What the network takes; for images also how a picture becomes that."""
         return self.manifest.input
 
     @property
@@ -91,8 +92,13 @@ class Bundle:
         """Name of each class, in the order of the logits."""
         return self.manifest.class_names
 
+    @property
+    def placements(self) -> tuple[str, ...]:
+        """The placements that were loaded."""
+        return tuple(self.samples)
+
     def self_test(self) -> Parity:
-        """Run every partition on the sample batch, through real bytes, against the outputs stored with it.
+        """Run every partition that was loaded on the sample batch, through real bytes, against what was stored with it.
 
         Each partition is fed what the one before it *should* have sent, so that a difference is found where it
         arises. The tolerance allows for another processor's arithmetic: the files themselves are verified by digest.
@@ -104,24 +110,38 @@ class Bundle:
             ParityError: An output differs.
         """
         parity = Parity()
-        received: dict[str, Tensor] = {"images": self.sample["images"]}
-        before: Tensor | None = None
-        for index, name in enumerate(self.manifest.route):
-            spec = self.partitions[name].spec
-            codec = self.manifest.codecs[index] if index < len(self.manifest.codecs) else None
-            expected = {item.name: self.sample[f"{name}.{item.name}"] for item in spec.outputs}
-            actual = self.partitions[name](part_arguments(spec.signature.inputs, received, codec, before))
-            before = expected.get(EXIT_LOGITS, before)
-            levels = codec.levels if codec else 0
-            parity |= compare(expected, actual, f"partition {name}", Tolerance.across_processors(levels))
-            if codec:
-                received = codec.decode(codec.encode(expected))
-                if not codec.lossless:
-                    received |= {item: self.sample[f"{name}.delivered.{item}"] for item in codec.sends}
+        for placement, sample in self.samples.items():
+            test = _SelfTest(self, placement)
+            emitted = {name for part in test.parts for name in part.outputs}
+            arrived = {name: tensor for name, tensor in sample.items() if name not in emitted}
+            batch = len(next(iter(sample.values())))
+            test.step(Visit(tensors=arrived), Message(tuple(range(batch)), {}))
+            parity |= test.parity
         return parity
 
 
-def load_bundle(directory: str | Path, device: str | torch.device = "cpu") -> Bundle:
+class _SelfTest(Walk):
+    """A walk in which every partition hands on what it should have returned."""
+
+    def __init__(self, bundle: Bundle, placement: str) -> None:
+        super().__init__(bundle.manifest.route, placement)
+        self.bundle, self.sample, self.parity = bundle, bundle.samples[placement], Parity()
+
+    def run(self, name: str, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+        expected = {item.name: self.sample[item.name] for item in self.bundle.partitions[name].spec.outputs}
+        codec = self.route.behind(name)
+        tolerance = Tolerance.across_processors(codec.levels if codec else 0)
+        self.parity |= compare(expected, self.bundle.partitions[name](arguments), f"partition {name}", tolerance)
+        return expected
+
+    def send(self, crossing: Crossing, tensors: dict[str, Tensor]) -> None:
+        through_bytes(crossing.codec, tensors, f"partition {crossing.producer}")
+
+    def receive(self, crossing: Crossing, payload: Any) -> dict[str, Tensor]:
+        raise BundleError(f"a self-test takes {crossing.tensor} from its sample")
+
+
+def load_bundle(directory: str | Path, device: str | torch.device = "cpu", placement: str | None = None) -> Bundle:
     """Load a bundle; nothing is deserialised before every file's length and digest have been verified.
 
     The digests find damage. A TorchScript file is a program: load bundles from people you trust.
@@ -129,46 +149,48 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu") -> Bu
     Args:
         directory: The bundle's folder.
         device: Where its partitions are to run.
+        placement: The side to load; only the manifest and that side's files are looked at. ``None`` loads all.
 
     Returns:
         The bundle, ready to run.
 
     Raises:
-        BundleError: The manifest is damaged or contradicts itself, or a file is missing, changed, a link, or outside
-            the folder.
+        BundleError: The manifest is damaged or contradicts itself, the bundle lacks the placement, or a file is
+            missing, changed, a link, or outside the folder.
+
+    Example:
+        >>> device = load_bundle("bundles/digits", placement="device")  # doctest: +SKIP
     """
     directory, device = Path(directory), torch.device(device)
     manifest = read_manifest(directory)
-    contents = {spec.name: read_verified(directory, spec.file) for spec in manifest.partitions}
-    sample = _read_sample(read_verified(directory, manifest.sample), manifest)
+    placements = manifest.route.placements if placement is None else (placement,)
+    specs = [spec for each in placements for spec in manifest.at(each)]
+    contents = {spec.name: read_verified(directory, spec.file) for spec in specs}
+    stored = {each: read_verified(directory, manifest.samples[each]) for each in placements}
+    samples = {each: _read_sample(content, manifest, each) for each, content in stored.items()}
     partitions = {}
-    for spec in manifest.partitions:
+    for name in (name for name in manifest.route.order if name in contents):
+        spec = manifest.partition(name)
         try:
-            module = load_torchscript(contents.pop(spec.name), device)
+            module = load_torchscript(contents.pop(name), device)
         except RuntimeError as error:
-            raise BundleError(
-                f"partition {spec.name} cannot be loaded by torch {torch.__version__}: {error}"
-            ) from error
-        partitions[spec.name] = Partition(spec, module, device)
-    return Bundle(directory, manifest, partitions, sample, device)
+            raise BundleError(f"partition {name} cannot be loaded by torch {torch.__version__}: {error}") from error
+        partitions[name] = Partition(spec, module, device)
+    return Bundle(directory, manifest, partitions, samples, device)
 
 
-def _read_sample(content: bytes, manifest: Manifest) -> dict[str, Tensor]:
-    """Read the sample batch and check that it has every tensor that a self test needs."""
-    file = manifest.sample.file
+def _read_sample(content: bytes, manifest: Manifest, placement: str) -> dict[str, Tensor]:
+    """Read a placement's sample and check that it has every tensor that a self test needs."""
+    file = manifest.samples[placement].file
     try:
         sample = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         raise BundleError(f"{file} is not a safetensors file: {error}") from error
-    first = manifest.partition(manifest.route[0])
-    wanted = {"images": first.inputs[0]}
-    wanted |= {f"{spec.name}.{output.name}": output for spec in manifest.partitions for output in spec.outputs}
-    for name, codec in zip(manifest.route, manifest.codecs, strict=False):
-        if not codec.lossless:
-            sent = [output for output in manifest.partition(name).outputs if output.name in codec.sends]
-            wanted |= {f"{name}.delivered.{output.name}": output for output in sent}
+    wanted = manifest.sample_specs(placement)
     if sample.keys() != wanted.keys():
         raise BundleError(f"{file} must hold {', '.join(sorted(wanted))}, it holds {', '.join(sorted(sample))}")
     for name, spec in wanted.items():
         spec.check(sample[name], f"{file}, {name}")
+    if len({len(tensor) for tensor in sample.values()}) != 1:
+        raise BundleError(f"{file} must hold as many samples in each tensor")
     return sample

@@ -1,23 +1,26 @@
-"""The manifest of a bundle: what its files are, in which order they run, and what was measured of them."""
+"""The manifest of a bundle: what its files are, how tensors pass between them, and what was measured of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..codecs.codec import Codec, codec_from_dict
 from ..exits.policies import policy_from_dict
 from ..exits.policy import ExitPolicy
-from ..exits.specs import ExitSpec, check_exits
-from ..runtime.preprocess import ImageInput
+from ..exits.specs import ExitSpec, check_exits, exit_logits
+from ..naming import did_you_mean
+from ..runtime.inputs import Input, input_from_dict, input_to_dict
 from .canonical_json import digest, dump, parse
+from .edges import Edge, repeated
 from .files import BundleError, FileEntry, read_file
-from .signatures import BEFORE, EXIT_LOGITS, check_signatures
-from .specs import PartitionSpec, TensorSpec, repeated
-from .typed_json import all_of, typed
+from .route import Route
+from .specs import OutputSpec, PartitionSpec, TensorSpec
+from .typed_json import typed
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -27,13 +30,12 @@ class Manifest:
     """Everything a bundle says about itself.
 
     Args:
-        input: How a picture becomes the first partition's ``images``.
-        class_names: Name of each class, in the order of the logits.
+        input: What the network takes.
+        outputs: What it is for.
         partitions: One entry per partition.
-        route: Names of the partitions in the order in which a sample passes them.
-        codecs: One per edge of the route, so one fewer than the route is long.
-        sample: The file with a sample batch and its expected outputs.
-        exits: In the order of the route, the network's own classifier last; empty where there are no early ones.
+        edges: What passes between them.
+        samples: For each placement, the file with its inputs for a sample batch and the outputs expected of it.
+        exits: In the order in which they are reached, the network's own classifier last; empty where there are none.
         policy: Who decides at the exits; ``None``: all samples go on to the end.
         metrics: What was measured before the export: accuracy, payload bytes per sample, …
         parity: What the export's gate measured between the files and the modules they were made from.
@@ -44,12 +46,11 @@ class Manifest:
         BundleError: Two parts of the manifest contradict each other.
     """
 
-    input: ImageInput
-    class_names: tuple[str, ...]
+    input: Input
+    outputs: tuple[OutputSpec, ...]
     partitions: tuple[PartitionSpec, ...]
-    route: tuple[str, ...]
-    codecs: tuple[Codec, ...]
-    sample: FileEntry
+    edges: tuple[Edge, ...]
+    samples: dict[str, FileEntry]
     exits: tuple[ExitSpec, ...] = ()
     policy: ExitPolicy | None = None
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -58,57 +59,80 @@ class Manifest:
     versions: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = [partition.name for partition in self.partitions]
-        files = [MANIFEST, self.sample.file, *(partition.file.file for partition in self.partitions)]
-        for what, values in (("partition", names), ("file", files), ("step of the route", list(self.route))):
-            if twice := repeated(values):
-                raise BundleError(f"the {what} {', '.join(twice)} appears twice")
-        if not self.route:
-            raise BundleError("the route is empty: it names the partitions in their order")
-        if unknown := [name for name in self.route if name not in names]:
-            raise BundleError(f"the route names unknown partitions {', '.join(unknown)}; known are {', '.join(names)}")
-        if unused := [name for name in names if name not in self.route]:
-            raise BundleError(f"the partitions {', '.join(unused)} are not on the route {' > '.join(self.route)}")
-        if len(self.codecs) != len(self.route) - 1:
-            raise BundleError(
-                f"a route of {len(self.route)} partitions needs {len(self.route) - 1} codecs, got {len(self.codecs)}"
-            )
-        if not self.class_names or not all(isinstance(name, str) for name in self.class_names):
-            raise BundleError("class_names must be a list of at least one name")
-        self._check_edges()
+        entries = [*self.samples.values(), *(partition.file for partition in self.partitions)]
+        if twice := repeated([MANIFEST, *(entry.file for entry in entries)]):
+            raise BundleError(f"the file {', '.join(twice)} appears twice")
+        check_exits(self.exits, self.policy, [output.name for output in self.outputs], self.route)
+        if self.samples.keys() != set(self.route.placements):
+            found = ", ".join(self.samples)
+            raise BundleError(f"each placement, {', '.join(self.route.placements)}, has one sample file, got {found}")
+        self._check_tensors()
 
-    def partition(self, name: str) -> PartitionSpec:
-        """Return the partition of that name; KeyError if there is none."""
-        return {partition.name: partition for partition in self.partitions}[name]
+    @functools.cached_property
+    def route(self) -> Route:
+        """The partitions and their edges as a graph."""
+        results = route_results(self.outputs, self.exits)
+        return Route(tuple(p.signature for p in self.partitions), self.edges, self.input.name, results)
 
     @property
-    def placements(self) -> tuple[str, ...]:
-        """Where each step of the route runs."""
-        return tuple(self.partition(name).placement for name in self.route)
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class, of the first output that has classes."""
+        return next((output.class_names for output in self.outputs if output.class_names), ())
 
     @property
     def exit_placements(self) -> tuple[str, ...]:
         """Where each exit runs."""
         return tuple(self.partition(item.partition).placement for item in self.exits)
 
-    def _check_edges(self) -> None:
-        """Check that what one partition emits is what its codec sends, and what it delivers the next one's inputs."""
-        signatures = [self.partition(name).signature for name in self.route]
-        check_signatures(signatures, self.codecs, check_exits(self.exits, self.policy, signatures))
-        for index, name in enumerate(self.route):
-            spec = self.partition(name)
-            if index == 0 and spec.inputs[0] != (expected := TensorSpec("images", "uint8", (-1, *self.input.shape))):
-                raise BundleError(f"the first input of {name} must be {expected}, got {spec.inputs[0]}")
-            if index < len(self.codecs) and spec.outputs[0].shape != (-1, *self.codecs[index].shape):
-                raise BundleError(
-                    f"{name} emits {spec.outputs[0].name} of shape {spec.outputs[0].shape}, "
-                    f"its codec sends {self.codecs[index].shape}"
-                )
-            for tensor in (*spec.inputs, *spec.outputs):
-                if tensor.name in (BEFORE, EXIT_LOGITS, "logits") and tensor.shape != (-1, len(self.class_names)):
+    def partition(self, name: str) -> PartitionSpec:
+        """Return the partition of that name; KeyError if there is none."""
+        return {partition.name: partition for partition in self.partitions}[name]
+
+    def at(self, placement: str) -> list[PartitionSpec]:
+        """Return the partitions of a placement in the order in which they run.
+
+        Raises:
+            BundleError: There is no such placement.
+        """
+        known = self.route.placements
+        if placement not in known:
+            near = did_you_mean(placement, known)
+            raise BundleError(f"this bundle has no placement {placement!r}; it has {', '.join(known)}.{near}")
+        return [self.partition(name) for name in self.route.order if self.partition(name).placement == placement]
+
+    def sample_specs(self, placement: str) -> dict[str, TensorSpec]:
+        """Return what a placement's sample file holds: what comes to it, and all that its partitions emit."""
+        specs = self.at(placement)
+        found = {item.name: item for spec in specs for item in spec.inputs if item.name not in self.route.settings}
+        return found | {item.name: item for spec in specs for item in spec.outputs}
+
+    def _check_tensors(self) -> None:
+        """Check that dtypes and shapes are the same on both sides of everything."""
+        emitted = {item.name: item for spec in self.partitions for item in spec.outputs}
+        wanted = TensorSpec(self.input.name, self.input.dtype, (-1, *self.input.shape))
+        known = {**emitted, wanted.name: wanted}
+        known |= {name: TensorSpec.of(name, value) for name, value in self.route.settings.items()}
+        for spec in self.partitions:
+            for item in spec.inputs:
+                if item != known[item.name]:
+                    raise BundleError(f"the input {item.name} of {spec.name} must be {known[item.name]}, got {item}")
+        for edge in self.edges:
+            for transfer in edge.transfers:
+                first = emitted[next(iter(transfer.sent.values()))]
+                if transfer.codec is not None and first.shape != (-1, *transfer.codec.shape):
                     raise BundleError(
-                        f"the {tensor.name} of {name} have shape {tensor.shape}, "
-                        f"but there are {len(self.class_names)} class names"
+                        f"{edge.producer} emits {first.name} of shape {first.shape}, "
+                        f"its codec sends {transfer.codec.shape}"
+                    )
+        for output in self.outputs:
+            if not output.fits(emitted[output.name]):
+                raise BundleError(f"the output {output.name} is {emitted[output.name]}, but must be {output}")
+        if self.exits:
+            for name in exit_logits(self.exits):
+                if emitted[name].shape != (-1, len(self.class_names)):
+                    raise BundleError(
+                        f"the {name} have shape {emitted[name].shape}, but there are {len(self.class_names)} "
+                        "class names"
                     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,14 +140,13 @@ class Manifest:
         values = {
             "schema": SCHEMA,
             "versions": self.versions,
-            "input": self.input.to_dict(),
-            "class_names": list(self.class_names),
-            "route": list(self.route),
-            "codecs": [codec.to_dict() for codec in self.codecs],
+            "input": input_to_dict(self.input),
+            "outputs": [output.to_dict() for output in self.outputs],
             "partitions": [partition.to_dict() for partition in self.partitions],
+            "route": [edge.to_dict() for edge in self.edges],
             "exits": [item.to_dict() for item in self.exits],
             "policy": None if self.policy is None else self.policy.to_dict(),
-            "sample": dataclasses.asdict(self.sample),
+            "samples": {placement: dataclasses.asdict(entry) for placement, entry in self.samples.items()},
             "metrics": self.metrics,
             "parity": self.parity,
             "config": self.config,
@@ -137,35 +160,48 @@ class Manifest:
         Raises:
             BundleError: The schema version, the digest, a key, a type or a value is wrong.
         """
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA or isinstance(values["schema"], bool):
-            found = values.get("schema") if isinstance(values, dict) else None
-            raise BundleError(f"the manifest has schema {found!r}; this version of Cleave reads {SCHEMA}")
-        if values.get("digest") != digest({key: value for key, value in values.items() if key != "digest"}):
-            raise BundleError("the manifest has changed: its own digest does not match its content")
-        lists = dict.fromkeys(("class_names", "route", "codecs", "partitions", "exits"), list)
-        objects = dict.fromkeys(("input", "sample", "metrics", "parity", "config", "versions"), dict)
+        _check_schema(values)
+        lists = dict.fromkeys(("outputs", "partitions", "route", "exits"), list)
+        objects = dict.fromkeys(("input", "samples", "metrics", "parity", "config", "versions"), dict)
         policy = {"policy": (dict, type(None))}
         found = typed(values, "the manifest", schema=int, digest=str, **lists, **objects, **policy)
-        sample = typed(found["sample"], "sample", file=str, sha256=str, bytes=int)
         try:
             return cls(
-                input=ImageInput.from_dict(found["input"]),
-                codecs=tuple(codec_from_dict(codec) for codec in found["codecs"]),
+                input=input_from_dict(found["input"]),
+                outputs=tuple(OutputSpec.from_dict(item) for item in found["outputs"]),
                 partitions=tuple(PartitionSpec.from_dict(item) for item in found["partitions"]),
-                sample=FileEntry(**sample),
-                class_names=tuple(all_of(found["class_names"], str, "class_names")),
-                route=tuple(all_of(found["route"], str, "route")),
+                edges=tuple(Edge.from_dict(item) for item in found["route"]),
+                samples={
+                    placement: FileEntry(**typed(entry, f"the sample of {placement}", file=str, sha256=str, bytes=int))
+                    for placement, entry in found["samples"].items()
+                },
                 exits=tuple(ExitSpec.from_dict(item) for item in found["exits"]),
                 policy=None if found["policy"] is None else policy_from_dict(found["policy"]),
-                metrics=found["metrics"],
-                parity=found["parity"],
-                config=found["config"],
-                versions=found["versions"],
+                **{key: found[key] for key in ("metrics", "parity", "config", "versions")},
             )
         except BundleError:
             raise
         except ValueError as error:
             raise BundleError(f"the manifest is wrong: {error}") from error
+
+
+def route_results(outputs: Sequence[OutputSpec], exits: Sequence[ExitSpec]) -> tuple[str, ...]:
+    """Return the names of a network's outputs and of the logits of its exits."""
+    return tuple(dict.fromkeys((*(output.name for output in outputs), *exit_logits(exits))))
+
+
+def _check_schema(values: Any) -> None:
+    found = values.get("schema") if isinstance(values, dict) else None
+    if not isinstance(found, int) or isinstance(found, bool) or found != SCHEMA:
+        versions = values.get("versions") if isinstance(values, dict) else None
+        written = ""
+        if isinstance(versions, dict) and versions:
+            written = f", written by {' and '.join(f'{name} {version}' for name, version in versions.items())}"
+        raise BundleError(
+            f"the manifest has schema {found!r}{written}; this version of Cleave reads {SCHEMA}: export it again"
+        )
+    if values.get("digest") != digest({key: value for key, value in values.items() if key != "digest"}):
+        raise BundleError("the manifest has changed: its own digest does not match its content")
 
 
 def read_manifest(directory: str | Path) -> Manifest:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..codecs.codec import Codec
+from ..codecs.packing import CodecError
 from .files import BundleError
 
 
@@ -84,6 +86,24 @@ def compare(
         check = _compare_floats if wanted.is_floating_point() else _compare_codes
         parity |= check(wanted, found, f"{where}: {name}", tolerance)
     return parity
+
+
+def through_bytes(codec: Codec, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Encode and decode what a partition emits for a codec, by the codec's own names.
+
+    What a lossy codec does to codes is no difference between partitions: both sides of the gate are fed what arrived.
+
+    Raises:
+        ParityError: The codec cannot send them, or what arrives is not what was sent, of a lossy codec in dtype, shape
+            and range.
+    """
+    try:
+        received = codec.decode(codec.encode(tensors))
+    except CodecError as error:
+        raise ParityError(f"{where} emits what its codec cannot send: {error}") from error
+    tolerance = Tolerance(steps=0, share=0.0) if codec.lossless else Tolerance(steps=codec.levels, share=1.0)
+    compare({name: tensors[name] for name in codec.sends}, received, f"the bytes of {where}", tolerance)
+    return received
 
 
 def _compare_floats(wanted: Tensor, found: Tensor, where: str, tolerance: Tolerance) -> Parity:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..checks import is_whole
+from ..naming import did_you_mean
+from ..runtime.inputs import DTYPES
+from .edges import Signature, repeated
 from .files import BundleError, FileEntry, check_name
-from .signatures import Signature
 from .torchscript import FORMAT
-from .typed_json import typed
+from .typed_json import all_of, typed
 
-_DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
+OUTPUT_KINDS = ("logits", "map", "boxes", "tokens", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +23,9 @@ class TensorSpec:
     """A named input or output of a partition.
 
     Args:
-        name: ``images``, ``levels``, ``codes``, ``low``, ``high``, ``z``, ``before``, ``exit_logits`` or ``logits``, by
-            the route's convention.
+        name: The network's own name of it: ``images``, ``layer2.codes``, ``layer1/logits``, ``logits``.
         dtype: ``uint8``, ``int32``, ``int64`` or ``float32``.
-        shape: With -1 for the batch.
+        shape: With -1 for the batch, and for what else may have any size.
     """
 
     name: str
@@ -33,9 +33,9 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise BundleError(f"the dtype of {self.name} must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < -1 for n in self.shape):
+        if self.dtype not in DTYPES:
+            raise BundleError(f"the dtype of {self.name} must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not all(is_whole(n) and n >= -1 for n in self.shape):
             raise BundleError(f"the shape of {self.name} must be whole numbers, -1 for the batch, got {self.shape}")
 
     @classmethod
@@ -49,7 +49,7 @@ class TensorSpec:
         fits = tensor.ndim == len(self.shape) and all(
             wanted in (-1, size) for wanted, size in zip(self.shape, tensor.shape, strict=True)
         )
-        if not fits or tensor.dtype != _DTYPES[self.dtype]:
+        if not fits or tensor.dtype != DTYPES[self.dtype]:
             raise BundleError(
                 f"{where}: {self.name} must be {self.dtype} {list(self.shape)}, "
                 f"got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
@@ -60,6 +60,63 @@ class TensorSpec:
         """Read a spec; :class:`BundleError` if a key or type is wrong."""
         found = typed(values, "a tensor", name=str, dtype=str, shape=list)
         return cls(found["name"], found["dtype"], tuple(found["shape"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputSpec:
+    """One thing that a network is for.
+
+    Args:
+        name: The output's name: ``logits`` where it is one tensor of scores.
+        kind: ``logits`` (C,), ``map`` (C, H, W), ``boxes``, ``tokens``, or ``tensor`` for anything else.
+        shape: Of one sample, without the batch; a name stands for a size that may differ: ``("boxes", 4)``.
+        class_names: Name of each class, in order, where it has classes: of each score of logits, of each channel of a
+            map.
+
+    Raises:
+        BundleError: An argument does not fit the others.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int | str, ...]
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "class_names", tuple(all_of(list(self.class_names), str, "class_names")))
+        if self.kind not in OUTPUT_KINDS:
+            known = f"{', '.join(OUTPUT_KINDS)}, got {self.kind!r}.{did_you_mean(self.kind, OUTPUT_KINDS)}"
+            raise BundleError(f"the kind of the output {self.name} must be one of {known}")
+        if not self.name or not all(n if isinstance(n, str) else is_whole(n) and n >= 1 for n in self.shape):
+            raise BundleError(
+                f"the output {self.name!r} needs a name and a shape of positive whole numbers, or names for what may "
+                f"have any size, got {self.shape}"
+            )
+        if self.kind == "logits" and (len(self.shape) != 1 or not self.class_names):
+            raise BundleError(
+                f"the output {self.name} of logits has one number a class and class_names of at least one name, got "
+                f"shape {self.shape} and {len(self.class_names)} names"
+            )
+        if self.kind in ("logits", "map") and self.class_names and self.shape[:1] != (len(self.class_names),):
+            raise BundleError(
+                f"the output {self.name} has shape {self.shape}, but there are {len(self.class_names)} class names"
+            )
+
+    def fits(self, spec: TensorSpec) -> bool:
+        """Whether a partition's output is this one."""
+        free = tuple(-1 if isinstance(n, str) else n for n in self.shape)
+        return spec.shape == (-1, *free)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**dataclasses.asdict(self), "shape": list(self.shape), "class_names": list(self.class_names)}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> OutputSpec:
+        """Read an output; :class:`BundleError` if a key, type or value is wrong."""
+        found = typed(values, "an output", name=str, kind=str, shape=list, class_names=list)
+        return cls(found["name"], found["kind"], tuple(found["shape"]), tuple(found["class_names"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +145,7 @@ class PartitionSpec:
 
     def __post_init__(self) -> None:
         check_name(self.name, "the partition")
-        if not self.placement:
-            raise BundleError(f"partition {self.name} needs a placement")
+        check_placement(self.name, self.placement)
         if min(self.macs or 0, self.params) < 0:
             raise BundleError(f"partition {self.name} has negative macs={self.macs} or params={self.params}")
         if self.format != FORMAT:
@@ -134,6 +190,8 @@ class PartitionSpec:
         return cls(**found)
 
 
-def repeated(values: Sequence[str]) -> list[str]:
-    """Return what occurs more than once."""
-    return sorted({value for value in values if values.count(value) > 1})
+def check_placement(partition: str, placement: str) -> None:
+    """Raise :class:`BundleError` unless a placement can name a side's files."""
+    if not placement:
+        raise BundleError(f"partition {partition} needs a placement")
+    check_name(placement, f"the placement of {partition},")

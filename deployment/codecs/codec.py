@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import importlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .packing import (
-    FLOAT_BITS,
-    CodecError,
-    check_bits,
-    check_code_bits,
-    checked_codes,
-    pack_rows,
-    packed_bytes,
-    unpack_rows,
-)
+from ..checks import is_whole
+from ..naming import did_you_mean
+from .packing import FLOAT_BITS, CodecError, check_bits
 
 # A representation beyond this is a damaged description, not a network's.
 _MAX_ELEMENTS = 2**28
-_RANGE_BYTES = 8
 _Bytes = npt.NDArray[np.uint8]
 
 
 class Codec(abc.ABC):
-    """One edge of the route: turns the tensors a partition emits into bytes, and bytes into the next one's inputs.
+    """One tensor's way over an edge: turns what a partition emits of it into bytes, and bytes into another's inputs.
 
     Attributes:
         kind: The name under which a manifest finds the class in :data:`CODECS`.
-        sends: Names of the tensors that the sending partition emits, in order.
-        delivers: Names of the tensors that the receiving partition takes, in order.
+        sends: What the sending partition emits, in order. On the route the tensor's name stands before it:
+            ``layer2.codes``; see :meth:`sent`.
+        delivers: What the receiving partition takes, in order.
     """
 
     kind: ClassVar[str]
@@ -60,6 +54,32 @@ class Codec(abc.ABC):
         """Whether what arrives is exactly what was sent."""
         return True
 
+    @property
+    def whole(self) -> bool:
+        """Whether it sends the tensor itself, which inside a placement is handed over as it is."""
+        return False
+
+    def sent(self, tensor: str) -> dict[str, str]:
+        """Return what the sending partition emits of a tensor: names on the route by the names in ``sends``.
+
+        Example:
+            >>> from cleave.deployment import UniformCodec
+            >>> UniformCodec(shape=(3,), bits=4).sent("layer2")
+            {'codes': 'layer2.codes', 'low': 'layer2.low', 'high': 'layer2.high'}
+        """
+        return {name: self._on_route(tensor, name) for name in self.sends}
+
+    def delivered(self, tensor: str) -> dict[str, str]:
+        """Return what the receiving partition takes of a tensor: names on the route by the names in ``delivers``."""
+        return {name: self._on_route(tensor, name) for name in self.delivers}
+
+    def settings_of(self, tensor: str) -> dict[str, Tensor]:
+        """Return the settings by their names on the route."""
+        return {self._on_route(tensor, name): value for name, value in self.settings.items()}
+
+    def _on_route(self, tensor: str, name: str) -> str:
+        return tensor if self.whole else f"{tensor}.{name}"
+
     @abc.abstractmethod
     def encode(self, tensors: Mapping[str, Tensor]) -> list[bytes]:
         """Turn the tensors named in ``sends`` of B samples into B payloads; :class:`CodecError` if they do not fit."""
@@ -78,174 +98,6 @@ class Codec(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class CodesCodec(Codec):
-    """Integer codes of the uniform affine quantiser, with the range where each sample has its own.
-
-    A payload is ``[low, high as little-endian float32, unless the range is fixed] + body``; a subclass says what the
-    body is.
-
-    Args:
-        shape: Shape of one sample's codes, without the batch.
-        bits: Width of a code, 2 to 16.
-        low: Lower end of the range all samples share; with ``high``. ``None`` sends each sample's own range.
-        high: Upper end of that range.
-
-    Raises:
-        ValueError: An argument is out of range; the message names it and its value.
-    """
-
-    sends: ClassVar[tuple[str, ...]] = ("codes", "low", "high")
-    delivers: ClassVar[tuple[str, ...]] = ("codes", "low", "high", "levels")
-
-    shape: tuple[int, ...]
-    bits: int
-    low: float | None = None
-    high: float | None = None
-
-    @abc.abstractmethod
-    def pack(self, codes: npt.NDArray[np.uint16], ranges: npt.NDArray[np.float32]) -> list[bytes]:
-        """Turn the codes (B, N) of B samples with their ranges (B, 2) into B bodies."""
-
-    @abc.abstractmethod
-    def unpack(self, bodies: Sequence[bytes], ranges: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-        """Turn B bodies with their ranges (B, 2) into codes (B, N); :class:`CodecError` if one is damaged."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", _checked_shape(self.shape))
-        check_code_bits(self.bits)
-        if (self.low is None) != (self.high is None):
-            raise CodecError(f"low and high go together, got low={self.low} and high={self.high}")
-        for name in ("low", "high"):
-            # Kept as the float32 that the network computes with, so that both sides of an edge agree to the bit.
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, _checked_float(value, name))
-        if self.low is not None and self.high is not None and self.low >= self.high:
-            raise CodecError(f"low must be below high, got low={self.low} and high={self.high}")
-
-    @property
-    def levels(self) -> int:
-        """Number of levels, 2**bits."""
-        return 2**self.bits
-
-    @property
-    def settings(self) -> dict[str, Tensor]:
-        """The number of levels, as an int64 scalar."""
-        return {"levels": torch.tensor(self.levels, dtype=torch.int64)}
-
-    def encode(self, tensors: Mapping[str, Tensor]) -> list[bytes]:
-        """Turn codes int (B, *shape) with low and high float32 (B,) into one payload per sample.
-
-        Raises:
-            CodecError: A tensor is missing or of the wrong shape or dtype, a code is outside 0..2**bits-1, a range is
-                not finite or upside down, or differs from the codec's fixed one.
-        """
-        codes, low, high = _named(tensors, self.sends)
-        _check_batch_shape("codes", codes, self.shape)
-        values = checked_codes(codes.flatten(1), self.bits)
-        ranges = self._checked_ranges(low, high, len(codes))
-        bodies = self.pack(values, ranges)
-        if self.low is not None:
-            return bodies
-        return [row.astype("<f4").tobytes() + body for row, body in zip(ranges, bodies, strict=True)]
-
-    def decode(self, payloads: Sequence[bytes]) -> dict[str, Tensor]:
-        """Turn B payloads into codes int32 (B, *shape), low and high float32 (B,), and levels, an int64 scalar.
-
-        Raises:
-            CodecError: A payload is damaged, or has a range that is not finite or upside down.
-        """
-        self.check_lengths(payloads)
-        batch = len(payloads)
-        if self.low is not None:
-            ranges, bodies = np.tile(np.array([self.low, self.high], np.float32), (batch, 1)), payloads
-        else:
-            heads = b"".join(payload[:_RANGE_BYTES] for payload in payloads)
-            ranges = np.frombuffer(heads, "<f4").astype(np.float32).reshape(batch, 2)
-            bodies = [payload[_RANGE_BYTES:] for payload in payloads]
-            _check_ranges(ranges)
-        codes = torch.from_numpy(self.unpack(bodies, ranges))
-        return {
-            "codes": codes.view(batch, *self.shape),
-            "low": torch.from_numpy(ranges[:, 0].copy()),
-            "high": torch.from_numpy(ranges[:, 1].copy()),
-            **self.settings,
-        }
-
-    def check_lengths(self, payloads: Sequence[bytes]) -> None:
-        """Raise :class:`CodecError` where a payload cannot have its length."""
-        for index, payload in enumerate(payloads):
-            if self.low is None and len(payload) < _RANGE_BYTES:
-                raise CodecError(f"payload {index} has {len(payload)} bytes, its range alone {_RANGE_BYTES}: cut short")
-
-    def with_bits(self, bits: int) -> Self:
-        """Return this codec at another width, 2 to 16; all else stays."""
-        return dataclasses.replace(self, bits=bits)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; ``low`` and ``high`` are null where each sample sends its own range."""
-        return {"kind": self.kind, **dataclasses.asdict(self), "shape": list(self.shape)}
-
-    def _checked_ranges(self, low: Tensor, high: Tensor, batch: int) -> npt.NDArray[np.float32]:
-        for name, tensor in (("low", low), ("high", high)):
-            if tensor.shape != (batch,) or tensor.dtype != torch.float32:
-                raise CodecError(f"{name} must be float32 ({batch},), got {_describe(tensor)}")
-        ranges = torch.stack([low, high], 1).detach().cpu().numpy().astype("<f4")
-        _check_ranges(ranges)
-        if self.low is not None and self.high is not None:
-            # The constants are not sent: a few ulps are another device's noise, more is another network's range.
-            tolerance = 1e-5 * (self.high - self.low) + 1e-6 * max(abs(self.low), abs(self.high))
-            fixed = np.array([self.low, self.high])
-            if len(ranges) and (difference := np.abs(ranges - fixed)).max() > tolerance:
-                row = int(difference.max(1).argmax())
-                raise CodecError(
-                    f"the range of sample {row} is {ranges[row].tolist()}, but the codec's fixed range is "
-                    f"{fixed.tolist()}; it is not sent, so the two must agree"
-                )
-        return ranges
-
-
-@dataclasses.dataclass(frozen=True)
-class UniformCodec(CodesCodec):
-    """Codes packed densely, ``bits`` bits each, so that every payload of a codec has the same length.
-
-    Args:
-        shape: Shape of one sample's codes, without the batch.
-        bits: Width of a code, 2 to 16.
-        low: Lower end of the range all samples share; with ``high``. ``None`` sends each sample's own range.
-        high: Upper end of that range.
-
-    Raises:
-        ValueError: An argument is out of range; the message names it and its value.
-
-    Example:
-        >>> codec = UniformCodec(shape=(3,), bits=4, low=0.0, high=1.5)
-        >>> codes = torch.tensor([[1, 2, 15]], dtype=torch.int32)
-        >>> codec.encode({"codes": codes, "low": torch.zeros(1), "high": torch.full((1,), 1.5)})[0].hex()
-        '12f0'
-    """
-
-    kind: ClassVar[str] = "uniform"
-
-    @property
-    def payload_bytes(self) -> int:
-        """Length of every payload in bytes, range parameters included."""
-        return packed_bytes(math.prod(self.shape), self.bits) + (_RANGE_BYTES if self.low is None else 0)
-
-    def check_lengths(self, payloads: Sequence[bytes]) -> None:
-        """Raise :class:`CodecError` unless every payload has ``payload_bytes``."""
-        _rows(payloads, self.payload_bytes)
-
-    def pack(self, codes: npt.NDArray[np.uint16], ranges: npt.NDArray[np.float32]) -> list[bytes]:
-        """Pack the codes (B, N) of each sample on their own."""
-        return [row.tobytes() for row in pack_rows(codes, self.bits)]
-
-    def unpack(self, bodies: Sequence[bytes], ranges: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-        """Read the codes (B, N) back; :class:`CodecError` if the padding is not zero."""
-        count = math.prod(self.shape)
-        return unpack_rows(_rows(bodies, packed_bytes(count, self.bits)), count, self.bits)
-
-
-@dataclasses.dataclass(frozen=True)
 class FloatCodec(Codec):
     """The representation as it is: raw little-endian float32, 4 bytes an element (``bits: 32``).
 
@@ -260,12 +112,17 @@ class FloatCodec(Codec):
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", _checked_shape(self.shape))
+        object.__setattr__(self, "shape", checked_shape(self.shape))
 
     @property
     def bits(self) -> int:  # type: ignore[override]
         """Always 32."""
         return FLOAT_BITS
+
+    @property
+    def whole(self) -> bool:
+        """Always: the representation is sent as it is."""
+        return True
 
     @property
     def settings(self) -> dict[str, Tensor]:
@@ -283,8 +140,8 @@ class FloatCodec(Codec):
         Raises:
             CodecError: ``z`` is missing or of the wrong shape or dtype.
         """
-        (z,) = _named(tensors, self.sends)
-        _check_batch_shape("z", z, self.shape)
+        (z,) = named(tensors, self.sends)
+        check_batch_shape("z", z, self.shape)
         if z.dtype != torch.float32:
             raise CodecError(f"z must be float32, got {z.dtype}")
         return [row.tobytes() for row in z.detach().flatten(1).cpu().numpy().astype("<f4")]
@@ -295,7 +152,7 @@ class FloatCodec(Codec):
         Raises:
             CodecError: A payload has the wrong length.
         """
-        values = _rows(payloads, self.payload_bytes).view("<f4").astype(np.float32)
+        values = payload_rows(payloads, self.payload_bytes).view("<f4").astype(np.float32)
         return {"z": torch.from_numpy(values).view(len(payloads), *self.shape)}
 
     def with_bits(self, bits: int) -> FloatCodec:
@@ -309,7 +166,14 @@ class FloatCodec(Codec):
         return {"kind": self.kind, "shape": list(self.shape)}
 
 
-CODECS: dict[str, type[Codec]] = {codec.kind: codec for codec in (UniformCodec, FloatCodec)}
+CODECS: dict[str, type[Codec]] = {FloatCodec.kind: FloatCodec}
+# Kinds whose module is imported, and enters them above, once one is named: a device loads no image codec in vain.
+_ON_DEMAND = {"tiled_image": ".tiled_image"}
+
+
+def known_kinds() -> tuple[str, ...]:
+    """Return the kinds of codecs that a manifest can name."""
+    return tuple(sorted({*CODECS, *_ON_DEMAND}))
 
 
 def codec_from_dict(values: Mapping[str, Any]) -> Codec:
@@ -319,62 +183,49 @@ def codec_from_dict(values: Mapping[str, Any]) -> Codec:
         CodecError: The kind is unknown, a key is missing or unknown, or a value is out of range.
     """
     if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
-        raise CodecError(f"a codec needs a kind, one of {', '.join(CODECS)}, got {values!r}")
+        raise CodecError(f"a codec needs a kind, one of {', '.join(known_kinds())}, got {values!r}")
     arguments = {key: value for key, value in values.items() if key != "kind"}
-    if values["kind"] not in CODECS:
-        raise CodecError(f"unknown codec kind {values['kind']!r}; known are {', '.join(CODECS)}")
-    codec = CODECS[values["kind"]]
-    known = {field.name for field in dataclasses.fields(codec)}  # type: ignore[arg-type]
-    if arguments.keys() != known:
-        raise CodecError(f"a {codec.kind} codec takes the keys {sorted(known)}, got {sorted(arguments)}")
+    kind = values["kind"]
+    if kind in _ON_DEMAND:
+        importlib.import_module(_ON_DEMAND[kind], __package__)
+    if kind not in CODECS:
+        known = known_kinds()
+        raise CodecError(f"unknown codec kind {kind!r}; known are {', '.join(known)}.{did_you_mean(kind, known)}")
+    codec = CODECS[kind]
+    keys = {field.name for field in dataclasses.fields(codec)}  # type: ignore[arg-type]
+    if arguments.keys() != keys:
+        raise CodecError(f"a {codec.kind} codec takes the keys {sorted(keys)}, got {sorted(arguments)}")
     return codec(**arguments)
 
 
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of one sample as a tuple; :class:`CodecError` unless it is positive and not absurdly large."""
     sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
-    if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+    if not sizes or not all(is_whole(n) and n >= 1 for n in sizes):
         raise CodecError(f"shape must be positive integers, without the batch, got {shape!r}")
     if math.prod(sizes) > _MAX_ELEMENTS:
         raise CodecError(f"shape {sizes} has more than {_MAX_ELEMENTS} elements")
-    return sizes
+    return tuple(int(n) for n in sizes)
 
 
-def _checked_float(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CodecError(f"{name} must be a number, got {value!r}")
-    with np.errstate(over="ignore"):
-        rounded = float(np.float32(value))
-    if not math.isfinite(rounded):
-        raise CodecError(f"{name} must be a finite float32, got {value!r}")
-    return rounded
-
-
-def _check_ranges(ranges: npt.NDArray[np.floating]) -> None:
-    wrong = ~np.isfinite(ranges).all(axis=1) | (ranges[:, 0] > ranges[:, 1])
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise CodecError(f"the range of sample {row} must be finite with low <= high, got {ranges[row].tolist()}")
-
-
-def _named(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+def named(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+    """Return the tensors of these names; :class:`CodecError` if one is missing."""
     if missing := [name for name in names if name not in tensors]:
         raise CodecError(f"the codec sends {', '.join(names)}; missing {', '.join(missing)}")
     return [tensors[name] for name in names]
 
 
-def _check_batch_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def check_batch_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise :class:`CodecError` unless a tensor is a batch of this shape."""
     if tensor.ndim != len(shape) + 1 or tuple(tensor.shape[1:]) != shape:
         raise CodecError(f"{name} must have shape (B, {', '.join(map(str, shape))}), got {tuple(tensor.shape)}")
 
 
-def _rows(payloads: Sequence[bytes], length: int) -> _Bytes:
+def payload_rows(payloads: Sequence[bytes], length: int) -> _Bytes:
+    """Return payloads of one length as rows of bytes; :class:`CodecError` if one has another length."""
     for index, payload in enumerate(payloads):
         if len(payload) != length:
             raise CodecError(
                 f"payload {index} has {len(payload)} bytes instead of {length}: cut short or not this edge's"
             )
     return np.frombuffer(b"".join(payloads), np.uint8).reshape(len(payloads), length)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .codec import CODECS, Codec, _check_batch_shape, _checked_shape, _named
+from ..checks import is_whole
+from .codec import CODECS, Codec, check_batch_shape, checked_shape, named
 from .packing import CodecError, packed_bytes
 
 TOTAL = 2**16
@@ -71,7 +72,7 @@ class EntropyCodec(Codec):
     axis: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", _checked_shape(self.shape))
+        object.__setattr__(self, "shape", checked_shape(self.shape))
         if isinstance(self.axis, bool) or self.axis not in (0, -1):
             raise CodecError(f"axis must be 0 (channels first) or -1 (channels last), got {self.axis!r}")
         channels = self.shape[self.axis]
@@ -219,8 +220,8 @@ class EntropyCodec(Codec):
 
     def _checked_codes(self, tensors: Mapping[str, Tensor]) -> npt.NDArray[np.int32]:
         """Return the codes (B, channels, positions); :class:`CodecError` unless each is in its channel's table."""
-        (codes,) = _named(tensors, self.sends)
-        _check_batch_shape("codes", codes, self.shape)
+        (codes,) = named(tensors, self.sends)
+        check_batch_shape("codes", codes, self.shape)
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise CodecError(f"codes must be integers, got {codes.dtype}")
         rows = codes.detach().cpu().movedim(self._dim, 1).reshape(len(codes), *self._channels_first).numpy()
@@ -314,9 +315,9 @@ def _stream() -> Any:
 
 def _integers(values: Any, name: str, least: int) -> tuple[int, ...]:
     entries = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
-    if not entries or any(isinstance(n, bool) or not isinstance(n, int) or n < least for n in entries):
+    if not entries or not all(is_whole(n) and n >= least for n in entries):
         raise CodecError(f"{name} must be whole numbers of at least {least}, got {values!r:.100}")
-    return entries
+    return tuple(int(n) for n in entries)
 
 
 def _checked_frequencies(tables: Sequence[Any]) -> tuple[tuple[int, ...], ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 import binascii
 import dataclasses
-import difflib
 import functools
 import io
 import struct
@@ -23,6 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checks import is_whole
+from ..naming import did_you_mean
 from ..runtime.preprocess import COLOR_MODES, MAX_PIXELS
 from .jpeg_scan import END_OF_IMAGE, check_scan, header_length
 from .packing import CodecError
@@ -67,7 +68,7 @@ class ImageCodec(abc.ABC):
             raise CodecError(f"{self.format} has no lossless form: give a quality, 1 to 100")
         if self.quality is not None and not self.has_lossy:
             raise CodecError(f"{self.format} is lossless: quality={self.quality!r} has no meaning, leave it out")
-        if self.quality is not None and (type(self.quality) is not int or not 1 <= self.quality <= 100):
+        if self.quality is not None and not (is_whole(self.quality) and 1 <= self.quality <= 100):
             raise CodecError(f"quality must be a whole number, 1 to 100, got {self.quality!r}")
 
     @property
@@ -306,9 +307,8 @@ def image_codec(format: str, shape: Sequence[int], quality: int | None = None) -
         CodecError: The format is unknown or lacks what ``quality`` asks for, or an argument is out of range.
     """
     if format not in IMAGE_CODECS:
-        close = difflib.get_close_matches(str(format), IMAGE_CODECS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise CodecError(f"format must be one of {', '.join(IMAGE_CODECS)}, got {format!r}{hint}")
+        close = did_you_mean(format, IMAGE_CODECS)
+        raise CodecError(f"format must be one of {', '.join(IMAGE_CODECS)}, got {format!r}.{close}")
     return IMAGE_CODECS[format](tuple(shape), quality)  # type: ignore[arg-type]
 
 
@@ -343,7 +343,7 @@ def _checksum(payload: bytes) -> bytes:
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
-    if len(sizes) != 3 or sizes[0] not in _MODES or any(type(n) is not int or not 1 <= n <= _MAX_SIDE for n in sizes):
+    if len(sizes) != 3 or sizes[0] not in _MODES or not all(is_whole(n) and 1 <= n <= _MAX_SIDE for n in sizes):
         raise CodecError(f"shape must be (1 or 3, H, W) with sides of 1 to {_MAX_SIDE} pixels, got {shape!r}")
     if sizes[1] * sizes[2] > MAX_PIXELS:
         raise CodecError(f"a picture of shape {sizes} has more than {MAX_PIXELS} pixels")

@@ -8,6 +8,8 @@ import torch
 import zstandard
 from torch import Tensor
 
+from ..checks import is_whole
+
 MIN_BITS, MAX_BITS, FLOAT_BITS = 2, 16, 32
 
 
@@ -21,18 +23,18 @@ def check_bits(bits: int) -> int:
     Raises:
         ValueError: ``bits`` is anything else.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int):
+    if not is_whole(bits):
         raise ValueError(f"bits must be an integer, {MIN_BITS} to {MAX_BITS} or {FLOAT_BITS} (float), got {bits!r}")
     if not MIN_BITS <= bits <= MAX_BITS and bits != FLOAT_BITS:
         raise ValueError(f"bits must be {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS} for float, got {bits}")
-    return bits
+    return int(bits)
 
 
 def check_code_bits(bits: int) -> int:
     """Return ``bits`` if codes can have that width, 2 to 16; ValueError otherwise."""
     if check_bits(bits) == FLOAT_BITS:
         raise CodecError(f"bits={bits} means float: integer codes have {MIN_BITS} to {MAX_BITS} bits")
-    return bits
+    return int(bits)
 
 
 def pack_bits(codes: Tensor, bits: int) -> bytes:

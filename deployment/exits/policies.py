@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from .policy import ExitPolicy, Thresholds, at_least_single, is_finite, is_whole, sequence, shared
+from ..checks import is_finite, is_whole
+from ..naming import did_you_mean
+from .policy import ExitPolicy, Thresholds, at_least_single, sequence, shared
 
 
 class ConfidencePolicy(ExitPolicy):
@@ -100,7 +101,16 @@ class PatiencePolicy(ExitPolicy):
 
     kind = "patience"
     scored = "the number of agreements"
+    per_exit = False
     carries = True
+
+    def candidates(self) -> range:
+        """Return the whole numbers from 1 to E - 1, which no count of agreements reaches before the last exit."""
+        return range(1, self.exits)
+
+    def with_certainties(self, certainties: Sequence[float]) -> Self:
+        """Return this policy with the number of agreements that all early exits share."""
+        return self.with_thresholds([int(value) for value in certainties])
 
     def start(self, batch: int, classes: int, like: Tensor) -> dict[str, Tensor]:
         """Return no answer yet, -1, and no agreement for B samples."""
@@ -282,7 +292,5 @@ def policy_from_dict(values: Mapping[str, Any]) -> ExitPolicy:
 
 def _known(kind: str) -> type[ExitPolicy]:
     if not isinstance(kind, str) or kind not in POLICIES:
-        close = difflib.get_close_matches(str(kind).lower(), POLICIES, n=3)
-        hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
-        raise ValueError(f"kind must be one of {', '.join(POLICIES)}, got {kind!r}.{hint}")
+        raise ValueError(f"kind must be one of {', '.join(POLICIES)}, got {kind!r}.{did_you_mean(kind, POLICIES)}")
     return POLICIES[kind]

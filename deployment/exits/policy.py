@@ -13,6 +13,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ..checks import is_finite, is_whole
+
 Thresholds = float | None | Sequence[float | None]
 
 
@@ -46,7 +48,8 @@ class ExitPolicy(abc.ABC):
     Attributes:
         kind: The name under which :data:`~cleave.deployment.POLICIES` knows the class.
         rising: Whether a sample leaves at a score of at least the threshold; else at a score of at most that.
-        carries: Whether state passes from exit to exit, so that exits on different machines cannot share the policy.
+        per_exit: Whether each exit may have a threshold of its own, which can be any number.
+        carries: Whether state passes from exit to exit; between placements it is sent, see :meth:`state_behind`.
         final_needs_state: Whether the last exit's answer depends on that state.
 
     Raises:
@@ -55,6 +58,7 @@ class ExitPolicy(abc.ABC):
 
     kind: ClassVar[str]
     rising: ClassVar[bool] = True
+    per_exit: ClassVar[bool] = True
     carries: ClassVar[bool] = False
     final_needs_state: ClassVar[bool] = False
     scored: ClassVar[str]
@@ -120,6 +124,45 @@ class ExitPolicy(abc.ABC):
             answer, state = self._answer(exit, self._scaled(exit, own), state)
             found.append(self._score(answer, state))
         return torch.stack(found)
+
+    def certainties(self, logits: Tensor) -> Tensor:
+        """Return the scores (E, B), turned so that they rise with certainty: what a search for thresholds works on."""
+        scores = self.scores(logits)
+        return scores if self.rising else -scores
+
+    def candidates(self) -> Sequence[float] | None:
+        """Return the certainties that a threshold may ask for, from the loosest; ``None``: any number."""
+        return None
+
+    def with_certainties(self, certainties: Sequence[float]) -> Self:
+        """Return this policy with a threshold for each early exit on the scale of :meth:`certainties`.
+
+        Example:
+            >>> from cleave.deployment import build_policy
+            >>> build_policy("entropy", 1.0, exits=3).with_certainties([-0.25, math.inf]).thresholds
+            (0.25, None)
+        """
+        sign = 1 if self.rising else -1
+        return self.with_thresholds([None if math.isinf(value) else sign * float(value) for value in certainties])
+
+    def threshold_words(self, exit: int) -> str:
+        """Return an exit's threshold for a person; empty where none leaves there but for the last exit."""
+        value = None if exit >= len(self.thresholds) else self.thresholds[exit]
+        return "" if value is None else f"{value:g}"
+
+    def state_behind(self, exit: int, classes: int) -> dict[str, Tensor]:
+        """Return the state of one sample behind an exit, as an example of its names, shapes and dtypes.
+
+        Example:
+            >>> from cleave.deployment import build_policy
+            >>> {name: tuple(x.shape) for name, x in build_policy("ensemble", exits=3).state_behind(1, 10).items()}
+            {'log_p': (1, 2, 10)}
+        """
+        logits = torch.zeros(1, classes)
+        state = self.start(1, classes, logits)
+        for earlier in range(exit + 1):
+            state = self.decide(earlier, logits, state).state
+        return state
 
     def macs(self, exit: int, classes: int) -> int:
         """Multiply-accumulates of the policy's own work at an exit, where it is not negligible."""
@@ -232,19 +275,6 @@ def sequence(values: Any, name: str) -> tuple[Any, ...]:
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         raise ValueError(f"{name} must be a list of numbers, got {values!r}")
     return tuple(values)
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number; ``True`` and 1.0 are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value is a finite number that a float can hold; ``True`` is none."""
-    try:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def checked_costs(costs: Sequence[float], exits: int) -> list[float]:

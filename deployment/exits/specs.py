@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.canonical_json import parse
+from ..bundle.edges import Crossing
 from ..bundle.files import BundleError
-from ..bundle.signatures import BEFORE, Signature
+from ..bundle.route import Route
 from ..bundle.typed_json import typed
-from ..codecs.codec import Codec, FloatCodec
+from ..codecs.codec import FloatCodec
 from .policies import policy_from_dict
 from .policy import ExitPolicy
 
+LOGITS = "logits"
 _MAX_POLICY_BYTES = 16 * 2**20
 
 
@@ -51,71 +53,77 @@ class ExitSpec:
         return cls(**typed(values, "an exit", name=str, partition=str, macs=int, accuracy=(float, int, type(None))))
 
 
-def check_exits(exits: Sequence[ExitSpec], policy: ExitPolicy | None, parts: Sequence[Signature]) -> list[int]:
-    """Check exits and policy against the partitions of a route.
+def exit_logits(exits: Sequence[ExitSpec]) -> list[str]:
+    """Return the name of each exit's logits: ``NAME/logits``, and ``logits`` of the last one."""
+    return [LOGITS if item is exits[-1] else f"{item.name}/{LOGITS}" for item in exits]
+
+
+def check_exits(exits: Sequence[ExitSpec], policy: ExitPolicy | None, outputs: Sequence[str], route: Route) -> None:
+    """Check exits and policy against a route.
 
     Args:
-        exits: In the order of the route; empty where there are none.
+        exits: In the order in which they are reached; empty where there are none.
         policy: Who decides there, or nobody.
-        parts: The partitions in the order of the route.
-
-    Returns:
-        The places on the route of the early exits, all but the last.
+        outputs: Names of the network's outputs.
+        route: The partitions and their edges.
 
     Raises:
-        BundleError: They do not fit, or a decision needs what is known in another placement only.
+        BundleError: They do not fit.
     """
     if not exits:
         if policy is not None:
             raise BundleError(f"the policy {policy.kind} has nothing to decide: there are no exits")
-        return []
-    places = _places(exits, [part.name for part in parts])
-    placements = [part.placement for part in parts]
-    for index, placement in enumerate(placements[2:], start=2):
-        if placement in placements[: index - 1] and placement != placements[index - 1]:
-            raise BundleError(
-                f"the route returns to the placement {placement} at {parts[index].name}; samples that go on never come "
-                f"back, so place what runs there one after the other, got {' > '.join(placements)}"
-            )
-    for earlier, later in itertools.pairwise(places):
-        if BEFORE in parts[later].inputs and placements[earlier] != placements[later]:
-            raise BundleError(
-                f"the exit at {parts[later].name} on {placements[later]} reads the logits of the exit before it on "
-                f"{placements[earlier]}: a stateless partition knows only what its codec delivers; place the exits of "
-                "a cascade together, or train without exits.cascade"
-            )
+        return
+    if tuple(outputs) != (LOGITS,):
+        raise BundleError(f"exits answer with {LOGITS} alone, but the network's outputs are {', '.join(outputs)}")
     if policy is not None:
-        check_policy(policy, [placements[place] for place in places])
-    return places[:-1]
+        check_policy(policy, exits)
+    _check_order(exits, route)
+    for item, logits in zip(exits, exit_logits(exits), strict=True):
+        part = route.by_name[item.partition]
+        if logits not in part.outputs:
+            emitted = ", ".join(part.outputs)
+            raise BundleError(f"the exit {item.name} stands behind {part.name}, which emits {emitted}, but no {logits}")
 
 
-def check_policy(policy: ExitPolicy, placements: Sequence[str]) -> None:
-    """Check that a policy can decide at exits that stand in some placements.
-
-    Args:
-        policy: Decides at each exit.
-        placements: Where each exit runs, the last one included.
-
-    Raises:
-        BundleError: It is for another number of exits, or needs state on a stateless partition.
-    """
-    if policy.exits != len(placements):
+def check_policy(policy: ExitPolicy, exits: Sequence[ExitSpec]) -> None:
+    """Raise :class:`BundleError` unless a policy was made for so many exits."""
+    if policy.exits != len(exits):
         raise BundleError(
-            f"the policy {policy.kind} is for {policy.exits} exits, but this network has {len(placements)}; "
+            f"the policy {policy.kind} is for {policy.exits} exits, but this network has {len(exits)}; "
             "take one that was made for it"
         )
-    last = len(placements) if policy.final_needs_state else len(placements) - 1
-    if policy.carries and len(set(placements[:last])) > 1:
-        raise BundleError(
-            f"a policy that needs state on a stateless partition: {policy.kind} goes by what the exits before have "
-            f"said, but the exits run on {', '.join(dict.fromkeys(placements))}, and a partition there knows only what "
-            "its codec delivers; take confidence, entropy or margin, or place these exits together"
-        )
 
 
-def is_local(codec: Codec, placement: str, following: str) -> bool:
-    """Whether an edge stays inside one placement, where tensors are handed over and nothing is sent."""
-    return placement == following and isinstance(codec, FloatCodec)
+def state_crossings(policy: ExitPolicy | None, exits: Sequence[ExitSpec], classes: int, route: Route) -> list[Crossing]:
+    """Return what a policy must know of the exits before where the next one stands in another placement.
+
+    Each part of its state goes as float32 with the edges that lead there, named for the exit it comes from:
+    ``layer1/agreed``.
+
+    Args:
+        policy: Who decides, or nobody.
+        exits: In the order in which they are reached.
+        classes: Number of classes.
+        route: The partitions and their edges.
+
+    Raises:
+        ValueError: The policy is for another number of classes.
+    """
+    found: list[Crossing] = []
+    if policy is None or not policy.carries:
+        return found
+    last = len(exits) - (1 if policy.final_needs_state else 2)
+    for index, (item, following) in enumerate(itertools.pairwise(exits)):
+        if index >= last:
+            break
+        state = policy.state_behind(index, classes)
+        for edge in route.path(item.partition, following.partition):
+            source, target = (route.by_name[end].placement for end in (edge.producer, edge.consumer))
+            for name, example in state.items():
+                codec = FloatCodec(tuple(example.shape[1:]) or (1,))
+                found.append(Crossing(f"{item.name}/{name}", codec, edge.producer, source, target, state=name))
+    return found
 
 
 def read_policy(path: str | Path) -> ExitPolicy:
@@ -138,19 +146,25 @@ def read_policy(path: str | Path) -> ExitPolicy:
         raise ValueError(f"the exit policy {path} cannot be read: {error}") from error
 
 
-def _places(exits: Sequence[ExitSpec], route: Sequence[str]) -> list[int]:
-    """Return the place of each exit's partition on the route."""
+def _check_order(exits: Sequence[ExitSpec], route: Route) -> None:
+    """Check that who leaves at an exit is still awaited by all that runs behind it, and by nobody else."""
     names = [item.name for item in exits]
     if len(set(names)) < len(names):
         raise BundleError(f"each exit needs a name of its own, got {', '.join(names)}")
-    if unknown := [item for item in exits if item.partition not in route]:
+    if unknown := [item for item in exits if item.partition not in route.by_name]:
         raise BundleError(f"the exit {unknown[0].name} stands behind {unknown[0].partition}, which is no partition")
-    places = [route.index(item.partition) for item in exits]
-    if places != sorted(set(places)) or places[-1] != len(route) - 1 or len(places) < 2:
+    places = [route.order.index(item.partition) for item in exits]
+    if places != sorted(set(places)) or places[-1] != len(route.order) - 1 or len(places) < 2:
         raise BundleError(
             f"exits are at least two, in the order of the route, one a partition, the last at its end; got "
-            f"{', '.join(item.partition for item in exits)} on the route {' > '.join(route)}"
+            f"{', '.join(item.partition for item in exits)} on the route {' > '.join(route.order)}"
         )
+    for item, place in zip(exits[:-1], places, strict=False):
+        behind = route.after(item.partition)
+        if beside := [name for name in route.order[place + 1 :] if name not in behind]:
+            raise BundleError(
+                f"partition {beside[0]} runs beside the exit {item.name} and takes nothing of {item.partition}, so it "
+                "would not know who has left there; list it before, or give it a tensor from there"
+            )
     if (macs := [item.macs for item in exits]) != sorted(macs):
         raise BundleError(f"the MACs of exits are cumulative, so they do not fall; got {macs}")
-    return places

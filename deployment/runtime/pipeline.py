@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ..bundle.edges import Crossing
 from ..bundle.files import BundleError
 from ..bundle.loading import Bundle
-from ..bundle.signatures import BEFORE, EXIT_LOGITS, part_arguments
 from ..codecs.codec import Codec
-from ..codecs.packing import CodecError
-from ..exits.early_exit import leave_early
 from ..exits.policy import ExitPolicy
-from ..exits.specs import check_policy, is_local
-from .preprocess import open_image
-
-_SAMPLE = "sample"
+from ..exits.specs import LOGITS
+from .preprocess import ImageInput, open_image
+from .side import Outcome, Side
+from .walk import Message, follow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,69 +26,88 @@ class Result:
     """What came out of a batch of B samples, and what it took.
 
     Args:
-        logits: float32 (B, classes), on the CPU.
-        payloads: For each edge of the route, one payload per sample; empty for an unsplit network. Nothing is sent,
-            ``b""``, of a sample that left before the edge, and on an edge inside one placement.
+        outputs: The network's outputs by name, (B, …), on the CPU.
+        payloads: By the name of each tensor that is sent between placements, one payload per sample: ``layer2``, and
+            ``layer1/agreed`` for what an exit policy must know; where a tensor goes to several placements, by
+            ``NAME@PLACEMENT`` for each. Nothing is sent, ``b""``, of a sample that left before.
         part_seconds: Wall-clock seconds of each partition for the whole batch, by name, in the order of the route; 0
             for one that no sample reached.
-        encode_seconds: Seconds from tensors to bytes, for each edge.
-        decode_seconds: Seconds from bytes to tensors, for each edge.
+        encode_seconds: Seconds from tensors to bytes, by the names of ``payloads``.
+        decode_seconds: Seconds from bytes to tensors, likewise.
         exits: Which exit each sample left at, int64 (B,), from 0 in the order of the manifest's exits; ``None`` for a
             network without early exits.
     """
 
-    logits: Tensor
-    payloads: list[list[bytes]]
+    outputs: dict[str, Tensor]
+    payloads: dict[str, list[bytes]]
     part_seconds: dict[str, float]
-    encode_seconds: list[float]
-    decode_seconds: list[float]
+    encode_seconds: dict[str, float]
+    decode_seconds: dict[str, float]
     exits: Tensor | None = None
 
     @property
+    def logits(self) -> Tensor:
+        """Scores of the classes, float32 (B, C), of a network that has this output.
+
+        Raises:
+            BundleError: It has other outputs.
+        """
+        if LOGITS not in self.outputs:
+            raise BundleError(f"this network has no logits; its outputs are {', '.join(self.outputs)}")
+        return self.outputs[LOGITS]
+
+    @property
     def payload_bytes(self) -> list[int]:
-        """Bytes on the wire of each sample, over all edges."""
-        return [sum(len(edge[i]) for edge in self.payloads) for i in range(len(self.logits))]
+        """Bytes on the wire of each sample, over all that is sent."""
+        batch = len(next(iter(self.outputs.values())))
+        return [sum(len(payloads[i]) for payloads in self.payloads.values()) for i in range(batch)]
 
 
 class Pipeline:
-    """All partitions of a bundle one after another: device part, bytes, server part.
+    """All sides of a bundle in one process: device part, bytes, server part.
 
     At early exits samples leave as the policy says; only those that go on are encoded and sent.
 
     Args:
-        bundle: A loaded bundle.
-        bits: Width of the codes on every edge that has codes, 2 to 16; ``None`` keeps what the bundle says.
+        bundle: A loaded bundle, all placements of it.
+        bits: Width of all codes, 2 to 16; ``None`` keeps what the bundle says.
         policy: Another exit policy than the bundle's.
+        codecs: Other codecs by tensor, such as one that tries a lossy link.
 
     Attributes:
-        codecs: One for each edge of the route.
-        local: For each edge, whether it stays inside one placement, where tensors are handed over and nothing is sent.
+        sides: The sides by placement.
+        route: The bundle's route, at that width and with those codecs.
+        crossings: All that is sent, by the names of :attr:`Result.payloads`.
         policy: Who decides at the exits, or ``None``.
 
     Raises:
-        ValueError: ``bits`` is out of range, or no edge has codes; or the policy does not fit the bundle's exits.
+        ValueError: ``bits`` is out of range, or no codes are sent; or the policy does not fit the bundle's exits.
 
     Example:
         >>> pipeline = Pipeline(load_bundle("bundle"), bits=4)  # doctest: +SKIP
         >>> pipeline.run_files(["cat.jpg"]).logits.argmax(1)  # doctest: +SKIP
     """
 
-    def __init__(self, bundle: Bundle, bits: int | None = None, policy: ExitPolicy | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        bits: int | None = None,
+        policy: ExitPolicy | None = None,
+        codecs: Mapping[str, Codec] | None = None,
+    ) -> None:
         self.bundle = bundle
-        manifest = bundle.manifest
-        self.codecs: list[Codec] = list(manifest.codecs)
-        if bits is not None:
-            if not self.codecs:
-                raise CodecError(f"bits={bits}: this network is not split, so it sends no codes")
-            some = any(codec.levels for codec in self.codecs)
-            self.codecs = [codec.with_bits(bits) if codec.levels or not some else codec for codec in self.codecs]
-        if policy is not None and not manifest.exits:
-            raise BundleError(f"the policy {policy.kind} has nothing to decide: this bundle has no exits")
-        if policy is not None:
-            check_policy(policy, manifest.exit_placements)
-        self.policy = manifest.policy if policy is None else policy
-        places = manifest.placements
-        self.local = [is_local(*edge) for edge in zip(self.codecs, places, places[1:], strict=False)]
+        placements = bundle.manifest.route.placements
+        if missing := [placement for placement in placements if placement not in bundle.placements]:
+            raise BundleError(f"a pipeline needs all placements, but {', '.join(missing)} was not loaded; take a Side")
+        self.sides = {place: Side(bundle, place, bits, policy, codecs) for place in placements}
+        first = self.sides[placements[0]]
+        self.route, self.policy = first.route, first.policy
+        self.crossings = _named([*self.route.crossings, *first.states])
+
+    @property
+    def codecs(self) -> dict[str, Codec]:
+        """The codec of each tensor of the network that is sent between placements."""
+        return dict(self.route.codecs)
 
     @property
     def exit_macs(self) -> list[int]:
@@ -109,8 +125,12 @@ class Pipeline:
 
         Raises:
             ImageError: It cannot be used; the message names the path.
+            BundleError: The network takes no images.
         """
-        return self.bundle.input(open_image(path))
+        spec = self.bundle.input
+        if not isinstance(spec, ImageInput):
+            raise BundleError(f"this network takes {spec.name}, {spec.dtype} {list(spec.shape)}, not image files")
+        return spec(open_image(path))
 
     def run_files(self, paths: Sequence[str | os.PathLike[str]]) -> Result:
         """Run image files as one batch; see :meth:`run`."""
@@ -118,76 +138,83 @@ class Pipeline:
             raise ValueError("paths is empty: name at least one image file")
         return self.run(torch.stack([self.preprocess(path) for path in paths]))
 
-    def run(self, images: Tensor) -> Result:
+    def run(self, inputs: Tensor) -> Result:
         """Run a batch through every partition and every codec, each sample as far as it goes.
 
         Args:
-            images: uint8 (B, C, H, W), as the bundle's ``input`` makes them; not normalised.
+            inputs: (B, …), as the bundle's ``input`` makes them: images uint8 (B, C, H, W), not normalised.
 
         Returns:
-            Logits, payloads and times.
+            Outputs, payloads and times.
 
         Raises:
-            BundleError: ``images`` has another dtype or shape.
+            BundleError: ``inputs`` has another dtype or shape.
             CodecError: A partition emits what its codec cannot send.
         """
-        batch, edges = len(images), len(self.codecs)
-        taken = Result(
-            logits=torch.empty(0),
-            payloads=[[b""] * batch for _ in range(edges)],
-            part_seconds=dict.fromkeys(self.bundle.manifest.route, 0.0),
-            encode_seconds=[0.0] * edges,
-            decode_seconds=[0.0] * edges,
-        )
-        steps = [functools.partial(self._step, taken, index) for index in range(edges + 1)]
-        carried = {"images": images, _SAMPLE: torch.arange(batch, device=self.bundle.device)}
-        if self.policy is not None:
-            logits, exits = leave_early(steps, carried, self.policy)
-            return dataclasses.replace(taken, logits=logits.cpu(), exits=exits.cpu())
-        logits = torch.empty(0)
-        for step in steps:
-            found, carried = step(carried)
-            logits = logits if found is None else found
-        known = self.bundle.manifest.exits
-        return dataclasses.replace(
-            taken, logits=logits.cpu(), exits=torch.full((batch,), len(known) - 1) if known else None
-        )
+        gathered = _Gathered(self, len(inputs))
+        request = object()
+        steps = {place: self._step(place, request, gathered) for place in self.sides}
+        try:
+            message = Message(tuple(range(len(inputs))), {self.route.input: inputs})
+            follow(steps, self.route.entry, message)
+        finally:
+            for side in self.sides.values():
+                side.forget(request)
+        return gathered.result()
 
-    def _step(self, taken: Result, index: int, carried: dict[str, Tensor]) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Run a partition on the samples that are left, and note in ``taken`` what that took.
+    def _step(self, place: str, request: object, gathered: _Gathered) -> Callable[[Message], dict[str, Message]]:
+        def step(message: Message) -> dict[str, Message]:
+            outcome = self.sides[place].run(message, request)
+            gathered.add(outcome)
+            return outcome.messages
 
-        What is carried on are the tensors that its codec would send: whoever leaves here is not encoded.
-        """
-        received = dict(carried)
-        sample, before = received.pop(_SAMPLE), received.pop(BEFORE, None)
-        if index > 0 and not self.local[index - 1]:
-            received = self._send(taken, index - 1, received, sample.tolist())
-        partition = self.bundle.partitions[self.bundle.manifest.route[index]]
-        codec = self.codecs[index] if index < len(self.codecs) else None
-        start = self._now()
-        outputs = partition(part_arguments(partition.spec.signature.inputs, received, codec, before))
-        taken.part_seconds[partition.spec.name] = self._now() - start
-        if codec is None:
-            return outputs["logits"], {}
-        going = {name: outputs[name] for name in codec.sends} | {_SAMPLE: sample}
-        before = outputs.get(EXIT_LOGITS, before)
-        return outputs.get(EXIT_LOGITS), going if before is None else going | {BEFORE: before}
+        return step
 
-    def _send(self, taken: Result, edge: int, tensors: dict[str, Tensor], samples: list[int]) -> dict[str, Tensor]:
-        """Send tensors over an edge and return what arrives."""
-        codec = self.codecs[edge]
-        start = self._now()
-        payloads = codec.encode(tensors)
-        taken.encode_seconds[edge] = self._now() - start
-        for sample, payload in zip(samples, payloads, strict=True):
-            taken.payloads[edge][sample] = payload
-        start = self._now()
-        received = codec.decode(payloads)
-        taken.decode_seconds[edge] = self._now() - start
-        return received
 
-    def _now(self) -> float:
-        """Seconds, after all that was queued on an accelerator has run."""
-        if self.bundle.device.type == "cuda":
-            torch.cuda.synchronize(self.bundle.device)
-        return time.perf_counter()
+class _Gathered:
+    """What the sides made of one batch."""
+
+    def __init__(self, pipeline: Pipeline, batch: int) -> None:
+        self.manifest, self.batch = pipeline.bundle.manifest, batch
+        self.names = {(crossing.tensor, crossing.target): name for name, crossing in pipeline.crossings.items()}
+        self.payloads = {name: [b""] * batch for name in self.names.values()}
+        self.part_seconds = dict.fromkeys(pipeline.route.order, 0.0)
+        self.encode_seconds, self.decode_seconds = (dict.fromkeys(self.names.values(), 0.0) for _ in range(2))
+        self.answers: dict[str, list[tuple[tuple[int, ...], Tensor]]] = collections.defaultdict(list)
+        self.exits = torch.zeros(batch, dtype=torch.int64) if self.manifest.exits else None
+
+    def add(self, outcome: Outcome) -> None:
+        """Add what one side made of a message."""
+        self.part_seconds |= outcome.part_seconds
+        self.encode_seconds |= {self.names[key]: spent for key, spent in outcome.encode_seconds.items()}
+        self.decode_seconds |= {self.names[key]: spent for key, spent in outcome.decode_seconds.items()}
+        for target, message in outcome.messages.items():
+            for tensor, payloads in message.payloads.items():
+                for row, payload in zip(message.rows, payloads, strict=True):
+                    self.payloads[self.names[tensor, target]][row] = payload
+        for name, answers in outcome.outputs.items():
+            self.answers[name].append((outcome.rows, answers))
+        if self.exits is not None and outcome.rows:
+            self.exits[torch.tensor(outcome.rows)] = torch.tensor(outcome.exits)
+
+    def result(self) -> Result:
+        """Return everything, each sample in its place."""
+        outputs = {}
+        for output in self.manifest.outputs:
+            answers = self.answers[output.name]
+            if answers:
+                back = torch.tensor([row for rows, _ in answers for row in rows]).argsort()
+                outputs[output.name] = torch.cat([tensor for _, tensor in answers])[back]
+            else:
+                outputs[output.name] = torch.empty(0, *(0 if isinstance(n, str) else n for n in output.shape))
+        seconds = (self.part_seconds, self.encode_seconds, self.decode_seconds)
+        return Result(outputs, self.payloads, *seconds, self.exits)
+
+
+def _named(crossings: Sequence[Crossing]) -> dict[str, Crossing]:
+    """Name what is sent: by its tensor, and by its target too where there are several."""
+    times = collections.Counter(crossing.tensor for crossing in crossings)
+    return {
+        crossing.tensor if times[crossing.tensor] == 1 else f"{crossing.tensor}@{crossing.target}": crossing
+        for crossing in crossings
+    }

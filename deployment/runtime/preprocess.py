@@ -7,12 +7,14 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from ..checks import is_whole
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -64,6 +66,10 @@ class ImageInput:
         torch.Size([1, 8, 8])
     """
 
+    kind: ClassVar[str] = "image"
+    name: ClassVar[str] = "images"
+    dtype: ClassVar[str] = "uint8"
+
     height: int
     width: int
     color_mode: str = "RGB"
@@ -79,8 +85,9 @@ class ImageInput:
             value = getattr(self, name)
             if name == "resize" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_SIDE:
+            if not (is_whole(value) and 1 <= value <= _MAX_SIDE):
                 raise ValueError(f"{name} must be 1 to {_MAX_SIDE} pixels, a whole number, got {value!r}")
+            object.__setattr__(self, name, int(value))
         if self.color_mode not in COLOR_MODES:
             raise ValueError(f"color_mode must be one of {sorted(COLOR_MODES)}, got {self.color_mode!r}")
         if self.interpolation not in INTERPOLATIONS:
@@ -167,6 +174,10 @@ class ImageInput:
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return (images.to(torch.float32) / 255.0 - mean) / std
+
+    def mirrored(self, batch: Tensor) -> Tensor:
+        """Return the negatives of uint8 images, a batch as unlike them as images can be."""
+        return 255 - batch
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; :meth:`from_dict` reads them back."""

@@ -7,6 +7,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from cleave.lightning_modules.privates import save_as_best
+
 
 class LastCheckpoint(ModelCheckpoint):
     """Saves ``last.ckpt`` where a run resumes exactly: at each epoch's end and, if asked, every few steps within.
@@ -35,5 +37,5 @@ class LastCheckpoint(ModelCheckpoint):
         """Save within an epoch."""
         due = self.steps is not None and trainer.global_step % self.steps == 0
         epoch_ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if due and not epoch_ends and not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        if due and not epoch_ends:
+            save_as_best(self, trainer)

@@ -14,7 +14,8 @@ from pytorch_lightning import Callback
 from cleave.deployment import ImageInput
 
 KEY = "cleave"
-SCHEMA = 1
+SCHEMA = 2
+"""Raised where a network of before can no longer be rebuilt or its weights have other names."""
 
 
 class CheckpointMetadata(Callback):
@@ -62,6 +63,30 @@ class CheckpointMetadata(Callback):
     ) -> None:
         """Add the metadata."""
         checkpoint[KEY] = {**self.metadata, "before": self.before}
+
+
+def read_metadata(checkpoint: Any, path: str) -> dict[str, Any]:
+    """Return what a checkpoint carries of its network.
+
+    Args:
+        checkpoint: What was read from the file.
+        path: The file, for the messages.
+
+    Raises:
+        ValueError: It was written by something else than ``train.py``, or by another version of it.
+    """
+    metadata = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError(
+            f"{path} was not written by Cleave's train.py: its network cannot be rebuilt from it; weights from "
+            "elsewhere go in by backbone.weights=FILE"
+        )
+    if (schema := metadata.get("schema")) != SCHEMA:
+        raise ValueError(
+            f"{path} was written by a train.py of Cleave whose checkpoints have schema {schema}, this one reads schema "
+            f"{SCHEMA}: its network cannot be rebuilt from it; train it again with this version"
+        )
+    return metadata
 
 
 def check_loadable(values: Mapping[str, Any], prefix: str = "") -> None:

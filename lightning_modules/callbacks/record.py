@@ -9,6 +9,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Timer
 
+from cleave.lightning_modules.privates import logged_steps
+
 
 class FitRecord(Timer):
     """Epochs, steps, seconds and score of a fit, also of one that ran in processes of its own.
@@ -37,7 +39,7 @@ class FitRecord(Timer):
 
     @property
     def score(self) -> float | None:
-        """The monitored metric of the best checkpoint; validation accuracy after the last epoch where none is kept."""
+        """The monitored metric, of the best checkpoint or, where none is kept, after the last epoch."""
         value = float(self._values[3])
         return None if math.isnan(value) else value
 
@@ -47,8 +49,8 @@ class FitRecord(Timer):
         loop: Any = trainer.fit_loop
         score: Any = getattr(checkpoint, "best_model_score", None)
         if score is None:
-            score = trainer.callback_metrics.get("val/acc", math.nan)
+            score = trainer.callback_metrics.get(getattr(pl_module, "monitor", "val/acc"), math.nan)
         # Not `current_epoch`, which lags behind in a fit that was resumed after its early stop.
-        epochs, steps = loop.epoch_progress.current.processed, loop.epoch_loop._batches_that_stepped
+        epochs, steps = loop.epoch_progress.current.processed, logged_steps(trainer)
         figures = (epochs, steps, self.time_elapsed(), float(score))
         self._values.copy_(torch.tensor(figures, dtype=torch.float64))

@@ -84,8 +84,8 @@ class WandbTracking(Callback):
         """Log a table of images, labels, predictions and confidences."""
         if self.predictions == 0 or getattr(trainer, "datamodule", None) is None:
             return
-        if run := wandb_run(trainer):
-            run.log({"test/predictions": prediction_table(trainer, pl_module, self.predictions)})
+        if (run := wandb_run(trainer)) and (table := prediction_table(trainer, pl_module, self.predictions)):
+            run.log({"test/predictions": table})
 
 
 def prediction_table(trainer: pl.Trainer, task: pl.LightningModule, count: int) -> Any:
@@ -93,19 +93,25 @@ def prediction_table(trainer: pl.Trainer, task: pl.LightningModule, count: int) 
 
     Args:
         trainer: A trainer that is testing the task on a data module of ours.
-        task: The task, with ``class_names``.
+        task: The task.
         count: Rows wanted; fewer where the test set is smaller.
+
+    Returns:
+        The table; ``None`` where the network's answer is no logits of classes.
     """
     import wandb
 
-    images, labels = trainer.datamodule.sample_images("test", count)  # type: ignore[attr-defined]
-    normalized = trainer.datamodule.input.normalize(images.to(task.device))  # type: ignore[attr-defined]
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    batch = data.sample_batch("test", count)
+    normalized = data.input.normalize(batch["images"].to(task.device))
     with torch.no_grad(), trainer.precision_plugin.forward_context():
-        probabilities = task(trainer.precision_plugin.convert_input(normalized)).float().softmax(1)
-    confidence, predicted = probabilities.max(1)
-    names: Sequence[str] = task.class_names  # type: ignore[assignment]
+        answer = task(trainer.precision_plugin.convert_input(normalized))
+    names: Sequence[str] = data.class_names
+    if not isinstance(answer, Tensor) or answer.shape[1:] != (len(names),) or "labels" not in batch:
+        return None
+    confidence, predicted = answer.float().softmax(1).max(1)
     table = wandb.Table(columns=["image", "label", "prediction", "confidence", "correct"])
-    rows = zip(images, labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
+    rows = zip(batch["images"], batch["labels"].tolist(), predicted.tolist(), confidence.tolist(), strict=True)
     for image, label, guess, sure in rows:
         table.add_data(wandb.Image(_pixels(image)), names[label], names[guess], sure, label == guess)
     return table

@@ -2,48 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
-from cleave.architectures.multi_exit import MultiExitNetwork
-from cleave.lightning_modules.exits import ExitTask, SeenExits
-from cleave.losses import JointExitLoss
+from cleave.architectures import StagedNetwork
+from cleave.lightning_modules.evaluators import Evaluator
+from cleave.lightning_modules.frozen import Frozen
+from cleave.lightning_modules.task import Task
+from cleave.lightning_modules.term import Term
+from cleave.lightning_modules.training import DEFAULT, Training
 
 
-class ExitsJoint(ExitTask):
+class ExitsJoint(Task):
     """The weighted sum of every exit's cross entropy, end to end (eq. 8 of Matsubara et al. 2022).
 
     Args:
-        network: The multi-exit network to train.
-        *args: As of :class:`~cleave.lightning_modules.exits.ExitTask`.
-        objective: Weighs the exits; it may follow the progress of the training.
-        gradient_equilibrium: Scale gradients where exits branch off (Li et al. 2019), so that those of many exits do
-            not add up in early layers.
-        **kwargs: As of :class:`~cleave.lightning_modules.exits.ExitTask`.
+        network: The network to train, with exits.
+        loss: Weighs the exits; it may follow the progress of the training.
+        train: Parts that learn; ``None``: backbone, bottlenecks and exits.
+        extra_terms: More terms by name.
+        others: Frozen networks by name.
+        evaluators: What measures the network; ``None`` takes those of what it has.
+        training: Optimizer, schedule, seed and the like.
+        feature_cache: As of :class:`~cleave.lightning_modules.Task`.
 
     Raises:
         ValueError: The weights do not fit the exits, or leave nothing of ``train`` to learn.
     """
 
+    trains = ("backbone", "bottleneck", "exits")
+
     def __init__(
         self,
-        network: MultiExitNetwork,
-        *args: Any,
-        objective: JointExitLoss,
-        gradient_equilibrium: bool = False,
-        **kwargs: Any,
+        network: StagedNetwork,
+        *,
+        loss: nn.Module,
+        train: Sequence[str] | None = None,
+        extra_terms: Mapping[str, Term] | None = None,
+        others: Mapping[str, Frozen] | None = None,
+        evaluators: Sequence[Evaluator] | None = None,
+        training: Training = DEFAULT,
+        feature_cache: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(network, *args, **kwargs)
-        objective.bind(len(network.exit_names), network.cost_shares())
-        self.objective = objective
-        self.leave_out_weightless(objective)
-        self.gradient_equilibrium = gradient_equilibrium
-
-    def exit_terms(self, seen: SeenExits) -> list[Tensor]:
-        """Return the weighted cross entropy of each exit."""
-        return self.objective.terms(seen.own, seen.labels, self.progress())
-
-    def reducing(self) -> dict[str, Any]:
-        """Further arguments of the backbone's run."""
-        return {"equilibrium": self.gradient_equilibrium}
+        terms = {"exit": Term(loss, of=["student/exits", "labels", "progress"])}
+        super().__init__(
+            network,
+            terms,
+            training=training,
+            evaluators=evaluators,
+            others=others,
+            train=train,
+            feature_cache=feature_cache,
+            extra_terms=extra_terms,
+        )

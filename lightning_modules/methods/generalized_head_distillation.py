@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cleave.architectures.split import SplitNetwork
-from cleave.lightning_modules.split import SplitTask
-from cleave.lightning_modules.terms import FeaturesTerm
+from cleave.architectures import StagedNetwork
+from cleave.lightning_modules.evaluators import Evaluator
+from cleave.lightning_modules.frozen import Frozen
+from cleave.lightning_modules.methods.naming import by_bottleneck, compared_layers
+from cleave.lightning_modules.task import Task
+from cleave.lightning_modules.term import STUDENT, TEACHER, Term
+from cleave.lightning_modules.training import DEFAULT, Training
 from cleave.losses import GeneralizedHeadDistillationLoss
 
 
-class GeneralizedHeadDistillation(SplitTask):
+class GeneralizedHeadDistillation(Task):
     """Head-network distillation at several layers, through the frozen tail (Matsubara et al. 2020, eq. 7).
 
     Encoder, quantiser and decoder alone are trained. Student and teacher run as far as the last layer compared.
 
     Args:
-        network: The split network to train; it observes every layer that the objective names.
-        *args: As of :class:`~cleave.lightning_modules.split.SplitTask`.
-        objective: Compares features at named layers with a weight each.
-        **kwargs: As of :class:`~cleave.lightning_modules.split.SplitTask`.
+        network: The network to train, cut at every layer that the loss names.
+        loss: Compares features at named layers with a weight each.
+        train: Parts that learn; ``None``: the bottlenecks.
+        extra_terms: More terms by name.
+        others: Frozen networks by name; needs ``teacher``.
+        evaluators: What measures the network; ``None`` takes those of what it has.
+        training: Optimizer, schedule, seed and the like.
+        feature_cache: As of :class:`~cleave.lightning_modules.Task`.
     """
 
+    trains = ("bottleneck",)
+
     def __init__(
-        self, network: SplitNetwork, *args: Any, objective: GeneralizedHeadDistillationLoss, **kwargs: Any
+        self,
+        network: StagedNetwork,
+        *,
+        loss: GeneralizedHeadDistillationLoss,
+        train: Sequence[str] | None = None,
+        extra_terms: Mapping[str, Term] | None = None,
+        others: Mapping[str, Frozen] | None = None,
+        evaluators: Sequence[Evaluator] | None = None,
+        training: Training = DEFAULT,
+        feature_cache: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(network, *args, terms={"head": FeaturesTerm(objective)}, **kwargs)
+        by_bottleneck(network, "GeneralizedHeadDistillation", "head")
+        layers = list(loss.weights)
+        terms = {"head": Term(loss, of=[[f"{owner}/{layer}" for layer in layers] for owner in (STUDENT, TEACHER)])}
+        super().__init__(
+            network,
+            terms,
+            training=training,
+            evaluators=evaluators,
+            others=others,
+            train=train,
+            feature_cache=feature_cache,
+            extra_terms=extra_terms,
+        )
+
+    @classmethod
+    def layers(cls, split: Sequence[str], settings: Mapping[str, Any], owner: str = STUDENT) -> list[str]:
+        """Return the layers that the loss compares, and those of further terms."""
+        compared = compared_layers(settings.get("loss")) if owner in (STUDENT, TEACHER) else []
+        return list(dict.fromkeys([*compared, *super().layers(split, settings, owner)]))

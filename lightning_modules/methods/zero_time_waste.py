@@ -1,28 +1,35 @@
-"""The ensembling stage of Zero Time Waste."""
+"""The ensembling step of Zero Time Waste."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
-from cleave.architectures.multi_exit import MultiExitNetwork
-from cleave.lightning_modules.exits import ExitTask, SeenExits
-from cleave.losses import GeometricEnsembleLoss
+from cleave.architectures import StagedNetwork
+from cleave.lightning_modules.evaluators import Evaluator
+from cleave.lightning_modules.frozen import Frozen
+from cleave.lightning_modules.task import Task
+from cleave.lightning_modules.term import Term
+from cleave.lightning_modules.training import DEFAULT, Training
 
 
-class ZeroTimeWaste(ExitTask):
+class ZeroTimeWaste(Task):
     """Cross entropy of the geometric ensembles of all exits so far (Wołczyk et al. 2021, "Zero Time Waste").
 
-    The last of the method's stages: backbone and exits are frozen, the ensembles' weights learn. The stages before it
-    train the backbone, then the exits of a cascade, on the network that ``exits.cascade`` and ``exits.ensemble``
-    describe; ``method=zero_time_waste`` runs all of them.
+    The last of the method's steps: backbone and exits are frozen, the ensembles' weights learn. The steps before it
+    train the backbone, then the exits of a cascade.
 
     Args:
-        network: The multi-exit network to train, with an ensemble.
-        *args: As of :class:`~cleave.lightning_modules.exits.ExitTask`.
-        objective: Compares the ensembles' answers with the labels.
-        **kwargs: As of :class:`~cleave.lightning_modules.exits.ExitTask`.
+        network: The network to train, with exits and their ensemble.
+        loss: Compares the ensembles' answers with the labels.
+        train: Parts that learn; ``None``: the ensemble.
+        extra_terms: More terms by name.
+        others: Frozen networks by name.
+        evaluators: What measures the network; ``None`` takes those of what it has.
+        training: Optimizer, schedule, seed and the like.
+        feature_cache: As of :class:`~cleave.lightning_modules.Task`.
 
     Raises:
         ValueError: The network has no ensemble.
@@ -30,13 +37,28 @@ class ZeroTimeWaste(ExitTask):
 
     trains = ("ensemble",)
 
-    def __init__(self, network: MultiExitNetwork, *args: Any, objective: GeometricEnsembleLoss, **kwargs: Any) -> None:
-        if network.ensemble is None:
+    def __init__(
+        self,
+        network: StagedNetwork,
+        *,
+        loss: nn.Module,
+        train: Sequence[str] | None = None,
+        extra_terms: Mapping[str, Term] | None = None,
+        others: Mapping[str, Frozen] | None = None,
+        evaluators: Sequence[Evaluator] | None = None,
+        training: Training = DEFAULT,
+        feature_cache: Mapping[str, Any] | None = None,
+    ) -> None:
+        if getattr(network, "ensemble", None) is None:
             raise ValueError("ZeroTimeWaste trains an ensemble, which this network lacks; set exits.ensemble=true")
-        super().__init__(network, *args, **kwargs)
-        self.objective = objective
-
-    def exit_terms(self, seen: SeenExits) -> list[Tensor]:
-        """Return the cross entropy of each exit's ensemble."""
-        assert self.network.ensemble is not None
-        return self.objective.terms(self.network.ensemble(seen.own), seen.labels)
+        terms = {"exit": Term(loss, of=["student/answers", "labels"])}
+        super().__init__(
+            network,
+            terms,
+            training=training,
+            evaluators=evaluators,
+            others=others,
+            train=train,
+            feature_cache=feature_cache,
+            extra_terms=extra_terms,
+        )

@@ -76,7 +76,7 @@ class Study:
         return calibrate_budget(policy, *self.val, costs, allowed, shared=self.shared if shared is None else shared)
 
     def _by_shares(self, policy: ExitPolicy) -> bool:
-        return self.scheme == "budgeted_batch" and policy.kind != "patience"  # whose whole numbers meet no share
+        return self.scheme == "budgeted_batch" and policy.per_exit
 
     def point(self, found: Calibrated, budget: float | None) -> dict[str, Any]:
         """Measure calibrated thresholds on test."""

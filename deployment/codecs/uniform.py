@@ -1,0 +1,211 @@
+"""Integer codes of the uniform quantiser, each sample's range with them, and their densest form."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .codec import CODECS, Codec, check_batch_shape, checked_shape, named, payload_rows
+from .packing import CodecError, check_code_bits, checked_codes, pack_rows, packed_bytes, unpack_rows
+
+_RANGE_BYTES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class CodesCodec(Codec):
+    """Integer codes of the uniform affine quantiser, with the range where each sample has its own.
+
+    A payload is ``[low, high as little-endian float32, unless the range is fixed] + body``; a subclass says what the
+    body is.
+
+    Args:
+        shape: Shape of one sample's codes, without the batch.
+        bits: Width of a code, 2 to 16.
+        low: Lower end of the range all samples share; with ``high``. ``None`` sends each sample's own range.
+        high: Upper end of that range.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it and its value.
+    """
+
+    sends: ClassVar[tuple[str, ...]] = ("codes", "low", "high")
+    delivers: ClassVar[tuple[str, ...]] = ("codes", "low", "high", "levels")
+
+    shape: tuple[int, ...]
+    bits: int
+    low: float | None = None
+    high: float | None = None
+
+    @abc.abstractmethod
+    def pack(self, codes: npt.NDArray[np.uint16], ranges: npt.NDArray[np.float32]) -> list[bytes]:
+        """Turn the codes (B, N) of B samples with their ranges (B, 2) into B bodies."""
+
+    @abc.abstractmethod
+    def unpack(self, bodies: Sequence[bytes], ranges: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+        """Turn B bodies with their ranges (B, 2) into codes (B, N); :class:`CodecError` if one is damaged."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", checked_shape(self.shape))
+        object.__setattr__(self, "bits", check_code_bits(self.bits))
+        if (self.low is None) != (self.high is None):
+            raise CodecError(f"low and high go together, got low={self.low} and high={self.high}")
+        for name in ("low", "high"):
+            # Kept as the float32 that the network computes with, so that both sides of an edge agree to the bit.
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _checked_float(value, name))
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise CodecError(f"low must be below high, got low={self.low} and high={self.high}")
+
+    @property
+    def levels(self) -> int:
+        """Number of levels, 2**bits."""
+        return 2**self.bits
+
+    @property
+    def settings(self) -> dict[str, Tensor]:
+        """The number of levels, as an int64 scalar."""
+        return {"levels": torch.tensor(self.levels, dtype=torch.int64)}
+
+    def encode(self, tensors: Mapping[str, Tensor]) -> list[bytes]:
+        """Turn codes int (B, *shape) with low and high float32 (B,) into one payload per sample.
+
+        Raises:
+            CodecError: A tensor is missing or of the wrong shape or dtype, a code is outside 0..2**bits-1, a range is
+                not finite or upside down, or differs from the codec's fixed one.
+        """
+        codes, low, high = named(tensors, self.sends)
+        check_batch_shape("codes", codes, self.shape)
+        values = checked_codes(codes.flatten(1), self.bits)
+        ranges = self._checked_ranges(low, high, len(codes))
+        bodies = self.pack(values, ranges)
+        if self.low is not None:
+            return bodies
+        return [row.astype("<f4").tobytes() + body for row, body in zip(ranges, bodies, strict=True)]
+
+    def decode(self, payloads: Sequence[bytes]) -> dict[str, Tensor]:
+        """Turn B payloads into codes int32 (B, *shape), low and high float32 (B,), and levels, an int64 scalar.
+
+        Raises:
+            CodecError: A payload is damaged, or has a range that is not finite or upside down.
+        """
+        self.check_lengths(payloads)
+        batch = len(payloads)
+        if self.low is not None:
+            ranges, bodies = np.tile(np.array([self.low, self.high], np.float32), (batch, 1)), payloads
+        else:
+            heads = b"".join(payload[:_RANGE_BYTES] for payload in payloads)
+            ranges = np.frombuffer(heads, "<f4").astype(np.float32).reshape(batch, 2)
+            bodies = [payload[_RANGE_BYTES:] for payload in payloads]
+            _check_ranges(ranges)
+        codes = torch.from_numpy(self.unpack(bodies, ranges))
+        return {
+            "codes": codes.view(batch, *self.shape),
+            "low": torch.from_numpy(ranges[:, 0].copy()),
+            "high": torch.from_numpy(ranges[:, 1].copy()),
+            **self.settings,
+        }
+
+    def check_lengths(self, payloads: Sequence[bytes]) -> None:
+        """Raise :class:`CodecError` where a payload cannot have its length."""
+        for index, payload in enumerate(payloads):
+            if self.low is None and len(payload) < _RANGE_BYTES:
+                raise CodecError(f"payload {index} has {len(payload)} bytes, its range alone {_RANGE_BYTES}: cut short")
+
+    def with_bits(self, bits: int) -> Self:
+        """Return this codec at another width, 2 to 16; all else stays."""
+        return dataclasses.replace(self, bits=bits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; ``low`` and ``high`` are null where each sample sends its own range."""
+        return {"kind": self.kind, **dataclasses.asdict(self), "shape": list(self.shape)}
+
+    def _checked_ranges(self, low: Tensor, high: Tensor, batch: int) -> npt.NDArray[np.float32]:
+        for name, tensor in (("low", low), ("high", high)):
+            if tensor.shape != (batch,) or tensor.dtype != torch.float32:
+                raise CodecError(f"{name} must be float32 ({batch},), got {_describe(tensor)}")
+        ranges = torch.stack([low, high], 1).detach().cpu().numpy().astype("<f4")
+        _check_ranges(ranges)
+        if self.low is not None and self.high is not None:
+            # The constants are not sent: a few ulps are another device's noise, more is another network's range.
+            tolerance = 1e-5 * (self.high - self.low) + 1e-6 * max(abs(self.low), abs(self.high))
+            fixed = np.array([self.low, self.high])
+            if len(ranges) and (difference := np.abs(ranges - fixed)).max() > tolerance:
+                row = int(difference.max(1).argmax())
+                raise CodecError(
+                    f"the range of sample {row} is {ranges[row].tolist()}, but the codec's fixed range is "
+                    f"{fixed.tolist()}; it is not sent, so the two must agree"
+                )
+        return ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformCodec(CodesCodec):
+    """Codes packed densely, ``bits`` bits each, so that every payload of a codec has the same length.
+
+    Args:
+        shape: Shape of one sample's codes, without the batch.
+        bits: Width of a code, 2 to 16.
+        low: Lower end of the range all samples share; with ``high``. ``None`` sends each sample's own range.
+        high: Upper end of that range.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it and its value.
+
+    Example:
+        >>> codec = UniformCodec(shape=(3,), bits=4, low=0.0, high=1.5)
+        >>> codes = torch.tensor([[1, 2, 15]], dtype=torch.int32)
+        >>> codec.encode({"codes": codes, "low": torch.zeros(1), "high": torch.full((1,), 1.5)})[0].hex()
+        '12f0'
+    """
+
+    kind: ClassVar[str] = "uniform"
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of every payload in bytes, range parameters included."""
+        return packed_bytes(math.prod(self.shape), self.bits) + (_RANGE_BYTES if self.low is None else 0)
+
+    def check_lengths(self, payloads: Sequence[bytes]) -> None:
+        """Raise :class:`CodecError` unless every payload has ``payload_bytes``."""
+        payload_rows(payloads, self.payload_bytes)
+
+    def pack(self, codes: npt.NDArray[np.uint16], ranges: npt.NDArray[np.float32]) -> list[bytes]:
+        """Pack the codes (B, N) of each sample on their own."""
+        return [row.tobytes() for row in pack_rows(codes, self.bits)]
+
+    def unpack(self, bodies: Sequence[bytes], ranges: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+        """Read the codes (B, N) back; :class:`CodecError` if the padding is not zero."""
+        count = math.prod(self.shape)
+        return unpack_rows(payload_rows(bodies, packed_bytes(count, self.bits)), count, self.bits)
+
+
+def _checked_float(value: float, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CodecError(f"{name} must be a number, got {value!r}")
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(value))
+    if not math.isfinite(rounded):
+        raise CodecError(f"{name} must be a finite float32, got {value!r}")
+    return rounded
+
+
+def _check_ranges(ranges: npt.NDArray[np.floating]) -> None:
+    wrong = ~np.isfinite(ranges).all(axis=1) | (ranges[:, 0] > ranges[:, 1])
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise CodecError(f"the range of sample {row} must be finite with low <= high, got {ranges[row].tolist()}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+CODECS[UniformCodec.kind] = UniformCodec

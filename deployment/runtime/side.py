@@ -1,0 +1,208 @@
+"""One side of a bundle at work: what a device, an edge or a server does with what comes to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bundle.edges import Crossing
+from ..bundle.files import BundleError
+from ..bundle.loading import Bundle
+from ..checks import is_whole
+from ..codecs.codec import Codec
+from ..exits.policy import ExitPolicy
+from ..exits.specs import LOGITS, check_policy, exit_logits, state_crossings
+from .walk import Message, Visit, Walk, taken
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a side made of what came to it.
+
+    Args:
+        messages: What leaves, by the placement it is for; send it there.
+        rows: The samples of the request that were answered now.
+        outputs: Their answers by name, on the CPU, one row for each of ``rows``.
+        exits: Which exit each of them left at, from 0 in the order of the manifest's exits; empty where there are none.
+        part_seconds: Wall-clock seconds of each partition that ran.
+        encode_seconds: Seconds from tensors to bytes, by tensor and the placement it goes to.
+        decode_seconds: Seconds from bytes to tensors, by tensor and the placement it came to.
+    """
+
+    messages: dict[str, Message] = dataclasses.field(default_factory=dict)
+    rows: tuple[int, ...] = ()
+    outputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    exits: tuple[int, ...] = ()
+    part_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    encode_seconds: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
+    decode_seconds: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
+
+
+class Side:
+    """All partitions of one placement. What waits for a later message stays here under its request's name.
+
+    Both ends of a route need the same ``bits`` and ``policy``. Made for one thread.
+
+    Args:
+        bundle: A loaded bundle; ``load_bundle(directory, placement=…)`` loads this side alone.
+        placement: Which side.
+        bits: Width of all codes, 2 to 16; ``None`` keeps what the bundle says.
+        policy: Another exit policy than the bundle's.
+        codecs: Other codecs by tensor, such as one that tries a lossy link.
+        limit: How many requests may wait here; where more come, the oldest is forgotten.
+
+    Attributes:
+        route: The bundle's route, at that width and with those codecs.
+        policy: Who decides at the exits, or ``None``.
+
+    Raises:
+        ValueError: The bundle lacks the placement or it was not loaded, ``bits`` is out of range, or a policy or codec
+            does not fit.
+
+    Example:
+        >>> device = Side(load_bundle("bundle", placement="device"), "device")  # doctest: +SKIP
+        >>> sent = device.run(images, request=7).messages["server"]  # doctest: +SKIP
+        >>> server = Side(load_bundle("bundle", placement="server"), "server")  # doctest: +SKIP
+        >>> server.run(sent, request=7).outputs["logits"]  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        placement: str,
+        bits: int | None = None,
+        policy: ExitPolicy | None = None,
+        codecs: Mapping[str, Codec] | None = None,
+        limit: int = 256,
+    ) -> None:
+        manifest = bundle.manifest
+        manifest.at(placement)  # refuses a placement that the bundle lacks
+        if placement not in bundle.placements:
+            raise BundleError(f"{placement} was not loaded; loaded is {', '.join(bundle.placements)}")
+        if not is_whole(limit) or limit < 1:
+            raise ValueError(f"limit must be a whole number of at least 1, got {limit!r}")
+        if policy is not None and not manifest.exits:
+            raise BundleError(f"the policy {policy.kind} has nothing to decide: this bundle has no exits")
+        if policy is not None:
+            check_policy(policy, manifest.exits)
+        self.bundle, self.placement, self.limit = bundle, placement, limit
+        self.route = manifest.route.with_bits(bits).with_codecs(codecs or {})
+        self.policy = manifest.policy if policy is None else policy
+        self.states = state_crossings(self.policy, manifest.exits, len(bundle.class_names), self.route)
+        self._visits: dict[Hashable, Visit] = {}
+
+    @property
+    def waiting(self) -> tuple[Hashable, ...]:
+        """The requests of which something waits here, the oldest first."""
+        return tuple(self._visits)
+
+    def forget(self, request: Hashable) -> None:
+        """Drop what waits of a request, if anything does."""
+        self._visits.pop(request, None)
+
+    def run(self, arrived: Tensor | Message, request: Hashable) -> Outcome:
+        """Take in what came for a request and go on as far as that leads.
+
+        Args:
+            arrived: The network's input for B samples, where it begins here; or what another side sent.
+            request: Names the request, the same on all sides.
+
+        Returns:
+            What leaves for other placements, and the samples that were answered.
+
+        Raises:
+            BundleError: It is not what this side takes, or came before.
+            CodecError: A payload is damaged, or a partition emits what its codec cannot send.
+        """
+        if isinstance(arrived, Tensor):
+            arrived = Message(tuple(range(len(arrived))), {self.route.input: arrived})
+        visit = self._visits.pop(request, None) or Visit()
+        walk = _Running(self)
+        walk.outcome.messages = walk.step(visit, arrived)
+        if not walk.finished(visit):
+            self._visits[request] = visit
+            if len(self._visits) > self.limit:
+                del self._visits[next(iter(self._visits))]
+        return walk.outcome
+
+
+class _Running(Walk):
+    """A walk through real bytes that answers samples as the policy says."""
+
+    def __init__(self, side: Side) -> None:
+        super().__init__(side.route, side.placement, side.states)
+        self.bundle, self.policy, self.outcome = side.bundle, side.policy, Outcome()
+        manifest = side.bundle.manifest
+        self.results = [output.name for output in manifest.outputs]
+        self.last = len(manifest.exits) - 1
+        self.exits = {item.partition: i for i, item in enumerate(manifest.exits)}
+        self.logits = exit_logits(manifest.exits)
+
+    def run(self, name: str, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+        start = self._now()
+        outputs = self.bundle.partitions[name](arguments)
+        self.outcome.part_seconds[name] = self._now() - start
+        return outputs
+
+    def send(self, crossing: Crossing, tensors: dict[str, Tensor]) -> list[bytes]:
+        start = self._now()
+        payloads = crossing.codec.encode(tensors)
+        self.outcome.encode_seconds[crossing.tensor, crossing.target] = self._now() - start
+        return payloads
+
+    def receive(self, crossing: Crossing, payload: Any) -> dict[str, Tensor]:
+        start = self._now()
+        tensors = crossing.codec.decode(payload)
+        self.outcome.decode_seconds[crossing.tensor, crossing.target] = self._now() - start
+        return tensors
+
+    def have_run(self, visit: Visit, name: str, outputs: dict[str, Tensor]) -> None:
+        exit = self.exits.get(name)
+        if exit is not None and self.policy is not None:
+            self._decide(visit, self.policy, exit, outputs[self.logits[exit]])
+        elif found := {key: outputs[key] for key in self.results if key in outputs}:
+            rows = visit.rows or ()
+            self._answer(rows, found, [self.last] * len(rows) if self.exits else ())
+
+    def _decide(self, visit: Visit, policy: ExitPolicy, exit: int, logits: Tensor) -> None:
+        batch, classes = logits.shape
+        state = _restored(visit.state, policy, exit, logits) if exit else policy.start(batch, classes, logits)
+        answer, leave, visit.state = policy.decide(exit, logits, state)
+        gone = leave.nonzero().squeeze(1).tolist()
+        if not gone:
+            return
+        left = taken({LOGITS: answer}, gone) if len(gone) < batch else {LOGITS: answer}
+        rows = visit.rows or ()
+        self._answer([rows[place] for place in gone], left, [exit] * len(gone))
+        visit.keep((~leave).nonzero().squeeze(1).tolist())
+
+    def _answer(self, rows: Sequence[int], outputs: Mapping[str, Tensor], exits: Sequence[int]) -> None:
+        """Note answers, those of samples that left here before among them."""
+        out = self.outcome
+        out.rows = out.rows if out.rows == tuple(rows) else (*out.rows, *rows)
+        out.exits = (*out.exits, *exits)
+        for name, tensor in outputs.items():
+            known = out.outputs.get(name)
+            out.outputs[name] = tensor.cpu() if known is None else torch.cat([known, tensor.cpu()])
+
+    def _now(self) -> float:
+        """Seconds, after all that was queued on an accelerator has run."""
+        if self.bundle.device.type == "cuda":
+            torch.cuda.synchronize(self.bundle.device)
+        return time.perf_counter()
+
+
+def _restored(state: Mapping[str, Tensor], policy: ExitPolicy, exit: int, logits: Tensor) -> dict[str, Tensor]:
+    """Return the state behind the exit before, which may have come as float32, in the policy's own types."""
+    if not state:
+        return {}
+    examples = policy.state_behind(exit - 1, logits.shape[1])
+    return {
+        name: value.reshape(len(value), *examples[name].shape[1:]).to(logits.device, examples[name].dtype)
+        for name, value in state.items()
+    }

@@ -1,0 +1,206 @@
+"""The walk over a route: what runs in a placement once its inputs have come, and what leaves it for others."""
+
+from __future__ import annotations
+
+import abc
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..bundle.edges import Crossing
+from ..bundle.files import BundleError
+from ..bundle.route import Route
+
+
+class Message(NamedTuple):
+    """What goes to a placement about one request.
+
+    Attributes:
+        rows: Which samples of the request, in order.
+        payloads: What goes by each tensor's name: for a tensor that is sent, one payload for each of the rows; for the
+            network's input the tensor itself.
+    """
+
+    rows: tuple[int, ...]
+    payloads: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Visit:
+    """What one placement knows of one request.
+
+    Args:
+        rows: The samples that are still there; ``None`` before the first message.
+        tensors: What waits for a partition, or to be sent; one row for each sample.
+        state: The exit policy's, likewise.
+        came: Names of what has come.
+        ran: The partitions that have run.
+        went: What was sent, and to which placement.
+    """
+
+    rows: tuple[int, ...] | None = None
+    tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    came: set[str] = dataclasses.field(default_factory=set)
+    ran: set[str] = dataclasses.field(default_factory=set)
+    went: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with the samples at some places of ``rows``; all others are dropped from whatever waits."""
+        rows = self.rows or ()
+        if len(places) == len(rows):
+            return
+        self.rows = tuple(rows[place] for place in places)
+        self.tensors, self.state = taken(self.tensors, places), taken(self.state, places)
+
+
+class Walk(abc.ABC):
+    """The walk over the partitions of one placement: the only code that follows a route.
+
+    Export, the parity gate, the self-test and the runtime are walks that differ in what running a partition and
+    sending a tensor mean to them.
+
+    Args:
+        route: The partitions and their edges.
+        placement: Whose partitions run.
+        states: The parts of an exit policy's state that are sent as well.
+    """
+
+    def __init__(self, route: Route, placement: str, states: Sequence[Crossing] = ()) -> None:
+        self.route, self.placement = route, placement
+        self.parts = [part for part in route.by_name.values() if part.placement == placement]
+        crossings = [*route.crossings, *states]
+        self.leaving = [crossing for crossing in crossings if crossing.source == placement]
+        self.coming = {crossing.tensor: crossing for crossing in crossings if crossing.target == placement}
+
+    @abc.abstractmethod
+    def run(self, name: str, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run a partition on its inputs and return its outputs, both by name."""
+
+    @abc.abstractmethod
+    def send(self, crossing: Crossing, tensors: dict[str, Tensor]) -> Any:
+        """Return what goes to another placement for a tensor; ``tensors`` are by the codec's own names."""
+
+    @abc.abstractmethod
+    def receive(self, crossing: Crossing, payload: Any) -> dict[str, Tensor]:
+        """Return what arrives, by the codec's own names."""
+
+    def have_run(self, visit: Visit, name: str, outputs: dict[str, Tensor]) -> None:
+        """Do what is to be done between a partition and the next one: answer, decide who leaves. Here, nothing."""
+        return
+
+    def step(self, visit: Visit, message: Message) -> dict[str, Message]:
+        """Take in what came, run each partition whose inputs are there, and return what goes to other placements.
+
+        Raises:
+            BundleError: The message holds what this placement does not take, or has already.
+        """
+        self._arrive(visit, message)
+        for part in self.parts:
+            names = [name for name in part.inputs if name not in self.route.settings]
+            if part.name in visit.ran or not visit.rows or any(name not in visit.tensors for name in names):
+                continue
+            known = {**self.route.settings, **visit.tensors}
+            outputs = self.run(part.name, {name: known[name] for name in part.inputs})
+            visit.ran.add(part.name)
+            visit.tensors |= outputs
+            self.have_run(visit, part.name, outputs)
+            self._drop_unneeded(visit)
+        messages = self._messages(visit)
+        self._drop_unneeded(visit)
+        return messages
+
+    def finished(self, visit: Visit) -> bool:
+        """Whether nothing is left to do here for a request."""
+        return not visit.rows or len(visit.ran) == len(self.parts)
+
+    def _arrive(self, visit: Visit, message: Message) -> None:
+        if list(message.rows) != sorted(set(message.rows)):
+            raise BundleError(f"rows must rise, each sample once, got {list(message.rows)[:10]}")
+        tensors: dict[str, Tensor] = {}
+        state: dict[str, Tensor] = {}
+        for name, payload in message.payloads.items():
+            if name in visit.came:
+                raise BundleError(f"{name} has come to {self.placement} before for this request")
+            if name == self.route.input and self.placement == self.route.entry:
+                tensors[name] = payload
+                continue
+            if name not in self.coming:
+                known = [*([self.route.input] if self.placement == self.route.entry else ()), *self.coming]
+                raise BundleError(f"nothing on {self.placement} takes {name}; it takes {', '.join(known)}")
+            crossing = self.coming[name]
+            delivered = self.receive(crossing, payload)
+            if crossing.state is not None:
+                state[crossing.state] = delivered[crossing.codec.delivers[0]]
+            else:
+                names = crossing.codec.delivered(name)
+                tensors |= {names[own]: value for own, value in delivered.items()}
+        visit.came |= message.payloads.keys()
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in self.route.settings}
+        if visit.rows is None:
+            visit.rows = message.rows
+        stay = set(visit.rows) & set(message.rows)
+        visit.keep([place for place, row in enumerate(visit.rows) if row in stay])
+        places = [place for place, row in enumerate(message.rows) if row in stay]
+        if len(places) < len(message.rows):
+            tensors, state = taken(tensors, places), taken(state, places)
+        visit.tensors |= tensors
+        visit.state |= state
+
+    def _messages(self, visit: Visit) -> dict[str, Message]:
+        messages: dict[str, Message] = {}
+        for crossing in self.leaving:
+            if crossing.producer not in visit.ran or (crossing.tensor, crossing.target) in visit.went or not visit.rows:
+                continue
+            if crossing.state is not None:
+                value = visit.state[crossing.state].to(torch.float32)
+                tensors = {crossing.codec.sends[0]: value.reshape(len(value), *crossing.codec.shape)}
+            else:
+                tensors = {own: visit.tensors[name] for own, name in crossing.codec.sent(crossing.tensor).items()}
+            message = messages.setdefault(crossing.target, Message(visit.rows, {}))
+            message.payloads[crossing.tensor] = self.send(crossing, tensors)
+            visit.went.add((crossing.tensor, crossing.target))
+        return messages
+
+    def _drop_unneeded(self, visit: Visit) -> None:
+        """Forget what no partition waits for and what has been sent."""
+        needed = {name for part in self.parts if part.name not in visit.ran for name in part.inputs}
+        for crossing in self.leaving:
+            if (crossing.tensor, crossing.target) not in visit.went:
+                needed.update(crossing.codec.sent(crossing.tensor).values())
+        visit.tensors = {name: tensor for name, tensor in visit.tensors.items() if name in needed}
+
+
+def follow(steps: Mapping[str, Callable[[Message], dict[str, Message]]], entry: str, message: Message) -> None:
+    """Bring a message to a placement, and what leaves it to the others, until nothing goes anywhere any more.
+
+    Args:
+        steps: What each placement does with a message; returns what goes to others.
+        entry: The placement where a request begins.
+        message: Its input.
+    """
+    waiting = collections.deque([(entry, message)])
+    while waiting:
+        placement, arrived = waiting.popleft()
+        waiting.extend(steps[placement](arrived).items())
+
+
+def walk_all(walks: Mapping[str, Walk], route: Route, inputs: Tensor) -> None:
+    """Walk over a whole route, every placement in turn."""
+    visits = {placement: Visit() for placement in walks}
+
+    def step(placement: str) -> Callable[[Message], dict[str, Message]]:
+        return lambda message: walks[placement].step(visits[placement], message)
+
+    message = Message(tuple(range(len(inputs))), {route.input: inputs})
+    follow({placement: step(placement) for placement in walks}, route.entry, message)
+
+
+def taken(tensors: Mapping[str, Tensor], places: Sequence[int]) -> dict[str, Tensor]:
+    """Return some rows of each tensor."""
+    rows = torch.tensor(places, dtype=torch.int64)
+    return {name: tensor[rows.to(tensor.device)] for name, tensor in tensors.items()}

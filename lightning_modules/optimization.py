@@ -1,0 +1,112 @@
+"""Parameter groups, learning rates and schedules."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from cleave.architectures import StagedNetwork
+from cleave.architectures.naming import did_you_mean
+from cleave.lightning_modules.training import Training
+
+
+def check_lr_scales(network: StagedNetwork, scales: Mapping[str, float]) -> None:
+    """Raise ValueError unless every prefix is that of some weight of the network."""
+    names = [name.split(".") for name, _ in network.named_weights()]
+    known = list(dict.fromkeys(".".join(name[: i + 1]) for name in names for i in range(len(name))))
+    for prefix in scales:
+        if prefix not in known:
+            raise ValueError(f"lr_scales names {prefix!r}, which the network lacks." + did_you_mean(prefix, known))
+
+
+def parameter_groups(network: StagedNetwork, terms: nn.Module, settings: Training) -> list[dict[str, Any]]:
+    """Group trainable parameters by their rate and by whether they decay; those of terms come last and do not.
+
+    Raises:
+        ValueError: Nothing is trainable, or ``lr_scales`` is used with an optimizer that names no rate.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    spared = _undecayed(network)
+    for name, parameter in _in_order(network):
+        decays = settings.decay_norms_and_biases or (parameter.ndim > 1 and parameter not in spared)
+        groups.setdefault((_scale(name, settings.lr_scales), decays), []).append(parameter)
+    learned = [parameter for parameter in terms.parameters() if parameter.requires_grad]
+    if not groups and not learned:
+        raise ValueError("there is nothing to train: every parameter of the network is frozen")
+    base = base_rate(settings.optimizer) if settings.lr_scales else 1.0
+    found: list[dict[str, Any]] = []
+    for (scale, decays), parameters in groups.items():
+        found.append({"params": parameters})
+        if settings.lr_scales:
+            found[-1]["lr"] = base * scale
+        if not decays:
+            found[-1]["weight_decay"] = 0.0
+    return [*found, {"params": learned, "weight_decay": 0.0}] if learned else found
+
+
+def _in_order(network: StagedNetwork) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the trainable weights in the order of the parts, in which a sample meets them."""
+    names = {parameter: name for name, parameter in network.named_weights()}
+    parts = (module.parameters() for modules in network.parts().values() for module in modules)
+    for parameter in dict.fromkeys(itertools.chain(*parts, names)):
+        if parameter.requires_grad:
+            yield names[parameter], parameter
+
+
+def _undecayed(network: nn.Module) -> set[nn.Parameter]:
+    modules = (module for module in network.modules() if not getattr(module, "decays", True))
+    return {parameter for module in modules for parameter in module.parameters()}
+
+
+def _scale(name: str, scales: Mapping[str, float]) -> float:
+    prefixes = [prefix for prefix in scales if name == prefix or name.startswith(prefix + ".")]
+    return scales[max(prefixes, key=len)] if prefixes else 1.0
+
+
+def base_rate(optimizer: Callable[..., Optimizer]) -> float:
+    """Return the learning rate that an optimizer's factory names.
+
+    Raises:
+        ValueError: It names none.
+    """
+    keywords = getattr(optimizer, "keywords", {})
+    factory = getattr(optimizer, "func", optimizer)
+    rate = keywords.get("lr", getattr(inspect.signature(factory).parameters.get("lr"), "default", None))
+    if not isinstance(rate, int | float):
+        raise ValueError("lr_scales needs a learning rate to scale: give the optimizer's lr as a number")
+    return float(rate)
+
+
+def scheduler_of(factory: Callable[..., Any], optimizer: Optimizer, trainer: pl.Trainer) -> Any:
+    """Build a scheduler; ``"total_steps"`` among its arguments becomes the optimizer steps of the run.
+
+    Raises:
+        ValueError: It asks for the number of steps of a run without an end.
+    """
+    keywords = getattr(factory, "keywords", {})
+    if "total_steps" not in keywords.values():
+        return factory(optimizer)
+    total = trainer.estimated_stepping_batches
+    if not math.isfinite(total):
+        raise ValueError("the scheduler needs the number of steps, but the run has no end; set trainer.max_epochs")
+    steps = {key: int(total) for key, value in keywords.items() if value == "total_steps"}
+    return functools.partial(factory, **steps)(optimizer)
+
+
+def clip_apart(modules: Sequence[nn.Module], value: float, algorithm: str | None) -> None:
+    """Clip the gradients of each module by themselves, by their norm or by value."""
+    for module in modules:
+        learning = [parameter for parameter in module.parameters() if parameter.grad is not None]
+        if algorithm == "value":
+            torch.nn.utils.clip_grad_value_(learning, value)
+        else:
+            torch.nn.utils.clip_grad_norm_(learning, value)

@@ -1,0 +1,37 @@
+"""Reaches into what Lightning keeps to itself; each is held by a test, as a new version may move it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+def restore_loaders(trainer: pl.Trainer) -> None:
+    """Give the loaders the state of an interrupted run, of which Lightning 2.6 forgets those that it has made before.
+
+    Asking for the number of steps of a run, as schedulers do, makes them.
+    """
+    trainer.fit_loop._load_combined_loader_states()
+
+
+def logged_steps(trainer: pl.Trainer) -> int:
+    """Return the steps that the loggers have seen."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def set_logged_steps(trainer: pl.Trainer, steps: int) -> None:
+    """Let the loggers' steps go on from where another fit ended; each trainer would begin at 0."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = steps
+
+
+def misses_unused(trainer: pl.Trainer) -> bool:
+    """Return whether several processes would wait for gradients of parameters that a step does not use."""
+    settings: dict[str, Any] | None = getattr(trainer.strategy, "_ddp_kwargs", None)
+    return settings is not None and trainer.world_size > 1 and not settings.get("find_unused_parameters", False)
+
+
+def save_as_best(callback: Any, trainer: pl.Trainer) -> None:
+    """Let a ``ModelCheckpoint`` save now, unless it would not at this point of the run."""
+    if not callback._should_skip_saving_checkpoint(trainer):
+        callback._save_topk_checkpoint(trainer, callback._monitor_candidates(trainer))
