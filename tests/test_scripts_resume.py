@@ -95,17 +95,17 @@ def test_wherever_a_run_saves_it_resumes_exactly(case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_recipe_killed_inside_a_stage_ends_with_the_weights_of_an_uninterrupted_one(stage, tmp_path, teacher_file):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_recipe_killed_inside_a_step_ends_with_the_weights_of_an_uninterrupted_one(number, tmp_path, teacher_file):
     overrides = [*RUN, *DIGITS, "experiment=bottlefit", "compare={layer2: 1.0, layer3: 1.0}", "split.at=layer2"]
     overrides += [f"base.ckpt_path={teacher_file}", "data.augment=crop", "trainer.max_epochs=2"]
     steps = 2 * BATCHES
-    step = (stage - 1) * steps + random.Random(stage).choice([s for s in range(EVERY + 1, steps) if s % EVERY])
+    step = (number - 1) * steps + random.Random(number).choice([s for s in range(EVERY + 1, steps) if s % EVERY])
     kill = ["+callbacks.kill._target_=training_helpers.KillAt", f"+callbacks.kill.step={step}"]
     run_script("train", *overrides, folder=tmp_path / "whole")
     run_script("train", *overrides, *kill, folder=tmp_path / "run", code=-9)
     last = max((tmp_path / "run").rglob("last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    assert last.parent.name == ("head", "finetune")[stage - 1]
+    assert last.parent.name == ("head", "finetune")[number - 1]
     run_script("train", *overrides, f"ckpt_path={last}", folder=tmp_path / "run")
     one, other = (load(tmp_path / name / "final.ckpt") for name in ("whole", "run"))
     assert differences(*({k: v for k, v in c.items() if k not in ("cleave", "callbacks")} for c in (one, other))) == []
