@@ -28,16 +28,17 @@ SGD = [
     "training.optimizer.weight_decay=1e-4",
 ]
 # What was pretrained learns at a lower rate than the exits, which were not.
-END_TO_END = [*SGD, "training.optimizer.lr=0.05", "+training.lr_scales.stages=0.4", "trainer.max_epochs=EPOCHS"]
+PRETRAINED = [f"+training.lr_scales.{layer}=0.4" for layer in ("conv1", "bn1", "layer1", "layer2", "layer3", "linear")]
+END_TO_END = [*SGD, "training.optimizer.lr=0.05", *PRETRAINED, "trainer.max_epochs=EPOCHS"]
 FROZEN = ["training.optimizer.lr=3e-3", "feature_cache.use=true", "feature_cache.dtype=float16", "data.augment=none"]
 METHODS: dict[str, list[str]] = {
     "exits_distilled": ["method=exits_distilled", *END_TO_END],
     "shallow_deep": ["method=exits_joint", "method.loss.weights=shallow_deep", *END_TO_END],
     "branchynet": ["method=exits_joint", "method.loss.weights=branchynet", *END_TO_END],
     "separate": ["method=exits_separate", "trainer.max_epochs=10", *FROZEN],
-    "distilled_heads": ["method=exits_distilled", "method.train=[heads]", "trainer.max_epochs=10", *FROZEN],
+    "distilled_heads": ["method=exits_distilled", "method.train=[exits]", "trainer.max_epochs=10", *FROZEN],
     "zero_time_waste": [
-        "method=zero_time_waste", "~steps.backbone", "+steps.exits.trainer.max_epochs=10",
+        "experiment=zero_time_waste", "~steps.backbone", "+steps.exits.trainer.max_epochs=10",
         "+steps.ensemble.trainer.max_epochs=3", *FROZEN,
     ],
     "linear": ["method=exits_joint", "method.loss.weights=linear", *END_TO_END],
@@ -71,7 +72,8 @@ def main() -> None:
     faster = [f"training.compile={str(args.compile).lower()}"]
     run(
         "train", folder / "backbone", args.threads, "method=classification", *common, *faster, *SGD,
-        "training.optimizer.lr=0.02", "trainer.max_epochs=3", f"backbone.weights={args.weights.absolute()}", done=RESULTS,
+        "training.optimizer.lr=0.02", "trainer.max_epochs=3", f"backbone.weights={args.weights.absolute()}",
+        done=RESULTS,
     )  # fmt: skip
     backbone = folder / "backbone/checkpoints/best.ckpt"
     exits = [f"base.ckpt_path={backbone}", "exits.count=5", f"feature_cache.directory={folder / 'feature_cache'}"]

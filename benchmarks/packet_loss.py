@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cleave.architectures import PacketLoss
 from cleave.reports.csv_file import write_csv
 from cleave.reports.plotting import accuracy_axis, legend, matplotlib_defaults, new_figure, png, styles
 from cleave.reports.terminal import table
@@ -72,7 +73,7 @@ def measure(args: argparse.Namespace, name: str, rates: list[float]) -> list[dic
     batches = [(data.input.normalize(b["images"]), b["labels"]) for b in data.eval_dataloader("test")]
     rows: list[dict[str, Any]] = []
     for rate in rates:
-        restored.network.set_channel({"kind": "packet_loss", "rate": rate, "packet_bytes": args.packet_bytes})
+        restored.network.set_channel(PacketLoss(rate, packet_bytes=args.packet_bytes))
         found = []
         for seed in SEEDS:
             torch.manual_seed(seed)

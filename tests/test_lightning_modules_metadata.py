@@ -6,27 +6,30 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
+from cleave.architectures import staged_network
 from cleave.deployment import ImageInput
-from cleave.lightning_modules import Classification
+from cleave.lightning_modules import Classification, Training
 from cleave.lightning_modules.callbacks import CheckpointMetadata
 
 INPUT = ImageInput(height=2, width=2, color_mode="L", mean=(0.5,), std=(0.5,))
 
 
 def fit(folder, config, hyper_parameters=None):
-    task = Classification(
-        nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), ["a", "b"], functools.partial(torch.optim.SGD, lr=0.1)
-    )
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    network = staged_network(classifier, torch.randn(2, 1, 2, 2))
+    training = Training(optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    task = Classification(network, loss=nn.CrossEntropyLoss(), training=training)
     if hyper_parameters:
         task.save_hyperparameters(hyper_parameters)
     steps = []
-    task.register_forward_hook(lambda *_: steps.append(1))
-    data = DataLoader(TensorDataset(torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])), batch_size=2)
+    classifier.register_forward_hook(lambda *_: steps.append(1))
+    samples = [{"images": torch.randn(1, 2, 2), "labels": torch.tensor(i % 2)} for i in range(4)]
+    data = DataLoader(samples, batch_size=2)
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        num_sanity_val_steps=0, callbacks=[CheckpointMetadata(config, task.class_names, INPUT)],
+        num_sanity_val_steps=0, callbacks=[CheckpointMetadata(config, ["a", "b"], INPUT)],
     )  # fmt: skip
     try:
         trainer.fit(task, data, data)

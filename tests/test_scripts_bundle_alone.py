@@ -97,7 +97,13 @@ def test_a_bundle_runs_without_the_training_code_at_the_checkpoints_accuracy(tmp
 
 
 def test_an_entropy_coded_bundle_brings_its_tables(tmp_path, teacher_file):
-    entropic = ["method=entropic", "codec=entropy", "~codec.bits", "method.loss.weights={layer2: 1.0}", "method.beta=1.0"]
+    entropic = [
+        "method=entropic",
+        "codec=entropy",
+        "~codec.bits",
+        "method.loss.weights={layer2: 1.0}",
+        "method.beta=1.0",
+    ]
     bundle, metrics = made(tmp_path / "run", teacher_file, *entropic)
     ((accuracy, payload, lengths),) = run_alone(tmp_path, bundle, None)
     assert accuracy == pytest.approx(metrics["test/acc"], abs=1e-6)

@@ -78,9 +78,7 @@ def test_bits_outside_their_range(tmp_path, teacher_file, bits):
 
 
 def test_a_base_of_another_architecture(tmp_path, teacher_file):
-    cfg = compose(
-        "experiment=digits_hnd", f"base.ckpt_path={teacher_file}", "backbone.name=resnet32", folder=tmp_path
-    )
+    cfg = compose("experiment=digits_hnd", f"base.ckpt_path={teacher_file}", "backbone.name=resnet32", folder=tmp_path)
     with pytest.raises(ValueError, match=r"another architecture.*lacks .* weights of the backbone.*layer\d\.3"):
         assembled(cfg)
 

@@ -142,7 +142,10 @@ def test_what_cannot_be_evaluated_is_refused(in_float, tmp_path, overrides, told
 
 
 def test_an_unsplit_network_has_neither_codes_nor_a_link(teacher_file, tmp_path):
-    for overrides, told in ((["codec.bits=4"], "codec.bits=4 .*not split"), (LOSSY, "channel has no meaning: .*not split")):
+    for overrides, told in (
+        (["codec.bits=4"], "codec.bits=4 .*not split"),
+        (LOSSY, "channel has no meaning: .*not split"),
+    ):
         with pytest.raises(ValueError, match=told):
             measure(teacher_file, tmp_path, *overrides)
     assert "test/payload_bytes" not in measure(teacher_file, tmp_path)
@@ -205,7 +208,13 @@ def test_a_link_of_training_alone_changes_the_weights_and_no_evaluation(tmp_path
 
 
 def test_packets_of_an_entropy_coded_representation_are_counted_in_elements(tmp_path, teacher_file):
-    entropic = ["method=entropic", "codec=entropy", "method.loss.weights={layer2: 1.0}", "method.beta=1.0", "debug=limit"]
+    entropic = [
+        "method=entropic",
+        "codec=entropy",
+        "method.loss.weights={layer2: 1.0}",
+        "method.beta=1.0",
+        "debug=limit",
+    ]
     entropic += ["trainer.detect_anomaly=false", "trainer.max_epochs=1"]
     checkpoint, metrics = trained(tmp_path, teacher_file, *entropic)
     with pytest.raises(ValueError, match=r"channel\.packet_bytes=32 .*give packet_elements and packet_bytes=null"):

@@ -59,7 +59,7 @@ def policy_file(folder: Path, **settings: Any) -> Path:
 
 
 def sent_before(policy: ExitPolicy, places: Sequence[str], feature: int, codes: int) -> list[int]:
-    """Bytes sent of a sample that leaves at each exit: feature, codes, and what the policy knows of the exits before."""
+    """Bytes sent of a sample that leaves at each exit: feature, codes, and what a policy knows of exits before."""
     found = [0]
     for exit, content in enumerate((feature, codes)):
         apart = places[exit] != places[exit + 1]
@@ -165,7 +165,10 @@ def test_infer_says_where_each_image_left_and_what_that_took(ran: Ran, tmp_path:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["exits.placements=[device,server]"], "2 names, but there are 3 partitions, which end at layer1, layer2, final"),
+        (
+            ["exits.placements=[device,server]"],
+            "2 names, but there are 3 partitions, which end at layer1, layer2, final",
+        ),
         (["exits.placements=[device,server,server]"], "nothing is sent at the split layer2"),
         (["exits.policy_file={folder}/none.json"], "there is no exit policy at"),
         (["exits.policy_file={folder}/damaged.json"], r"damaged\.json cannot be read"),

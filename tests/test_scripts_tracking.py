@@ -50,7 +50,12 @@ def run_script(script: str, overrides: list[str], folder: Path, **env: str) -> s
     (folder / "code").mkdir(exist_ok=True, parents=True)
     (folder / "code/misbehaving.py").write_text(CALLBACKS)
     own = {f"WANDB_{kind}_DIR": str(folder / "wandb") for kind in ("CACHE", "CONFIG", "DATA")}
-    own |= {"PYTHONPATH": python_path(folder / "code"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    own |= {
+        "PYTHONPATH": python_path(folder / "code"),
+        "WANDB_MODE": "offline",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "100",
+    }
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     return subprocess.run(
         [sys.executable, str(ROOT / f"scripts/{script}.py"), *overrides, f"paths.log_dir={folder / 'logs'}"],
@@ -232,7 +237,9 @@ def test_a_recipe_is_one_run_in_which_its_steps_are_visible(tmp_path, teacher_fi
     (run,) = offline_runs(tmp_path / "logs")
     assert run.exit_codes == [0]
     # Two steps of two epochs of three batches: the loggers' steps go on, epochs start again, every row names its own.
-    rows = [(row["trainer/global_step"], row["recipe_step"], row["epoch"]) for row in run.history if "train/loss" in row]
+    rows = [
+        (row["trainer/global_step"], row["recipe_step"], row["epoch"]) for row in run.history if "train/loss" in row
+    ]
     assert rows == [(step, 1 + step // 6, step % 6 // 3) for step in range(12)]
     steps = [row["trainer/global_step"] for row in run.history if "trainer/global_step" in row]
     assert steps == sorted(steps)

@@ -118,7 +118,7 @@ def differences(one: Any, other: Any, at: str = "") -> list[str]:
 
 
 class KillAt(pl.Callback):
-    """Ends the process as the kernel's out-of-memory killer would, after a number of optimizer steps, those of a recipe counted on."""
+    """Ends the process as the kernel's out-of-memory killer would, after a number of optimizer steps of all fits."""
 
     def __init__(self, step: int) -> None:
         self.step = step

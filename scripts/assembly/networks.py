@@ -74,7 +74,8 @@ def builders_at(cfg: DictConfig, group: str) -> dict[str, Callable[..., Any]]:
     own = _without_at(cfg[group])
     at = cfg[group].get("at") or {}
     return {
-        str(layer): _naming_keys(OmegaConf.merge(own, settings), f"{group}.at.{layer}") for layer, settings in at.items()
+        str(layer): _naming_keys(OmegaConf.merge(own, settings), f"{group}.at.{layer}")
+        for layer, settings in at.items()
     }
 
 

@@ -33,9 +33,7 @@ class Restored(NamedTuple):
     other_bits: bool
 
 
-def restore(
-    path: str | Path, bits: int | None = None, trusted: bool = False, cuts: Sequence[str] = ()
-) -> Restored:
+def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cuts: Sequence[str] = ()) -> Restored:
     """Rebuild a network from a checkpoint of ``train.py``, with neither teacher nor pretrained files.
 
     Args:
