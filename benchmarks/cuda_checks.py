@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cleave.architectures import SplitNetwork, create_backbone, export_parts
+from cleave.architectures import create_backbone, split_network
+from cleave.architectures.partitions import network_partitions
 from cleave.datamodules import Digits
-from cleave.deployment import Pipeline, export_bundle, load_bundle
-from cleave.lightning_modules import HeadDistillation, Teacher
+from cleave.deployment import OutputSpec, Pipeline, export_bundle, load_bundle
+from cleave.lightning_modules import Frozen, HeadDistillation, Training
 from cleave.losses import HeadDistillationLoss
 from cleave.scripts.assembly.terminal import quiet
 
@@ -51,7 +52,7 @@ class Bench:
         self.backbone = create_backbone("cifar", "resnet20", num_classes=10, in_channels=1)
         self.image = (1, SIDE, SIDE)
         sample = torch.randn(2, *self.image)
-        self.network = SplitNetwork(
+        self.network = split_network(
             self.backbone.network, "layer2", sample, bottleneck={"stride": 2}, codec={"bits": 4}
         )
 
@@ -63,11 +64,9 @@ class Bench:
     def task(self, *, compiled: bool = False) -> HeadDistillation:
         return HeadDistillation(
             copy.deepcopy(self.network),
-            self.data().class_names,
-            OPTIMIZER,
-            teacher=Teacher(copy.deepcopy(self.backbone.network)),
-            objective=HeadDistillationLoss(),
-            compile=compiled,
+            loss=HeadDistillationLoss(),
+            others={"teacher": Frozen(copy.deepcopy(self.backbone.network))},
+            training=Training(optimizer=OPTIMIZER, compile=compiled),
         )
 
     def fit(self, task: HeadDistillation, **settings: Any) -> list[float]:
@@ -116,14 +115,15 @@ def expect(condition: bool, message: str) -> None:
 def check_bf16(bench: Bench) -> Iterator[str]:
     """Head distillation in bf16-mixed learns as in float32, with float32 weights and an untouched teacher."""
     task = bench.task()
-    before = {k: v.clone() for k, v in task.teacher.state_dict().items()}
+    teacher = task.others["teacher"].network
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
     half = bench.fit(task, precision="bf16-mixed")
     full = bench.fit(bench.task(), precision="32-true")
     expect(all(p.dtype == torch.float32 for p in task.parameters()), "weights are not float32")
     expect(half[-1] < half[0], f"the loss does not fall: {half[0]:.4g} to {half[-1]:.4g}")
     first = abs(half[0] / full[0] - 1)
     expect(first < 0.02, f"the first loss differs from float32's by {first:.1%}")
-    after = task.teacher.state_dict()
+    after = teacher.state_dict()
     expect(all(torch.equal(after[name].cpu(), value) for name, value in before.items()), "the teacher changed")
     yield f"loss {half[0]:.4g} → {half[-1]:.4g} (float32 {full[0]:.4g} → {full[-1]:.4g})"
 
@@ -146,14 +146,14 @@ def check_compile(bench: Bench) -> Iterator[str]:
     times, losses = {}, {}
     for name in ("eager", "compiled"):
         task = bench.task(compiled=name == "compiled").to(bench.device)
-        task.on_fit_start()
+        task.others["teacher"].to(bench.device)
         task.set_modes()
         optimizer = task.configure_optimizers()
 
         def step(task: HeadDistillation = task, optimizer: Any = optimizer) -> Tensor:
             optimizer.zero_grad()
             with torch.autocast(bench.device.type, precision):
-                loss = task.training_loss((images, images))["head"]
+                loss = task.training_loss({"images": images})["head"]
             loss.backward()
             optimizer.step()
             return loss.detach()
@@ -170,10 +170,12 @@ def check_compile(bench: Bench) -> Iterator[str]:
 def check_bundle(bench: Bench) -> Iterator[str]:
     """A bundle exported on the CPU passes its own test on the device; times of each part follow."""
     data, network = bench.data(), copy.deepcopy(bench.network).eval()
-    parts, codecs = export_parts(network, data.input)
+    found = network_partitions(network, data.input)
     images = data.sample_batch("test", BATCH)["images"]
+    outputs = [OutputSpec("logits", "logits", (len(data.class_names),), tuple(data.class_names))]
     with tempfile.TemporaryDirectory() as folder:
-        export_bundle(Path(folder) / "bundle", parts, codecs, data.input, data.class_names, images[:16])
+        sample = {"input": data.input, "outputs": outputs, "images": images[:16]}
+        export_bundle(Path(folder) / "bundle", found.parts, found.edges, **sample)
         reference = Pipeline(load_bundle(Path(folder) / "bundle")).run(images).logits
         bundle = load_bundle(Path(folder) / "bundle", bench.device)
         parity = bundle.self_test()

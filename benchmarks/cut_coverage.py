@@ -37,8 +37,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from cleave.architectures.cutting.stages import CutError, CutPoint, Stages, cut, cut_points, spread
-from cleave.architectures.macs import count_macs
+from cleave.architectures import CutError, CutPoint, Stages, count_macs, cut, cut_points, spread
 
 SECONDS = 30.0
 SHARES = (0.25, 0.5, 0.75)

@@ -23,24 +23,25 @@ from cleave.reports.rates.results import RESULTS
 from cleave.reports.terminal import table
 
 SGD = [
-    "method.optimizer._target_=torch.optim.SGD",
-    "+method.optimizer.momentum=0.9",
-    "method.optimizer.weight_decay=1e-4",
+    "training.optimizer._target_=torch.optim.SGD",
+    "+training.optimizer.momentum=0.9",
+    "training.optimizer.weight_decay=1e-4",
 ]
 # What was pretrained learns at a lower rate than the exits, which were not.
-END_TO_END = [*SGD, "method.optimizer.lr=0.05", "+method.lr_scales.stages=0.4", "trainer.max_epochs=EPOCHS"]
-FROZEN = ["method.optimizer.lr=3e-3", "feature_cache.use=true", "feature_cache.dtype=float16", "data.augment=none"]
+PRETRAINED = [f"+training.lr_scales.{layer}=0.4" for layer in ("conv1", "bn1", "layer1", "layer2", "layer3", "linear")]
+END_TO_END = [*SGD, "training.optimizer.lr=0.05", *PRETRAINED, "trainer.max_epochs=EPOCHS"]
+FROZEN = ["training.optimizer.lr=3e-3", "feature_cache.use=true", "feature_cache.dtype=float16", "data.augment=none"]
 METHODS: dict[str, list[str]] = {
     "exits_distilled": ["method=exits_distilled", *END_TO_END],
-    "shallow_deep": ["method=exits_joint", "method.objective.weights=shallow_deep", *END_TO_END],
-    "branchynet": ["method=exits_joint", "method.objective.weights=branchynet", *END_TO_END],
+    "shallow_deep": ["method=exits_joint", "method.loss.weights=shallow_deep", *END_TO_END],
+    "branchynet": ["method=exits_joint", "method.loss.weights=branchynet", *END_TO_END],
     "separate": ["method=exits_separate", "trainer.max_epochs=10", *FROZEN],
-    "distilled_heads": ["method=exits_distilled", "method.train=[heads]", "trainer.max_epochs=10", *FROZEN],
+    "distilled_heads": ["method=exits_distilled", "method.train=[exits]", "trainer.max_epochs=10", *FROZEN],
     "zero_time_waste": [
-        "method=zero_time_waste", "~stages.backbone", "+stages.exits.trainer.max_epochs=10",
-        "+stages.ensemble.trainer.max_epochs=3", *FROZEN,
+        "experiment=zero_time_waste", "~steps.backbone", "+steps.exits.trainer.max_epochs=10",
+        "+steps.ensemble.trainer.max_epochs=3", *FROZEN,
     ],
-    "linear": ["method=exits_joint", "method.objective.weights=linear", *END_TO_END],
+    "linear": ["method=exits_joint", "method.loss.weights=linear", *END_TO_END],
 }  # fmt: skip
 # The rows of the table: which network, judged by which policy.
 ROWS = {
@@ -66,15 +67,16 @@ def main() -> None:
         "data=image_folder", f"data.root={args.data.absolute()}", "data.val_from=test", "data.augment=crop_flip",
         "data.batch_size=128", "backbone=cifar", "backbone.name=resnet32", f"trainer={args.trainer}",
         f"trainer.precision={args.precision}", f"seed={args.seed}", "callbacks.progress=null",
-        "+trainer.enable_progress_bar=false", "method.channels_last=true",
+        "+trainer.enable_progress_bar=false", "training.channels_last=true",
     ]  # fmt: skip
-    faster = [f"method.compile={str(args.compile).lower()}"]
+    faster = [f"training.compile={str(args.compile).lower()}"]
     run(
         "train", folder / "backbone", args.threads, "method=classification", *common, *faster, *SGD,
-        "method.optimizer.lr=0.02", "trainer.max_epochs=3", f"backbone.weights={args.weights.absolute()}", done=RESULTS,
+        "training.optimizer.lr=0.02", "trainer.max_epochs=3", f"backbone.weights={args.weights.absolute()}",
+        done=RESULTS,
     )  # fmt: skip
     backbone = folder / "backbone/checkpoints/best.ckpt"
-    exits = [f"teacher.ckpt_path={backbone}", "exits.count=5", f"feature_cache.directory={folder / 'feature_cache'}"]
+    exits = [f"base.ckpt_path={backbone}", "exits.count=5", f"feature_cache.directory={folder / 'feature_cache'}"]
     for name in args.only or METHODS:
         method, *overrides = (given.replace("EPOCHS", str(args.epochs)) for given in METHODS[name])
         compiled = faster if END_TO_END[-1] in METHODS[name] else []

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 
-from cleave.architectures import MultiExitNetwork, SplitNetwork, create_backbone
+from cleave.architectures import create_backbone, multi_exit_network, split_network
+from cleave.architectures.modes import evaluating
 from cleave.datamodules import Digits, ImageDataModule, ImageFolder
-from cleave.lightning_modules import ExitsSeparate, HeadDistillation, Reconstruction, Teacher
-from cleave.lightning_modules.taught import TaughtTask
+from cleave.lightning_modules import ExitsSeparate, Frozen, HeadDistillation, Reconstruction, Task, Training
 from cleave.losses import HeadDistillationLoss, JointExitLoss, ReconstructionLoss
 from cleave.scripts.assembly.terminal import quiet
 
@@ -54,23 +54,24 @@ CASES = {
 }
 
 
-def make_task(method: str, data: ImageDataModule, **settings: Any) -> TaughtTask:
+def make_task(method: str, data: ImageDataModule, **settings: Any) -> Task:
     torch.manual_seed(0)
     backbone = create_backbone(CASES[method].library, CASES[method].backbone, num_classes=10).network
     sample = torch.randn(2, *data.input.shape)
-    given = (data.class_names, OPTIMIZER)
+    training = Training(optimizer=OPTIMIZER)
     if method == "reconstruction":
         narrow = {"channels": 16, "width": 32}
-        network = SplitNetwork(backbone, "layer3", sample, form="insert", bottleneck=narrow, codec=CODEC)
-        return Reconstruction(network, *given, objective=ReconstructionLoss(), **settings)
+        network = split_network(backbone, "layer3", sample, form="insert", bottleneck=narrow, codec=CODEC)
+        return Reconstruction(network, loss=ReconstructionLoss(), training=training, **settings)
     if method == "exits_separate":
-        exits = MultiExitNetwork(backbone, sample, count=5)
+        exits = multi_exit_network(backbone, sample, count=5)
         # In this memory layout convolutions are fastest, with the cache and without.
-        return ExitsSeparate(exits, *given, objective=JointExitLoss(), channels_last=True, **settings)
+        training = Training(optimizer=OPTIMIZER, channels_last=True)
+        return ExitsSeparate(exits, loss=JointExitLoss(), training=training, **settings)
     narrow = {"channels": 8, "stride": 4, "width": 32}
-    network = SplitNetwork(backbone, "layer1", sample, bottleneck=narrow, codec=CODEC)
-    teacher = Teacher(copy.deepcopy(backbone))
-    return HeadDistillation(network, *given, teacher=teacher, objective=HeadDistillationLoss(), **settings)
+    network = split_network(backbone, "layer1", sample, bottleneck=narrow, codec=CODEC)
+    teacher = {"teacher": Frozen(copy.deepcopy(backbone))}
+    return HeadDistillation(network, loss=HeadDistillationLoss(), others=teacher, training=training, **settings)
 
 
 def make_data(method: str, folder: Path | None = None) -> ImageDataModule:
@@ -99,10 +100,20 @@ class Side:
         self.task = make_task(method, data)
         self.task.set_modes()
         if cache is not None:
-            images = self.task.caches_images()
-            data.cache_features(self.task.frozen_features, self.task.frozen_digest(), images=images, **cache)
-        self.optimizer = self.task.optimizer_factory(self.task.parameter_groups())
+            self.store(data, cache)
+        self.optimizer = self.task.settings.optimizer(self.task.parameter_groups())
         self.batches = batches(data)
+
+    def store(self, data: ImageDataModule, cache: dict[str, Any]) -> None:
+        """Fill the cache as the task does at the start of a fit."""
+        stored, networks = self.task.stored(), {owner: self.task.network_of(owner) for owner in self.task.asked}
+        with evaluating(self.task.network):
+            data.cache_features(
+                lambda batch: stored.compute(networks, batch["images"]),
+                self.task.frozen_digest(),
+                images=stored.inputs,
+                **cache,
+            )
 
     def step(self) -> tuple[float, float]:
         """Run one step; return its seconds, fetching included, and its loss."""

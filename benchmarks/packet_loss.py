@@ -2,7 +2,7 @@
 
 Trains head distillation twice, over a perfect link and over one that loses a random share of its packets up to
 ``--worst``, and evaluates both at rates from 0 to ``--worst``, three draws each. By default on the embedded digits,
-with a teacher trained on the way; further overrides of train.py go behind, and ``teacher.ckpt_path=FILE`` saves it:
+with a teacher trained on the way; further overrides of train.py go behind, and ``base.ckpt_path=FILE`` saves it:
 
     python benchmarks/packet_loss.py [--output DIR] [--worst 0.5] [OVERRIDE …]
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cleave.architectures import PacketLoss
 from cleave.reports.csv_file import write_csv
 from cleave.reports.plotting import accuracy_axis, legend, matplotlib_defaults, new_figure, png, styles
 from cleave.reports.terminal import table
@@ -38,9 +39,9 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     overrides = [*(args.overrides or DIGITS), *PLAIN]
-    if not any(item.startswith("teacher.ckpt_path") for item in overrides):
+    if not any(item.startswith("base.ckpt_path") for item in overrides):
         train(compose_config("train", ["experiment=digits_teacher", *PLAIN], args.output / "teacher"))
-        overrides.append(f"teacher.ckpt_path={args.output}/teacher/checkpoints/best.ckpt")
+        overrides.append(f"base.ckpt_path={args.output}/teacher/checkpoints/best.ckpt")
     lossy = [
         "channel=packet_loss", f"channel.rate=[0.0,{args.worst}]", f"channel.packet_bytes={args.packet_bytes}",
         "channel.when=train",
@@ -72,7 +73,7 @@ def measure(args: argparse.Namespace, name: str, rates: list[float]) -> list[dic
     batches = [(data.input.normalize(b["images"]), b["labels"]) for b in data.eval_dataloader("test")]
     rows: list[dict[str, Any]] = []
     for rate in rates:
-        restored.network.set_channel({"kind": "packet_loss", "rate": rate, "packet_bytes": args.packet_bytes})
+        restored.network.set_channel(PacketLoss(rate, packet_bytes=args.packet_bytes))
         found = []
         for seed in SEEDS:
             torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """Every objective of split training on one data set, with one encoder budget, beside image codecs at equal bytes.
 
 A ResNet-20 is fine-tuned on the images, then split at layer2 with at most 70,000 parameters on the device, and trained
-by each method for the same number of epochs: 6, or 4 + 4 for recipes of two stages. Validation and test are the two
+by each method for the same number of epochs: 6, or 4 + 4 for recipes of two steps. Validation and test are the two
 halves of ``test/``, since the pretrained weights have seen all of ``train/``. A run that is there is not repeated, one
 that was interrupted is resumed.
 
@@ -28,10 +28,11 @@ from cleave.scripts.compare import write_report
 run = functools.partial(run_until, done=RESULTS)
 BUDGET = 70_000
 EPOCHS = ["trainer.max_epochs=6"]
-STAGES = ["+stages.head.trainer.max_epochs=4", "+stages.finetune.trainer.max_epochs=4"]
+STEPS = ["+steps.head.trainer.max_epochs=4", "+steps.finetune.trainer.max_epochs=4"]
 # What was pretrained learns at a tenth of the rate of what was not.
-END_TO_END = ["+method.lr_scales.tail=0.1"]
-FINE_TUNE = ["+stages.finetune.method.optimizer.lr=1e-3", "+stages.finetune.method.lr_scales.tail=0.3"]
+END_TO_END = [f"+training.lr_scales.{layer}=0.1" for layer in ("layer3", "linear")]
+FINE_TUNE = [f"+steps.finetune.training.lr_scales.{layer}=0.3" for layer in ("layer3", "linear")]
+FINE_TUNE += ["+steps.finetune.training.optimizer.lr=1e-3"]
 LAYERS = "{layer2: 1.0, layer3: 1.0}"
 INSERTED = ["split.form=insert", "bottleneck.stride=2", "bottleneck.width=12", "bottleneck.depth=0"]
 METHODS: dict[str, list[str]] = {
@@ -40,14 +41,14 @@ METHODS: dict[str, list[str]] = {
     "reconstruction": ["method=reconstruction", *EPOCHS, *INSERTED],
     "head_distillation": ["method=head_distillation", *EPOCHS],
     "generalized_head_distillation": [
-        "method=generalized_head_distillation", f"method.objective.weights={LAYERS}", *EPOCHS,
+        "method=generalized_head_distillation", f"method.loss.weights={LAYERS}", *EPOCHS,
     ],
-    "bottlefit": ["experiment=bottlefit", f"compare={LAYERS}", *STAGES, *FINE_TUNE],
-    "information_bottleneck": ["method=information_bottleneck", *EPOCHS, *END_TO_END],
-    "entropic_student": ["experiment=entropic_student", f"compare={LAYERS}", "beta=200", *STAGES, *FINE_TUNE],
+    "bottlefit": ["experiment=bottlefit", f"compare={LAYERS}", *STEPS, *FINE_TUNE],
+    "information_bottleneck": ["experiment=vib", *EPOCHS, *END_TO_END],
+    "entropic_student": ["experiment=entropic_student", f"compare={LAYERS}", "beta=200", *STEPS, *FINE_TUNE],
     "reconstruction_128": ["method=reconstruction", *EPOCHS, *INSERTED, "codec.bits=2"],
-    "bottlefit_128": ["experiment=bottlefit", f"compare={LAYERS}", *STAGES, *FINE_TUNE, "codec.bits=2"],
-    "entropic_student_128": ["experiment=entropic_student", f"compare={LAYERS}", "beta=800", *STAGES, *FINE_TUNE],
+    "bottlefit_128": ["experiment=bottlefit", f"compare={LAYERS}", *STEPS, *FINE_TUNE, "codec.bits=2"],
+    "entropic_student_128": ["experiment=entropic_student", f"compare={LAYERS}", "beta=800", *STEPS, *FINE_TUNE],
 }  # fmt: skip
 ENTROPIC = ("entropic_student", "entropic_student_128")
 
@@ -62,15 +63,19 @@ def main() -> None:
         f"trainer.precision={args.precision}", f"seed={args.seed}", "callbacks.progress=null",
         "+trainer.enable_progress_bar=false",
     ]  # fmt: skip
-    sgd = ["method.optimizer._target_=torch.optim.SGD", "method.optimizer.lr=0.02", "+method.optimizer.momentum=0.9"]
+    sgd = [
+        "training.optimizer._target_=torch.optim.SGD",
+        "training.optimizer.lr=0.02",
+        "+training.optimizer.momentum=0.9",
+    ]
     run(
-        "train", folder / "teacher", args.threads, *common, *sgd, "method.optimizer.weight_decay=1e-4",
+        "train", folder / "teacher", args.threads, *common, *sgd, "training.optimizer.weight_decay=1e-4",
         "trainer.max_epochs=3", f"backbone.weights={args.weights.absolute()}",
     )  # fmt: skip
     run("image_codecs", folder / "codecs", args.threads, f"ckpt_path={teacher}")
     split = [
-        f"teacher.ckpt_path={teacher}", "split.at=layer2", "bottleneck.stride=4", "bottleneck.width=56",
-        "bottleneck.decoder_width=96", "method.optimizer.lr=3e-3", "method.channels_last=true",
+        f"base.ckpt_path={teacher}", "split.at=layer2", "bottleneck.stride=4", "bottleneck.width=56",
+        "bottleneck.decoder_width=96", "training.optimizer.lr=3e-3", "training.channels_last=true",
     ]  # fmt: skip
     for name in args.only or METHODS:
         codes = [] if name in ENTROPIC else ["codec.bits=4", "codec.range=learned"]

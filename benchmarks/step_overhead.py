@@ -23,9 +23,9 @@ import torch
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 
-from cleave.architectures import SplitNetwork, create_backbone, cut
+from cleave.architectures import StagedNetwork, create_backbone, cut, split_network
 from cleave.datamodules import Digits
-from cleave.lightning_modules import HeadDistillation, Teacher
+from cleave.lightning_modules import Frozen, HeadDistillation, Training
 from cleave.lightning_modules.callbacks import ProgressBar
 from cleave.losses import HeadDistillationLoss
 
@@ -40,11 +40,11 @@ def make_data() -> Digits:
     return data
 
 
-def make_network(shape: tuple[int, ...]) -> tuple[torch.nn.Module, SplitNetwork]:
+def make_network(shape: tuple[int, ...]) -> tuple[torch.nn.Module, StagedNetwork]:
     torch.manual_seed(0)
     backbone = create_backbone("cifar", "resnet20", num_classes=10).network
     sample = torch.randn(2, *shape)
-    return backbone, SplitNetwork(backbone, "layer2", sample, bottleneck={"stride": 4}, codec={"bits": 4})
+    return backbone, split_network(backbone, "layer2", sample, bottleneck={"stride": 4}, codec={"bits": 4})
 
 
 class BareLoop:
@@ -57,8 +57,10 @@ class BareLoop:
         sample = torch.randn(2, *self.data.input.shape)
         self.teacher = cut(backbone.requires_grad_(False).eval(), at=["layer2"], sample=sample).to(device)
         self.network = network.train().to(device)
-        self.network.tail.requires_grad_(False).eval()
-        task = HeadDistillation(self.network, self.data.class_names, OPTIMIZER, objective=HeadDistillationLoss())
+        for module in self.network.parts()["tail"]:
+            module.requires_grad_(False).eval()
+        training = Training(optimizer=OPTIMIZER)
+        task = HeadDistillation(self.network, loss=HeadDistillationLoss(), training=training)
         self.optimizer = OPTIMIZER(task.parameter_groups())
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
         self.device = device
@@ -66,7 +68,7 @@ class BareLoop:
     def step(self) -> None:
         images = self.data.input.normalize(next(self.batches)["images"].to(self.device))
         self.optimizer.zero_grad()
-        student = self.network.features(images, at=["layer2"])["layer2"]
+        student = self.network.outputs(images, ["layer2"])["layer2"]
         with torch.no_grad():
             teacher = self.teacher.features(images, at=["layer2"])["layer2"]
         loss = (student - teacher).square().sum() / len(images)
@@ -112,9 +114,11 @@ def main() -> None:
     data = make_data()
     backbone, network = make_network(data.input.shape)
     task = HeadDistillation(
-        network, data.class_names, OPTIMIZER, SCHEDULER, scheduler_interval="step",
-        teacher=Teacher(backbone), objective=HeadDistillationLoss(),
-    )  # fmt: skip
+        network,
+        loss=HeadDistillationLoss(),
+        others={"teacher": Frozen(backbone)},
+        training=Training(optimizer=OPTIMIZER, scheduler=SCHEDULER, scheduler_interval="step"),
+    )
     timing = Interleave(arguments.steps + arguments.warmup)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(

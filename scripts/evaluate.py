@@ -15,7 +15,7 @@ from cleave.reports.rates.results import RESULTS, write_results
 from cleave.reports.terminal import cost_rows, next_command, results_table, table
 from cleave.scripts.assembly.building import build_task, instantiate_each
 from cleave.scripts.assembly.bundling import recalibrate
-from cleave.scripts.assembly.networks import build_channel
+from cleave.scripts.assembly.networks import build_channel, keyed
 from cleave.scripts.assembly.outcome import run_of
 from cleave.scripts.assembly.restoring import Restored, restore, restore_data
 from cleave.scripts.assembly.terminal import CONF, friendly, start
@@ -63,7 +63,8 @@ def set_channel(restored: Restored, channel: DictConfig | None) -> str | None:
     if not restored.network.bottlenecks:
         raise ValueError("channel has no meaning: the checkpoint's network is not split")
     link = build_channel(channel)
-    restored.network.set_channel(link)
+    with keyed("channel", channel):
+        restored.network.set_channel(link)
     if link is None or not link.at_evaluation:
         return "perfect link"
     return link.in_words()

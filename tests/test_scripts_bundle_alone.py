@@ -52,7 +52,7 @@ def made(folder: Path, teacher_file: Path, *overrides: str) -> tuple[Path, dict[
     """The bundle of a student, and what was measured of its checkpoint."""
     quiet()
     quick = ["trainer=cpu", "trainer.max_epochs=3", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
-    given = ["experiment=digits_hnd", f"teacher.ckpt_path={teacher_file}", *quick, *overrides]
+    given = ["experiment=digits_hnd", f"base.ckpt_path={teacher_file}", *quick, *overrides]
     metrics = train(compose_config("train", given, folder))
     given = [f"ckpt_path={folder}/checkpoints/best.ckpt", f"bundle={folder}/bundle", "trainer=cpu"]
     return export(compose_config("export", [*given, quick[-1]], folder / "export")), metrics
@@ -70,7 +70,8 @@ def run_alone(tmp_path: Path, bundle: Path, *widths: int | None) -> list[list[fl
     images.mkdir()
     data = Digits()
     data.setup("test")
-    for i, (pixels, label) in enumerate(zip(*data.sample_batch("test", 10**6).values(), strict=True)):
+    batch = data.sample_batch("test", 10**6)
+    for i, (pixels, label) in enumerate(zip(batch["images"], batch["labels"], strict=True)):
         Image.fromarray(pixels[0].numpy()).save(images / f"{i:04}_{data.class_names[label]}.png")
     names = {
         "alone": str(alone),
@@ -96,13 +97,20 @@ def test_a_bundle_runs_without_the_training_code_at_the_checkpoints_accuracy(tmp
 
 
 def test_an_entropy_coded_bundle_brings_its_tables(tmp_path, teacher_file):
-    entropic = ["method=entropic", "~codec.bits", "method.objective.weights={layer2: 1.0}", "method.beta=1.0"]
+    entropic = [
+        "method=entropic",
+        "codec=entropy",
+        "~codec.bits",
+        "method.loss.weights={layer2: 1.0}",
+        "method.beta=1.0",
+    ]
     bundle, metrics = made(tmp_path / "run", teacher_file, *entropic)
     ((accuracy, payload, lengths),) = run_alone(tmp_path, bundle, None)
     assert accuracy == pytest.approx(metrics["test/acc"], abs=1e-6)
     assert payload == pytest.approx(metrics["test/payload_bytes"], rel=1e-5)
     assert lengths > 1
-    (codec,) = json.loads((bundle / "manifest.json").read_text())["codecs"]
+    (edge,) = json.loads((bundle / "manifest.json").read_text())["route"]
+    codec = edge["transfers"][0]["codec"]
     assert [sum(table) for table in codec["frequencies"]] == [2**16] * 4
 
 

@@ -31,7 +31,7 @@ SUBPROCESSES = [
 
 def test_two_spawned_processes_distil_test_export_and_measure_what_one_does(tmp_path, teacher_file):
     folder = tmp_path / "run"
-    given = ["experiment=digits_hnd", f"teacher.ckpt_path={teacher_file}"]
+    given = ["experiment=digits_hnd", f"base.ckpt_path={teacher_file}"]
     told = run_script("train", *given, *SPAWNED, *TEACHERS, folder=folder, timeout=280, fresh=True)
     assert told.count("\nResults\n") == told.count("Checkpoint: ") == told.count("Bundle: ") == 1
     assert "Warning" not in told
@@ -61,7 +61,7 @@ def test_two_spawned_processes_distil_test_export_and_measure_what_one_does(tmp_
 def test_two_subprocesses_of_half_the_batch_take_the_steps_of_one_process(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     run = [*SILENT, *small("PlainNet"), "logger=csv", "trainer.max_epochs=1", "data.augment=crop", "test=false"]
-    run += ["method.optimizer._target_=torch.optim.SGD", "method.optimizer.lr=0.1"]
+    run += ["training.optimizer._target_=torch.optim.SGD", "training.optimizer.lr=0.1"]
     quiet()
     train(compose_config("train", ["trainer=cpu", *run, "data.batch_size=32"], tmp_path / "one"))
     told = run_script("train", *SUBPROCESSES, *run, "data.batch_size=16", folder=tmp_path / "two", fresh=True)

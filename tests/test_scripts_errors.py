@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from cleave.scripts.assembly.building import assemble, compose_config
+from cleave.scripts.assembly.recipe import all_steps
 from cleave.scripts.assembly.restoring import read_checkpoint, restore
 from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.train import train
 
 from .training_helpers import script
 
@@ -27,6 +29,11 @@ def compose(*overrides: str, folder: Path):
     return compose_config("train", ["trainer=cpu", *overrides], folder)
 
 
+def assembled(cfg):
+    steps = all_steps(cfg)
+    return assemble(steps[0].config, [step.config.method for step in steps])
+
+
 def test_a_misspelt_config_key_fails_at_composition(tmp_path):
     told = refused(script("train", "trainer.max_epoch=3", cwd=tmp_path))
     assert "max_epoch" in told
@@ -39,8 +46,8 @@ def test_a_misspelt_choice_lists_the_choices(tmp_path):
 
 
 def test_a_missing_value_is_named(tmp_path):
-    told = refused(script("train", "experiment=digits_hnd", cwd=tmp_path))
-    assert "teacher.ckpt_path has no value; add teacher.ckpt_path=…" in told
+    told = refused(script("train", "experiment=bottlefit", cwd=tmp_path))
+    assert "compare has no value; add compare=…" in told
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path):
@@ -57,37 +64,46 @@ def test_a_multirun_with_subprocess_ddp(tmp_path):
 
 
 def test_an_unknown_layer_lists_near_matches(tmp_path, teacher_file):
-    cfg = compose("experiment=digits_hnd", f"teacher.ckpt_path={teacher_file}", "split.at=layr2", folder=tmp_path)
+    cfg = compose("experiment=digits_hnd", f"base.ckpt_path={teacher_file}", "split.at=layr2", folder=tmp_path)
     with pytest.raises(Exception, match="layer2") as error:
-        assemble(cfg)
+        assembled(cfg)
     assert isinstance(error.value, ValueError) or isinstance(error.value.__cause__, ValueError)
 
 
 @pytest.mark.parametrize("bits", [1, 17, 31, 64])
 def test_bits_outside_their_range(tmp_path, teacher_file, bits):
-    cfg = compose("experiment=digits_hnd", f"teacher.ckpt_path={teacher_file}", f"codec.bits={bits}", folder=tmp_path)
+    cfg = compose("experiment=digits_hnd", f"base.ckpt_path={teacher_file}", f"codec.bits={bits}", folder=tmp_path)
     with pytest.raises(ValueError, match=r"bits must be 2 to 16, or 32"):
-        assemble(cfg)
+        assembled(cfg)
 
 
-def test_a_teacher_of_another_architecture(tmp_path, teacher_file):
-    cfg = compose(
-        "experiment=digits_hnd", f"teacher.ckpt_path={teacher_file}", "backbone.name=resnet32", folder=tmp_path
-    )
-    with pytest.raises(ValueError, match=r"another architecture.*missing: .*layer1\.3"):
-        assemble(cfg)
+def test_a_base_of_another_architecture(tmp_path, teacher_file):
+    cfg = compose("experiment=digits_hnd", f"base.ckpt_path={teacher_file}", "backbone.name=resnet32", folder=tmp_path)
+    with pytest.raises(ValueError, match=r"another architecture.*lacks .* weights of the backbone.*layer\d\.3"):
+        assembled(cfg)
 
 
-def test_a_teacher_of_another_input(tmp_path, teacher_file):
-    cfg = compose("experiment=digits_hnd", f"teacher.ckpt_path={teacher_file}", "data.image_size=16", folder=tmp_path)
-    with pytest.raises(ValueError, match="data overrides"):
-        assemble(cfg)
+@pytest.mark.parametrize("key", ["base", "teacher"])
+def test_a_base_or_a_teacher_of_another_input(tmp_path, teacher_file, key):
+    cfg = compose("experiment=digits_hnd", f"{key}.ckpt_path={teacher_file}", "data.image_size=16", folder=tmp_path)
+    with pytest.raises(ValueError, match=f"the {key}.* was trained on the input"):
+        assembled(cfg)
 
 
-def test_no_teacher_and_no_pretrained_weights(tmp_path):
-    cfg = compose("experiment=digits_hnd", "teacher.ckpt_path=null", folder=tmp_path)
-    with pytest.raises(ValueError, match=r"backbone\.weights=FILE"):
-        assemble(cfg)
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["experiment=digits_hnd"], r"HeadDistillation needs a teacher.*base\.ckpt_path=FILE.*backbone\.weights=FILE"),
+        (["experiment=digits_hnd", "teacher.ckpt_path=FILE"], r"stay frozen with random weights.*base\.ckpt_path=FILE"),
+        (["experiment=digits_teacher", "teacher.ckpt_path=FILE"], r"teacher\.ckpt_path=.* would be ignored"),
+        (["experiment=digits_hnd", "base.ckpt_path=FILE", "split.at=null"], r"HeadDistillation trains .*set split\.at"),
+    ],
+)
+def test_what_a_method_lacks_is_told_before_training(tmp_path, teacher_file, overrides, told):
+    given = [override.replace("FILE", str(teacher_file)) for override in overrides]
+    with pytest.raises(ValueError, match=told):
+        train(compose(*given, "logger=none", folder=tmp_path))
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.999])
@@ -111,6 +127,15 @@ def test_a_checkpoint_of_someone_else(tmp_path):
         read_checkpoint(tmp_path / "other.ckpt")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.ckpt"):
         read_checkpoint(tmp_path / "nowhere.ckpt")
+
+
+def test_a_checkpoint_of_an_older_schema(tmp_path, teacher_file):
+    checkpoint = torch.load(teacher_file, weights_only=True)
+    checkpoint["cleave"]["schema"] = 1
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    for take in (read_checkpoint, restore):
+        with pytest.raises(ValueError, match=r"old\.ckpt was written by .* schema 1.*train it again"):
+            take(tmp_path / "old.ckpt")
 
 
 def test_a_checkpoint_that_does_not_fit_its_config(tmp_path, teacher_file):

@@ -18,14 +18,14 @@ from cleave.scripts.train import train
 QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]
 SPLIT = ["method=cross_entropy", "backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8"]
 SPLIT += ["split.at=layer2", "bottleneck.channels=4", "bottleneck.width=8", "trainer.max_epochs=4"]
-SPLIT += ["method.optimizer.lr=1e-2", "logger=none", "callbacks.progress=null", *QUIET]
+SPLIT += ["training.optimizer.lr=1e-2", "logger=none", "callbacks.progress=null", *QUIET]
 LOSSY = ["channel=packet_loss", "channel.packet_bytes=4"]
 Trained = tuple[Path, dict[str, float]]
 
 
 def trained(folder: Path, teacher_file: Path, *overrides: str) -> Trained:
     quiet()
-    given = [*SPLIT, f"teacher.ckpt_path={teacher_file}", *overrides]
+    given = [*SPLIT, f"base.ckpt_path={teacher_file}", *overrides]
     metrics = train(compose_config("train", given, folder))
     return folder / "checkpoints/best.ckpt", metrics
 
@@ -62,9 +62,8 @@ def accuracy(bundle: Path) -> float:
     data = Digits()
     data.setup("test")
     batch = data.sample_batch("test", 10**6)
-    return float(
-        (Pipeline(load_bundle(bundle)).run(batch["images"]).logits.argmax(1) == batch["labels"]).float().mean()
-    )
+    result = Pipeline(load_bundle(bundle)).run(batch["images"])
+    return float((result.logits.argmax(1) == batch["labels"]).float().mean())
 
 
 # --- codes for a network that learned in float -------------------------------------------------------------------
@@ -110,7 +109,7 @@ def test_a_calibrated_network_is_exported_as_it_was_evaluated(in_float, tmp_path
     manifest = load_bundle(write(checkpoint, tmp_path, *settings)).manifest
     assert manifest.metrics == pytest.approx(found, abs=1e-6)
     assert accuracy(tmp_path / "bundle") == pytest.approx(found["test/acc"], abs=1e-6)
-    assert manifest.codecs[0].bits == 4
+    assert manifest.route.codecs["layer2"].bits == 4
     assert manifest.config["codec"]["bits"] == 4
     assert manifest.config["recalibrate"] == {"batches": 8, "range": "percentile"}
 
@@ -131,7 +130,7 @@ def test_a_network_of_codes_is_recalibrated_at_another_width(over_a_lossy_link, 
         (["recalibrate.range=minimax"], r"recalibrate\.range must be one of .*'minimax'\. Did you mean 'minmax'"),
         (["codec.bits=1"], r"bits must be 2 to 16, or 32 for float, got 1"),
         (["codec.bits=17"], r"bits must be 2 to 16, or 32 for float, got 17"),
-        (["channel=bit_errors"], r"bit_errors.*codec\.bits=32"),
+        (["channel=bit_errors"], r"bit errors flip .* 32 bits send float32.*choose bits"),
         ([*LOSSY, "channel.rate=1.5"], r"channel\.rate"),
         (["split=train"], "val or test"),
     ],
@@ -143,7 +142,10 @@ def test_what_cannot_be_evaluated_is_refused(in_float, tmp_path, overrides, told
 
 
 def test_an_unsplit_network_has_neither_codes_nor_a_link(teacher_file, tmp_path):
-    for overrides, told in ((["codec.bits=4"], "codec.bits=4 .*not split"), (LOSSY, "channel=packet_loss .*not split")):
+    for overrides, told in (
+        (["codec.bits=4"], "codec.bits=4 .*not split"),
+        (LOSSY, "channel has no meaning: .*not split"),
+    ):
         with pytest.raises(ValueError, match=told):
             measure(teacher_file, tmp_path, *overrides)
     assert "test/payload_bytes" not in measure(teacher_file, tmp_path)
@@ -163,7 +165,7 @@ def test_packets_are_lost_as_asked_for_and_alike_under_one_seed(in_float, tmp_pa
     assert measure(checkpoint, tmp_path, *lossy, "seed=1")["test/loss"] != lost["test/loss"]
     (point,) = collect([tmp_path / "lost"])
     assert (point.method, point.accuracy) == ("Cross entropy, packet loss 0.5", lost["test/acc"])
-    for overrides in (["channel=none"], [*LOSSY, "channel.rate=0.0"], [*lossy, "channel.when=train"]):
+    for overrides in (["channel=perfect"], [*LOSSY, "channel.rate=0.0"], [*lossy, "channel.when=train"]):
         assert measure(checkpoint, tmp_path, *overrides) == pytest.approx(metrics_of_the_test(metrics), abs=1e-6)
 
 
@@ -183,7 +185,7 @@ def test_a_link_may_need_the_codes_that_calibration_gives(in_float, tmp_path):
 def test_a_bundle_is_measured_over_a_perfect_link(over_a_lossy_link, tmp_path):
     checkpoint, metrics = over_a_lossy_link
     assert measure(checkpoint, tmp_path) == pytest.approx(metrics_of_the_test(metrics), abs=1e-6)
-    perfect = measure(checkpoint, tmp_path, "channel=none")
+    perfect = measure(checkpoint, tmp_path, "channel=perfect")
     assert [point.method for point in collect([tmp_path])] == ["Cross entropy, perfect link"]
     assert perfect["test/acc"] > metrics["test/acc"]
     assert load_bundle(write(checkpoint, tmp_path)).manifest.metrics == pytest.approx(perfect, abs=1e-6)
@@ -196,19 +198,26 @@ def test_a_link_of_training_alone_changes_the_weights_and_no_evaluation(tmp_path
     short = ["debug=limit", "trainer.detect_anomaly=false", "trainer.max_epochs=1"]
     lossy = trained(tmp_path / "lossy", teacher_file, *short, *LOSSY, "channel.rate=0.5", "channel.when=train")
     whole = trained(tmp_path / "whole", teacher_file, *short)
-    weights = [restore(checkpoint).network.decoder.state_dict() for checkpoint, _ in (lossy, whole)]
+    networks = [restore(checkpoint).network for checkpoint, _ in (lossy, whole)]
+    weights = [network.bottlenecks["layer2"].decoder.state_dict() for network in networks]
     assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     limited = "+trainer.limit_test_batches=2"
-    for overrides in ([], ["channel=none"]):
+    for overrides in ([], ["channel=perfect"]):
         found = measure(lossy[0], tmp_path, limited, *overrides)
         assert found == pytest.approx(metrics_of_the_test(lossy[1]), abs=1e-6)
 
 
 def test_packets_of_an_entropy_coded_representation_are_counted_in_elements(tmp_path, teacher_file):
-    entropic = ["method=entropic", "method.objective.weights={layer2: 1.0}", "method.beta=1.0", "debug=limit"]
+    entropic = [
+        "method=entropic",
+        "codec=entropy",
+        "method.loss.weights={layer2: 1.0}",
+        "method.beta=1.0",
+        "debug=limit",
+    ]
     entropic += ["trainer.detect_anomaly=false", "trainer.max_epochs=1"]
     checkpoint, metrics = trained(tmp_path, teacher_file, *entropic)
-    with pytest.raises(ValueError, match=r"give channel\.packet_elements and channel\.packet_bytes=null"):
+    with pytest.raises(ValueError, match=r"channel\.packet_bytes=32 .*give packet_elements and packet_bytes=null"):
         measure(checkpoint, tmp_path, "channel=packet_loss")
     elements = ["channel=packet_loss", "channel.packet_bytes=null", "channel.packet_elements=4", "channel.rate=0.5"]
     found = measure(checkpoint, tmp_path, *elements, "+trainer.limit_test_batches=2")

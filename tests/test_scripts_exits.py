@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from cleave.architectures import MultiExitNetwork
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore
 from cleave.scripts.assembly.terminal import quiet
@@ -31,10 +30,10 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["method=exits_joint", "exits.count=2", "method.gradient_equilibrium=true", "method.compile=false"],
-        ["method=exits_separate", EXITS, "teacher.ckpt_path=TEACHER", "method.train=[exit2]"],
-        ["method=exits_distilled", EXITS, "teacher.ckpt_path=TEACHER", "method.objective.source=teacher"],
-        ["method=exits_distilled", EXITS, "distil_from.ckpt_path=TEACHER", "method.objective.source=teacher"],
+        ["method=exits_joint", "exits.count=2", "exits.gradient_equilibrium=true", "training.compile=false"],
+        ["method=exits_separate", EXITS, "base.ckpt_path=TEACHER", "method.train=[exits/layer2]"],
+        ["method=exits_distilled", EXITS, "base.ckpt_path=TEACHER", "method.loss.source=teacher"],
+        ["method=exits_distilled", EXITS, "teacher.ckpt_path=TEACHER", "method.loss.source=teacher"],
     ],
 )
 def test_each_method_trains_tests_and_is_rebuilt_from_its_checkpoint(
@@ -45,27 +44,29 @@ def test_each_method_trains_tests_and_is_rebuilt_from_its_checkpoint(
     assert {"val/acc", "val/acc_exits", "test/acc_exit/final", "test/policy/acc", "test/policy/macs"} <= set(metrics)
     checkpoint = tmp_path / "run/checkpoints/best.ckpt"
     assert f"Next: python scripts/exits_report.py ckpt_path={checkpoint}" in capsys.readouterr().out
-    assert isinstance(restore(checkpoint).network, MultiExitNetwork)
+    assert len(restore(checkpoint).network.exits) == 3
     given = [f"ckpt_path={checkpoint}", "trainer=cpu", "+trainer.limit_test_batches=1"]
     again = evaluate(compose_config("evaluate", [*given, "+trainer.enable_progress_bar=false"], tmp_path / "evaluate"))
     for name, value in again.items():
         assert value == pytest.approx(metrics[name], abs=1e-6), name
 
 
-def test_zero_time_waste_runs_its_three_stages_on_one_store_of_features(tmp_path: Path, teacher_file: Path) -> None:
+def test_zero_time_waste_runs_its_three_steps_on_one_store_of_features(tmp_path: Path, teacher_file: Path) -> None:
     cache = [f"feature_cache.directory={tmp_path / 'cache'}", "data.augment=none"]
     use = ["feature_cache.use=true"]
-    chosen = ["method=zero_time_waste", EXITS, f"teacher.ckpt_path={teacher_file}", "exits.policy.thresholds=0.5"]
+    chosen = ["experiment=zero_time_waste", EXITS, f"base.ckpt_path={teacher_file}", "exits.policy.thresholds=0.5"]
     run(tmp_path / "run", *chosen, *cache, *use)
-    stages = {name: tmp_path / f"run/checkpoints/{name}/best.ckpt" for name in ("backbone", "exits", "ensemble")}
-    states = {name: restore(path).network.state_dict() for name, path in stages.items()}
+    steps = {name: tmp_path / f"run/checkpoints/{name}/best.ckpt" for name in ("backbone", "exits", "ensemble")}
+    states = {name: restore(path).network.state_dict() for name, path in steps.items()}
 
     def moved(before: str, after: str) -> set[str]:
         names = states[before]
-        return {name.split(".")[0] for name in names if not torch.equal(names[name], states[after][name])}
+        return {name for name in names if not torch.equal(names[name], states[after][name])}
 
-    assert moved("backbone", "exits") == {"heads"}
-    assert moved("exits", "ensemble") == {"ensemble"}
+    exits = {name for name in states["exits"] if name.startswith(("at:layer1.exit.", "at:layer2.exit."))}
+    assert moved("backbone", "exits") <= exits
+    assert {name.split(".")[0] for name in moved("backbone", "exits")} == {"at:layer1", "at:layer2"}
+    assert moved("exits", "ensemble") == {name for name in states["exits"] if name.startswith("ensemble.")}
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -73,19 +74,21 @@ def test_zero_time_waste_runs_its_three_stages_on_one_store_of_features(tmp_path
     ("overrides", "error", "words"),
     [
         (["exits.at=[layr1]"], ValueError, "no layer 'layr1'.*Did you mean 'layer1'"),
-        ([], ValueError, "either exits.at or exits.count"),
+        ([], ValueError, "no exits; give exits.at or exits.count"),
+        ([EXITS, "exits.count=2"], ValueError, "either exits.at or exits.count"),
+        ([EXITS, "exits.at=layer1"], ValueError, r"exits\.at is a list .*exits\.at=\[layer1\]"),
         ([EXITS, "exits.policy.thresholds=1.5"], ValueError, "1.5"),
-        ([EXITS, "method.objective.weights=[1,1]"], ValueError, "weights has 2 numbers"),
+        ([EXITS, "method.loss.weights=[1,1]"], ValueError, "weights has 2 numbers"),
         ([EXITS, "feature_cache.use=true"], ValueError, "no frozen part"),
-        ([EXITS, "exits.heads.pooling=avg"], ValueError, "pooling must be one of"),
-        ([EXITS, "distil_from.ckpt_path=teacher.ckpt"], ValueError, "would be ignored: nothing learns from"),
+        ([EXITS, "exits.head.pooling=avg"], ValueError, "pooling must be one of"),
+        ([EXITS, "teacher.ckpt_path=TEACHER"], ValueError, "would be ignored: nothing learns from"),
     ],
 )
 def test_mistakes_are_told_before_training(
-    overrides: list[str], error: type[Exception], words: str, tmp_path: Path
+    overrides: list[str], error: type[Exception], words: str, tmp_path: Path, teacher_file: Path
 ) -> None:
     with pytest.raises(Exception, match=words) as raised:
-        run(tmp_path, "method=exits_joint", *overrides)
+        run(tmp_path, "method=exits_joint", *(each.replace("TEACHER", str(teacher_file)) for each in overrides))
     cause = raised.value if isinstance(raised.value, error) else raised.value.__cause__
     assert isinstance(cause, error)
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from cleave.architectures import MultiExitNetwork
-from cleave.deployment import Pipeline, build_policy, load_bundle, offline
+from cleave.deployment import Codec, ExitPolicy, Pipeline, build_policy, load_bundle, offline
 from cleave.deployment.bundle.canonical_json import dump
-from cleave.lightning_modules.exits import send
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore, restore_data
 from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.infer import infer
 from cleave.scripts.train import train
@@ -23,11 +23,12 @@ from cleave.scripts.train import train
 from .test_scripts_bundle_alone import run_alone
 from .training_helpers import DIGITS, PLAIN
 
-BOTTLENECK = ["split.at=layer2", "bottleneck={channels: 4, width: 8}", "codec={bits: 4}"]
+BOTTLENECK = ["split.at=layer2", "split.form=insert", "bottleneck={channels: 4, width: 8}", "codec={bits: 4}"]
 GIVEN = ["method=exits_joint", "backbone.name=resnet20", *DIGITS, *PLAIN, "exits.at=[layer1,layer2]"]
-GIVEN += ["exits.heads={convs: 0}", "exits.policy.thresholds=[0.32,0.24]", "trainer.max_epochs=1", *BOTTLENECK]
+GIVEN += ["exits.head={convs: 0}", "exits.policy.thresholds=[0.32,0.24]", "trainer.max_epochs=1", *BOTTLENECK]
 GIVEN += ["+trainer.limit_train_batches=4", "export=true"]
 TEST = ["trainer=cpu", "+trainer.enable_progress_bar=false"]
+Tensors = dict[str, torch.Tensor]
 
 
 class Ran(NamedTuple):
@@ -57,36 +58,46 @@ def policy_file(folder: Path, **settings: Any) -> Path:
     return file
 
 
+def sent_before(policy: ExitPolicy, places: Sequence[str], feature: int, codes: int) -> list[int]:
+    """Bytes sent of a sample that leaves at each exit: feature, codes, and what a policy knows of exits before."""
+    found = [0]
+    for exit, content in enumerate((feature, codes)):
+        apart = places[exit] != places[exit + 1]
+        knows = policy.carries and (exit == 0 or policy.final_needs_state)
+        state = sum(4 * tensor.numel() for tensor in policy.state_behind(exit, 10).values()) if knows else 0
+        found.append(found[-1] + (content + state if apart else 0))
+    return found
+
+
 def check(ran: Ran, folder: Path) -> None:
     """Hold a bundle, image by image, against its checkpoint's network and the bytes of its bottleneck."""
     bundle, restored = load_bundle(folder), restore(ran.checkpoint)
     network, policy = restored.network, bundle.manifest.policy
-    assert isinstance(network, MultiExitNetwork)
     data = restore_data(restored, compose_config("evaluate", [f"ckpt_path={ran.checkpoint}"], Path.cwd()).data)
     data.setup("test")
     right, index, sent, metrics = [], [], [], bundle.manifest.metrics
-    places = bundle.manifest.placements
+    places, names = bundle.manifest.exit_placements, network.group("exits")
     with torch.no_grad():
-        for images, labels in (batch.values() for batch in data.test_dataloader()):
+        for batch in data.test_dataloader():
+            images, labels = batch["images"], batch["labels"]
             result = Pipeline(bundle).run(images)
             payloads: list[bytes] = []
 
-            def link(feature: torch.Tensor, payloads: list[bytes] = payloads) -> torch.Tensor:
-                arrived, packed = send(network, feature)
-                payloads += packed
-                return arrived
+            def link(cut: str, codec: Codec, tensors: Tensors, payloads: list[bytes] = payloads) -> Tensors:
+                assert cut == "layer2"
+                payloads += codec.encode(tensors)
+                return codec.decode(payloads)
 
-            own = network.classify(network.reduced(restored.image_input.normalize(images), link=link))
-            expected = offline(policy, torch.stack(own))
+            own = network.outputs(restored.image_input.normalize(images), names, link=link)
+            expected = offline(policy, torch.stack([own[name] for name in names]))
             assert torch.equal(result.exits, expected.index)
             torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
-            features = 4 * 16 * 8 * 8 if places[0] != places[1] else 0
-            bytes_of = [0, features, features + len(payloads[0])]
-            assert result.payload_bytes == [bytes_of[left] for left in expected.index.tolist()]
+            sent_until = sent_before(policy, places, 4 * 16 * 8 * 8, len(payloads[0]))
+            assert result.payload_bytes == [sent_until[left] for left in expected.index.tolist()]
             right += (result.logits.argmax(1) == labels).tolist()
             index += result.exits.tolist()
             sent += result.payload_bytes
-    assert set(index) == {0, 1, 2}
+    assert set(index) == ({1, 2} if policy.kind == "patience" else {0, 1, 2})
     assert metrics["test/policy/acc"] == pytest.approx(sum(right) / len(right), abs=1e-6)
     assert metrics["test/policy/payload_bytes"] == pytest.approx(sum(sent) / len(sent), rel=1e-6)
     assert metrics["test/payload_bytes"] == max(sent)
@@ -98,7 +109,7 @@ def check(ran: Ran, folder: Path) -> None:
 def test_training_writes_a_bundle_with_the_policy_it_was_tested_with(ran: Ran) -> None:
     manifest = load_bundle(ran.folder / "bundle").manifest
     assert manifest.policy == build_policy("confidence", [0.32, 0.24], exits=3)
-    assert manifest.placements == ("device", "device", "server")
+    assert manifest.exit_placements == ("device", "device", "server")
     tested = {name: value for name, value in ran.metrics.items() if name.startswith("test/")}
     assert {name: manifest.metrics[name] for name in tested} == pytest.approx(tested, abs=1e-6)
     check(ran, ran.folder / "bundle")
@@ -109,10 +120,10 @@ def test_three_tiers_by_a_policy_from_a_file_send_what_was_measured(ran: Ran, tm
     bundle = exported(ran, tmp_path, f"exits.policy_file={file}", "exits.placements=[device,edge,cloud]")
     printed = capsys.readouterr().out
     manifest = load_bundle(bundle).manifest
-    assert manifest.placements == ("device", "edge", "cloud")
+    assert manifest.exit_placements == ("device", "edge", "cloud")
     assert manifest.policy.to_dict() == json.loads(file.read_text())
     rows = printed.partition("Exits by margin")[2].splitlines()
-    for item, placement in zip(manifest.exits, manifest.placements, strict=True):
+    for item, placement in zip(manifest.exits, manifest.exit_placements, strict=True):
         (row,) = [row for row in rows if f" {item.partition} " in row]
         for cell in (item.name, placement, f"{item.macs:,}", f"{item.accuracy:.4f}"):
             assert cell in row
@@ -154,32 +165,54 @@ def test_infer_says_where_each_image_left_and_what_that_took(ran: Ran, tmp_path:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["exits.placements=[device,server]"], "2 names, but there are 3 partitions, to_layer1, to_layer2, to_final"),
-        (["codec.bits=3"], "codec.bits=3 cannot be changed for a network with exits"),
-        (["exits.placements=[device,server,device]"], "returns to the placement device"),
+        (
+            ["exits.placements=[device,server]"],
+            "2 names, but there are 3 partitions, which end at layer1, layer2, final",
+        ),
+        (["exits.placements=[device,server,server]"], "nothing is sent at the split layer2"),
         (["exits.policy_file={folder}/none.json"], "there is no exit policy at"),
         (["exits.policy_file={folder}/damaged.json"], r"damaged\.json cannot be read"),
         (["exits.policy_file={folder}/four/exit_policy.json"], "is for 4 exits, but this network has 3"),
-        (["exits.policy_file={folder}/ensemble/exit_policy.json"], "needs state on a stateless partition: ensemble"),
     ],
 )
 def test_what_cannot_be_exported_is_told_before_any_test(
     ran: Ran, overrides: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "damaged.json").write_bytes(policy_file(tmp_path).read_bytes()[:-20])
-    for name, settings in (("four", {"exits": 4, "thresholds": 0.5}), ("ensemble", {"kind": "ensemble"})):
-        (tmp_path / name).mkdir()
-        policy_file(tmp_path / name, **settings)
-    monkeypatch.setattr("cleave.scripts.export.build_task", lambda *_: pytest.fail("it went on"))
+    (tmp_path / "four").mkdir()
+    policy_file(tmp_path / "four", exits=4, thresholds=0.5)
+    monkeypatch.setattr("cleave.scripts.export.build_task", lambda *_, **__: pytest.fail("it went on"))
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         exported(ran, tmp_path, *(each.format(folder=tmp_path) for each in overrides))
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_policy_that_no_bundle_can_run_is_told_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs state on a stateless partition: ensemble"):
-        train(compose_config("train", [*GIVEN, "exits.policy.kind=ensemble"], tmp_path))
-    assert not (tmp_path / "checkpoints").exists()
+def test_a_route_may_come_back_to_where_it_began(ran: Ran, tmp_path: Path) -> None:
+    bundle = exported(ran, tmp_path, "exits.placements=[device,server,device]")
+    assert load_bundle(bundle).manifest.exit_placements == ("device", "server", "device")
+    check(ran, bundle)
+
+
+@pytest.mark.parametrize("places", [["device", "device", "server"], ["device", "edge", "cloud"]])
+@pytest.mark.parametrize(("kind", "thresholds"), [("patience", 1), ("ensemble", [0.32, 0.24])])
+def test_a_policys_state_crosses_placements_and_is_counted(
+    ran: Ran, places: list[str], kind: str, thresholds: Any, tmp_path: Path
+) -> None:
+    file = policy_file(tmp_path, kind=kind, thresholds=thresholds)
+    bundle = exported(ran, tmp_path, f"exits.policy_file={file}", f"exits.placements=[{','.join(places)}]")
+    assert load_bundle(bundle).manifest.policy.kind == kind
+    check(ran, bundle)
+
+
+def test_codes_of_another_width_around_exits_are_measured_and_exported(ran: Ran, tmp_path: Path) -> None:
+    given = [f"ckpt_path={ran.checkpoint}", "codec.bits=3", *TEST]
+    found = evaluate(compose_config("evaluate", given, tmp_path / "evaluate"))
+    assert found["test/payload_bytes"] == 4 * 4 * 4 * 3 / 8
+    assert found["test/acc_exit/layer2"] == pytest.approx(ran.metrics["test/acc_exit/layer2"], abs=1e-6)
+    assert found["test/loss"] != ran.metrics["test/loss"]
+    manifest = load_bundle(exported(ran, tmp_path, "codec.bits=3")).manifest
+    assert {name: manifest.metrics[name] for name in found} == pytest.approx(found, abs=1e-6)
+    assert manifest.route.codecs["layer2"].bits == 3
 
 
 def test_ensembled_exits_without_a_policy_are_exported_as_the_network_answers(tmp_path: Path) -> None:
@@ -202,8 +235,11 @@ def test_ensembled_exits_without_a_policy_are_exported_as_the_network_answers(tm
     assert bundle.manifest.metrics["test/acc"] == pytest.approx(metrics["test/acc"])
 
 
-@pytest.mark.parametrize("option", ["placements=[device]", "policy_file=policy.json"])
-def test_a_network_without_exits_takes_no_such_option(option: str, tmp_path: Path, teacher_file: Path) -> None:
-    given = [f"ckpt_path={teacher_file}", f"bundle={tmp_path}/bundle", *TEST, f"exits.{option}"]
-    with pytest.raises(ValueError, match=rf"exits\.{option.split('=')[0]}=.* the checkpoint's network has no exits"):
-        export(compose_config("export", given, tmp_path))
+def test_a_network_without_exits_takes_no_policy(tmp_path: Path, teacher_file: Path) -> None:
+    given = [f"ckpt_path={teacher_file}", f"bundle={tmp_path}/bundle", *TEST]
+    with pytest.raises(ValueError, match=r"exits\.policy_file=.* the checkpoint's network has no exits"):
+        export(compose_config("export", [*given, "exits.policy_file=policy.json"], tmp_path))
+    with pytest.raises(ValueError, match=r"placements has 2 names, but there are 1 partitions"):
+        export(compose_config("export", [*given, "exits.placements=[device,server]"], tmp_path))
+    bundle = export(compose_config("export", [*given, "exits.placements=[phone]"], tmp_path))
+    assert [part.placement for part in load_bundle(bundle).manifest.partitions] == ["phone"]

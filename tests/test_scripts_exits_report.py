@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exits")
     overrides = ["method=exits_joint", "exits.count=2", "data=digits", "data.image_size=8", "backbone.in_channels=1"]
     overrides += ["trainer=cpu", "trainer.max_epochs=1", "+trainer.enable_progress_bar=false", "test=false"]
-    overrides += ["callbacks.progress=null", "logger=none", "method.optimizer.lr=0.01"]
+    overrides += ["callbacks.progress=null", "logger=none", "training.optimizer.lr=0.01"]
     train(compose_config("train", overrides, folder))
     return folder / "checkpoints/best.ckpt"
 
@@ -51,10 +51,11 @@ def stored(checkpoint, network):
     data = restore_data(restore(checkpoint), compose_config("exits_report", ["ckpt_path=x"], checkpoint.parent).data)
     found = {}
     for split in ("val", "test"):
-        images, labels = data.sample_batch(split, 10**6).values()
-        images = data.input.normalize(images)
+        batch = data.sample_batch(split, 10**6)
+        images, names = data.input.normalize(batch["images"]), network.group("exits")
         with torch.no_grad():
-            found[split] = images, labels.numpy(), torch.stack(network.exits(images)).double().numpy()
+            logits = network.outputs(images, names)
+        found[split] = images, batch["labels"].numpy(), torch.stack([logits[n] for n in names]).double().numpy()
     return found
 
 
@@ -168,7 +169,7 @@ def test_each_exit_alone_is_what_numpy_makes_of_its_logits(reported, network, st
     report, _ = reported
     labels, logits = stored["test"][1:]
     right = logits.argmax(2) == labels
-    assert [exit["name"] for exit in report["exits"]] == list(network.exit_names)
+    assert [exit["name"] for exit in report["exits"]] == list(network.exits)
     assert [exit["accuracy"] for exit in report["exits"]] == pytest.approx(right.mean(1).tolist())
     assert [exit["cost"] for exit in report["exits"]] == pytest.approx(costs_of(network, "confidence"))
     assert [exit["macs"] for exit in report["exits"]] == network.exit_costs()
@@ -204,7 +205,7 @@ def test_the_policy_that_is_written_runs_to_the_accuracy_that_is_reported(report
 def test_an_exit_to_keep_is_predicted_without_the_other_heads(reported, network, stored):
     found = reported[0]["placement"]
     (name,) = found["exits"]
-    kept = list(network.exit_names).index(name)
+    kept = list(network.exits).index(name)
     stages, heads = stage_and_head_macs(network)
     costs = np.array([sum(stages[: kept + 1]), sum(stages)]) + heads[kept]
     for split, prefix, slack in (("val", "val_", 1.1 / len(stored["val"][1])), ("test", "", 1e-9)):
@@ -233,13 +234,13 @@ def test_the_table_of_points_is_that_of_the_report(reported, network):
         for point in zip(figures["curve"], figures["curve_shares"], figures["curve_thresholds"], strict=True)
     ]
     for row, (kind, (cost, accuracy), shares, thresholds) in zip(of_curves, curves, strict=True):
-        found = [row["policy"], row["cost"], row["accuracy"], row[f"share/{network.exit_names[0]}"]]
+        found = [row["policy"], row["cost"], row["accuracy"], row[f"share/{network.exits[0]}"]]
         assert found == [kind, repr(cost), repr(accuracy), repr(shares[0])]
-        assert row[f"threshold/{network.exit_names[0]}"] == ("" if thresholds[0] is None else repr(thresholds[0]))
+        assert row[f"threshold/{network.exits[0]}"] == ("" if thresholds[0] is None else repr(thresholds[0]))
     points = [p for figures in report["policies"].values() for p in [*figures["points"], figures["best"]]]
     for row, point in zip((row for row in rows if row["point"] != "curve"), points, strict=True):
         assert row["accuracy"] == ("" if point["accuracy"] is None else repr(point["accuracy"]))
-        for exit, name in enumerate(network.exit_names):
+        for exit, name in enumerate(network.exits):
             assert row[f"share/{name}"] == ("" if point["shares"] is None else repr(point["shares"][exit]))
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cleave.datamodules import Digits
-from cleave.deployment.codecs.image_codecs import JPEGCodec
+from cleave.deployment import JPEGCodec
 from cleave.reports.rates.results import Point, read_results
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore
@@ -39,7 +39,8 @@ def points(teacher_file, tmp_path_factory):
 def digits(teacher_file):
     data = Digits()
     data.configure_input(restore(teacher_file).image_input)
-    return data, *data.sample_batch("test", 10**6).values()
+    batch = data.sample_batch("test", 10**6)
+    return data, batch["images"], batch["labels"]
 
 
 def test_lossless_ways_score_as_the_checkpoint_does(points, teacher_file, tmp_path):
@@ -112,11 +113,22 @@ def test_what_cannot_be_measured_is_refused(override, message, teacher_file, tmp
     assert not (tmp_path / "results.json").exists()
 
 
-def test_a_split_network_is_refused(teacher_file, tmp_path):
-    overrides = ["experiment=digits_hnd", f"teacher.ckpt_path={teacher_file}", "test=false", "trainer.max_epochs=1"]
-    train(compose_config("train", [*overrides, *QUIET, "callbacks.progress=null"], tmp_path / "student"))
-    with pytest.raises(ValueError, match="holds a split network.*give the checkpoint of its teacher"):
+@pytest.mark.parametrize("experiment", ["digits_hnd", "digits_exits"])
+def test_a_split_network_is_refused_with_exits_or_without(experiment, teacher_file, tmp_path):
+    overrides = [f"experiment={experiment}", f"base.ckpt_path={teacher_file}", "test=false", "trainer.max_epochs=1"]
+    overrides += ["+trainer.limit_train_batches=1", "callbacks.progress=null", *QUIET]
+    train(compose_config("train", overrides, tmp_path / "student"))
+    with pytest.raises(ValueError, match="holds a split network.*give the checkpoint of its base"):
         run(tmp_path / "student/checkpoints/best.ckpt", tmp_path)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_network_with_exits_alone_is_a_baseline_by_its_last_answer(teacher_file, tmp_path):
+    overrides = ["experiment=digits_exits", f"base.ckpt_path={teacher_file}", "split.at=null", "trainer.max_epochs=1"]
+    overrides += ["+trainer.limit_train_batches=1", "callbacks.progress=null", *QUIET]
+    metrics = train(compose_config("train", overrides, tmp_path / "student"))
+    (point,) = run(tmp_path / "student/checkpoints/best.ckpt", tmp_path, "codecs=[]")
+    assert point.accuracy == pytest.approx(metrics["test/acc"], abs=1e-6)
 
 
 def test_the_script_prints_a_table_and_what_comes_next(teacher_file, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from cleave.architectures import StagedNetwork
 from cleave.deployment import (
     Bundle,
     Codec,
@@ -23,6 +24,7 @@ from cleave.deployment import (
 )
 from cleave.reports.rates.collect import collect
 from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.networks import NETWORK
 from cleave.scripts.assembly.restoring import restore, restore_data
 from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.assembly.trust import check_targets
@@ -37,8 +39,8 @@ SPLIT = ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8"
 SPLIT += ["bottleneck.channels=4", "bottleneck.width=8", "logger=none", "callbacks.progress=null", *QUIET]
 # One short epoch, and all of the test images.
 SHORT = ["debug=limit", "trainer.detect_anomaly=false", "trainer.max_epochs=1", "trainer.limit_test_batches=1.0"]
-LAYERS = "method.objective.weights={layer2: 1.0, layer3: 0.5}"
-ENTROPIC = ["method=entropic", LAYERS, "method.beta=1.0", "method.optimizer.lr=1e-2"]
+LAYERS = "method.loss.weights={layer2: 1.0, layer3: 0.5}"
+ENTROPIC = ["method=entropic", "codec=entropy", LAYERS, "method.beta=1.0", "training.optimizer.lr=1e-2"]
 ENTROPIC += ["trainer.limit_train_batches=8"]  # until codes differ
 HND = ["method=head_distillation", "codec.bits=4"]
 # What is trained, how it is coded, and the bytes it then sends; ``None`` where they vary from image to image.
@@ -48,7 +50,7 @@ CASES: dict[str, tuple[list[str], float | None]] = {
     "reconstruction": (["method=reconstruction", "codec.bits=3"], 24),
     "head_distillation": ([*HND, "codec.range=sample"], 8 + 32),
     "generalized_head_distillation": (["method=generalized_head_distillation", LAYERS, "codec.bits=32"], 256),
-    "information_bottleneck": (["method=information_bottleneck"], 64),
+    "information_bottleneck": (["experiment=vib"], 64),
     "information_bottleneck_log_uniform": (["experiment=shao_vfe", "codec.coding=packed_zstd"], None),
     "entropic": (ENTROPIC, None),
     "entropic_inserted": ([*ENTROPIC, "split.form=insert"], None),
@@ -73,7 +75,7 @@ def ran(request, tmp_path_factory, teacher_file) -> Ran:
     folder = tmp_path_factory.mktemp(request.param)
     overrides, payload_bytes = CASES[request.param]
     shutil.copy(teacher_file, folder / "teacher.ckpt")
-    given = [*SPLIT, *SHORT, *overrides, f"teacher.ckpt_path={folder}/teacher.ckpt"]
+    given = [*SPLIT, *SHORT, *overrides, f"base.ckpt_path={folder}/teacher.ckpt"]
     metrics = train(compose_config("train", given, folder))
     (folder / "teacher.ckpt").unlink()
     checkpoint = folder / "checkpoints/best.ckpt"
@@ -92,11 +94,11 @@ def through(bundle: Bundle, checkpoint: Path, bits: int | None = None) -> tuple[
     data = restore_data(restore(checkpoint), OmegaConf.create({}))
     data.setup("test")
     pipeline, found, right, count = Pipeline(bundle, bits=bits), [], 0, 0
-    for images, labels in (batch.values() for batch in data.test_dataloader()):
-        result = pipeline.run(torch.as_tensor(images))
-        right += int((result.logits.argmax(1) == torch.as_tensor(labels)).sum())
-        count += len(labels)
-        found.append((torch.as_tensor(images), result))
+    for batch in data.test_dataloader():
+        result = pipeline.run(batch["images"])
+        right += int((result.logits.argmax(1) == batch["labels"]).sum())
+        count += len(batch["labels"])
+        found.append((batch["images"], result))
     return found, right / count
 
 
@@ -113,43 +115,41 @@ def test_the_bundle_gives_each_image_the_modules_logits_through_the_modules_byte
     assert bundle.manifest.metrics == pytest.approx(of_the_test(ran.metrics), abs=1e-6)
     assert bundle.manifest.parity["max_difference"] <= 1e-5
     bundle.self_test()
-    network, lengths = restored.network, []
+    network, lengths, sent = restored.network, [], []
+
+    def link(cut: str, codec: Codec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        sent.append((cut, codec.encode(tensors)))
+        return codec.decode(sent[-1][1])
+
     batches, accuracy = through(bundle, ran.checkpoint)
     with torch.no_grad():
         for images, result in batches:
-            codec = network.codec
-            payloads = codec.encode(network.codes(restored.image_input.normalize(images)))
-            assert result.payloads == [payloads]
-            torch.testing.assert_close(result.logits, network.receive(codec.decode(payloads)), atol=1e-5, rtol=1e-5)
+            logits = network.outputs(restored.image_input.normalize(images), ["logits"], link=link)["logits"]
+            assert list(result.payloads.items()) == [sent.pop()]
+            torch.testing.assert_close(result.logits, logits, atol=1e-5, rtol=1e-5)
             lengths += result.payload_bytes
+    assert not sent
     assert accuracy == pytest.approx(ran.metrics["test/acc"], abs=1e-6)
     assert sum(lengths) / len(lengths) == pytest.approx(ran.metrics["test/payload_bytes"], rel=1e-5)
     assert (len(set(lengths)) == 1) == (ran.payload_bytes is not None)
 
 
-class Damaging:
-    """A codec whose payloads are damaged on the way."""
-
-    def __init__(self, codec: Codec, damage: Any) -> None:
-        self.codec, self.damage = codec, damage
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.codec, name)
-
-    def encode(self, tensors: dict[str, Tensor]) -> list[bytes]:
-        return [self.damage(payload) for payload in self.codec.encode(tensors)]
+def codec_of(bundle: Bundle) -> Codec:
+    (codec,) = bundle.manifest.route.codecs.values()
+    return codec
 
 
-def test_a_payload_that_is_cut_short_or_altered_is_refused(ran):
+def test_a_payload_that_is_cut_short_or_altered_is_refused(ran, monkeypatch):
     bundle = load_bundle(ran.bundle)
-    pipeline, (codec,), images = Pipeline(bundle), bundle.manifest.codecs, bundle.sample["images"]
+    pipeline, codec, images = Pipeline(bundle), codec_of(bundle), bundle.samples["device"]["images"]
+    encode = type(codec).encode
     damages = [lambda payload: payload[:-1], lambda payload: payload[: len(payload) // 2], lambda payload: b""]
     if isinstance(codec, EntropyCodec):
         damages += [lambda p, i=i: p[:i] + bytes([p[i] ^ 1]) + p[i + 1 :] for i in (0, -2, -1)]
         damages += [lambda p: p + b"\0", lambda p: b"\0" + p]
     pipeline.run(images)
     for damage in damages:
-        pipeline.codecs = [Damaging(codec, damage)]
+        monkeypatch.setattr(type(codec), "encode", lambda *given, damage=damage: [damage(p) for p in encode(*given)])
         with pytest.raises(CodecError):
             pipeline.run(images)
 
@@ -160,7 +160,7 @@ def switchable(tmp_path_factory, teacher_file) -> Ran:
     quiet()
     folder = tmp_path_factory.mktemp("switchable")
     given = ["method=cross_entropy", "codec.widths=[2,4,8]", "codec.bits=4", *SPLIT, "trainer.max_epochs=4"]
-    given += [f"teacher.ckpt_path={teacher_file}", "method.optimizer.lr=1e-2", "export=true"]
+    given += [f"base.ckpt_path={teacher_file}", "training.optimizer.lr=1e-2", "export=true"]
     metrics = train(compose_config("train", given, folder))
     assert metrics["test/acc"] == metrics["test/bits4/acc"] > 0.4
     assert len({metrics[f"test/bits{bits}/acc"] for bits in (2, 4, 8)}) == 3
@@ -174,15 +174,22 @@ def test_every_width_runs_with_its_own_batchnorm_at_the_accuracy_in_the_manifest
     assert accuracy == pytest.approx(metrics[f"test/bits{bits}/acc"], abs=1e-6)
     assert accuracy == pytest.approx(bundle.manifest.metrics[f"test/bits{bits}/acc"], abs=1e-6)
     assert metrics[f"test/bits{bits}/payload_bytes"] == 8 * bits
-    (codec,) = (codec.with_bits(bits) for codec in bundle.manifest.codecs)
-    outputs = bundle.partitions["device"]({"images": bundle.sample["images"], **codec.settings})
-    received = codec.decode(codec.encode(outputs))
-    logits = bundle.partitions["server"](received)["logits"]
+    codec = codec_of(bundle).with_bits(bits)
+    images = {"images": bundle.samples["device"]["images"]}
+    outputs = bundle.partitions["device"](images | codec.settings_of("layer2"))
+    received = codec.decode(codec.encode({name.removeprefix("layer2."): sent for name, sent in outputs.items()}))
+    delivered = {f"layer2.{name}": tensor for name, tensor in received.items()}
+    logits = bundle.partitions["server"](delivered | codec.settings_of("layer2"))["logits"]
     network = restore(switchable.checkpoint, bits=bits).network
+    given = {"layer2/received": network.bottlenecks["layer2"].receive(received)}
     with torch.no_grad():
-        torch.testing.assert_close(logits, network.receive(received), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits, answers(network, given), atol=1e-5, rtol=1e-5)
         network.set_bits(8 if bits == 2 else 2)  # the same codes, normalised by the statistics of another width
-        assert not torch.allclose(logits, network.receive(received), atol=1e-2)
+        assert not torch.allclose(logits, answers(network, given), atol=1e-2)
+
+
+def answers(network: StagedNetwork, given: dict[str, Tensor]) -> Tensor:
+    return network.outputs(None, ["logits"], given=given)["logits"]
 
 
 def test_a_width_between_those_trained_takes_the_nearest_ones_batchnorm_and_leaves_it_alone(switchable, tmp_path):
@@ -194,15 +201,15 @@ def test_a_width_between_those_trained_takes_the_nearest_ones_batchnorm_and_leav
         assert again[f"test/bits{bits}/acc"] == pytest.approx(switchable.metrics[f"test/bits{bits}/acc"], abs=1e-6)
     found = through(load_bundle(switchable.bundle), switchable.checkpoint, 3)
     assert found[1] == pytest.approx(again["test/acc"], abs=1e-6)
-    with pytest.raises(ValueError, match=r"codec\.bits=32.*codec\.widths=\[2, 4, 8\]"):
+    with pytest.raises(ValueError, match=r"codec\.bits=32.*widths=\[2, 4, 8\]"):
         evaluate(compose_config("evaluate", [*overrides, "codec.bits=32"], tmp_path))
 
 
 def test_features_are_sent_without_a_bottleneck_and_without_training(tmp_path, teacher_file):
     quiet()
-    given = ["method=cross_entropy", "split.form=none", "bottleneck=null", "codec.range=sample", "train=false"]
-    given += [o for o in SPLIT if not o.startswith("bottleneck")]
-    metrics = train(compose_config("train", [*given, "export=true", f"teacher.ckpt_path={teacher_file}"], tmp_path))
+    given = ["method=cross_entropy", "split.form=none", "codec.range=sample", "train=false"]
+    given += SPLIT
+    metrics = train(compose_config("train", [*given, "export=true", f"base.ckpt_path={teacher_file}"], tmp_path))
     unsplit = evaluate(compose_config("evaluate", [f"ckpt_path={teacher_file}", *QUIET], tmp_path / "teacher"))
     assert metrics["test/payload_bytes"] == 32 * 4 * 4 + 8
     assert metrics["test/acc"] == pytest.approx(unsplit["test/acc"], abs=0.03)
@@ -222,7 +229,7 @@ def test_infer_says_how_long_payloads_of_any_length_are(ran, tmp_path, capsys):
     else:
         mean = f"{sum(lengths) / 8:,.1f} bytes an image on average, {min(lengths)} to {max(lengths)}."
         assert f"Payload: {mean}" in printed
-    assert ("another width: add bits=" in printed) == bool(load_bundle(ran.bundle).manifest.codecs[0].levels)
+    assert ("another width: add bits=" in printed) == bool(codec_of(load_bundle(ran.bundle)).levels)
 
 
 def digits(count: int) -> Tensor:
@@ -235,9 +242,8 @@ def digits(count: int) -> Tensor:
 
 def test_a_codec_without_widths_refuses_bits(ran):
     bundle = load_bundle(ran.bundle)
-    (codec,) = bundle.manifest.codecs
-    if codec.levels:
-        assert len(Pipeline(bundle, bits=5).run(bundle.sample["images"]).logits) == 16
+    if codec_of(bundle).levels:
+        assert len(Pipeline(bundle, bits=5).run(bundle.samples["device"]["images"]).logits) == 16
     else:
         with pytest.raises(CodecError, match="bits"):
             Pipeline(bundle, bits=5)
@@ -245,8 +251,8 @@ def test_a_codec_without_widths_refuses_bits(ran):
 
 @pytest.mark.parametrize("ran", ["entropic"], indirect=True)
 def test_an_entropy_coders_tables_are_in_the_manifest(ran):
-    (codec,) = load_bundle(ran.bundle).manifest.codecs
-    prior = restore(ran.checkpoint).network.quantizer
+    codec = codec_of(load_bundle(ran.bundle))
+    prior = restore(ran.checkpoint).network.bottlenecks["layer2"].quantizer
     assert isinstance(codec, EntropyCodec)
     assert dataclasses.asdict(codec) == dataclasses.asdict(prior.codec(codec.shape))
     assert all(sum(table) == 65536 for table in codec.frequencies)
@@ -255,16 +261,16 @@ def test_an_entropy_coders_tables_are_in_the_manifest(ran):
 @pytest.mark.parametrize(("ran", "lossless"), [("tiled_png", True), ("tiled_jpeg", False)], indirect=["ran"])
 def test_another_version_of_a_lossy_codec_is_no_fault_of_the_partitions(ran, lossless, monkeypatch):
     bundle = load_bundle(ran.bundle)
-    (codec,) = bundle.manifest.codecs
+    codec = codec_of(bundle)
     decoded = TiledImageCodec.unpack
     monkeypatch.setattr(TiledImageCodec, "unpack", lambda *arguments: codec.levels - 1 - decoded(*arguments))
     if not lossless:
         bundle.self_test()
-        bundle.sample["device.delivered.codes"].zero_()
+        bundle.samples["server"]["layer2.codes"].zero_()
     with pytest.raises(ParityError, match="partition server"):
         bundle.self_test()
 
 
 def test_what_a_method_names_runs_without_trust(ran):
     config = torch.load(ran.checkpoint, weights_only=True)["cleave"]["config"]
-    check_targets({key: config[key] for key in ("backbone", "data", "method", "network")}, "x.ckpt", trusted=False)
+    check_targets({key: config[key] for key in (*NETWORK, "data", "method", "training")}, "x.ckpt", trusted=False)

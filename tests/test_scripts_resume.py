@@ -8,7 +8,7 @@ import pytest
 from .training_helpers import DIGITS, FINAL, PLAIN, differences, load, run_script, small
 
 EVERY, EPOCHS, BATCHES = 5, 3, 19
-SGD = ["method.optimizer._target_=torch.optim.SGD", "method.optimizer.lr=0.1", "+method.optimizer.momentum=0.9"]
+SGD = ["training.optimizer._target_=torch.optim.SGD", "training.optimizer.lr=0.1", "+training.optimizer.momentum=0.9"]
 RUN = [*PLAIN, *FINAL, f"trainer.max_epochs={EPOCHS}", f"callbacks.last.every_n_train_steps={EVERY}"]
 DROPOUT = [*RUN, *small("DropoutNet"), *SGD, "data.augment=crop"]  # a cosine schedule a step is the default
 BETWEEN_SAVES = [step for step in range(EVERY + 1, EPOCHS * BATCHES) if step % EVERY]
@@ -56,7 +56,7 @@ def test_a_run_killed_at_three_random_steps_ends_with_the_weights_of_an_uninterr
 
 def test_head_distillation_with_averaged_weights_and_accumulation_resumes_exactly(tmp_path, teacher_file):
     # In this form a frozen head runs in training: its BatchNorm must stand still from the first resumed step on.
-    overrides = [*RUN, *DIGITS, "experiment=digits_hnd", f"teacher.ckpt_path={teacher_file}", "split.form=insert"]
+    overrides = [*RUN, *DIGITS, "experiment=digits_hnd", f"base.ckpt_path={teacher_file}", "split.form=insert"]
     overrides += ["callbacks=ema", "callbacks.ema.decay=0.9", "trainer.accumulate_grad_batches=2", "data.batch_size=32"]
     step = random.Random(3).choice(BETWEEN_SAVES)
     run_script("train", *overrides, folder=tmp_path / "whole")
@@ -67,7 +67,7 @@ def test_head_distillation_with_averaged_weights_and_accumulation_resumes_exactl
 
 EPOCH_END = ["callbacks.last.every_n_train_steps=null"]
 LAST_STEP = [f"callbacks.last.every_n_train_steps={BATCHES}"]  # the epoch's validation and scheduler still to come
-BY_EPOCH = ["method.scheduler_interval=epoch", f"method.scheduler.T_max={EPOCHS}"]
+BY_EPOCH = ["training.scheduler_interval=epoch", f"training.scheduler.T_max={EPOCHS}"]
 SAME = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step")
 CASES = {
     "saved at each epoch's end": EPOCH_END,
@@ -95,17 +95,17 @@ def test_wherever_a_run_saves_it_resumes_exactly(case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_recipe_killed_inside_a_stage_ends_with_the_weights_of_an_uninterrupted_one(stage, tmp_path, teacher_file):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_recipe_killed_inside_a_step_ends_with_the_weights_of_an_uninterrupted_one(number, tmp_path, teacher_file):
     overrides = [*RUN, *DIGITS, "experiment=bottlefit", "compare={layer2: 1.0, layer3: 1.0}", "split.at=layer2"]
-    overrides += [f"teacher.ckpt_path={teacher_file}", "data.augment=crop", "trainer.max_epochs=2"]
+    overrides += [f"base.ckpt_path={teacher_file}", "data.augment=crop", "trainer.max_epochs=2"]
     steps = 2 * BATCHES
-    step = (stage - 1) * steps + random.Random(stage).choice([s for s in range(EVERY + 1, steps) if s % EVERY])
+    step = (number - 1) * steps + random.Random(number).choice([s for s in range(EVERY + 1, steps) if s % EVERY])
     kill = ["+callbacks.kill._target_=training_helpers.KillAt", f"+callbacks.kill.step={step}"]
     run_script("train", *overrides, folder=tmp_path / "whole")
     run_script("train", *overrides, *kill, folder=tmp_path / "run", code=-9)
     last = max((tmp_path / "run").rglob("last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    assert last.parent.name == ("head", "finetune")[stage - 1]
+    assert last.parent.name == ("head", "finetune")[number - 1]
     run_script("train", *overrides, f"ckpt_path={last}", folder=tmp_path / "run")
     one, other = (load(tmp_path / name / "final.ckpt") for name in ("whole", "run"))
     assert differences(*({k: v for k, v in c.items() if k not in ("cleave", "callbacks")} for c in (one, other))) == []

@@ -17,7 +17,7 @@ IN_PROCESS = ["trainer=cpu", "callbacks.progress=null", "+trainer.enable_progres
 WATCH = ["+callbacks.watch._target_=training_helpers.Watch"]
 ONE_EPOCH = [*IN_PROCESS, *small("PlainNet"), *WATCH, "trainer.max_epochs=1", "test=false"]
 FEW = ["+trainer.limit_train_batches=4", "+trainer.limit_val_batches=1"]
-SGD = ["method.optimizer._target_=torch.optim.SGD", "method.optimizer.lr=0.1"]
+SGD = ["training.optimizer._target_=torch.optim.SGD", "training.optimizer.lr=0.1"]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_half_precision_computes_in_it_and_keeps_the_weights(tmp_path, helpers):
 
 
 def distil(folder, teacher_file, *overrides: str) -> dict[str, float]:
-    given = ["experiment=digits_hnd", f"teacher.ckpt_path={teacher_file}", *IN_PROCESS, "trainer.max_epochs=1"]
+    given = ["experiment=digits_hnd", f"base.ckpt_path={teacher_file}", *IN_PROCESS, "trainer.max_epochs=1"]
     return train(compose_config("train", [*given, *FEW, *overrides], folder))
 
 
@@ -77,7 +77,7 @@ def test_compile_compiles_the_parts_that_run_and_renames_nothing(tmp_path, teach
         return compiled
 
     monkeypatch.setattr(torch, "compile", counting)
-    distil(tmp_path / "compiled", teacher_file, "method.compile=true", "test=false")
+    distil(tmp_path / "compiled", teacher_file, "training.compile=true", "test=false")
     monkeypatch.undo()
     distil(tmp_path / "eager", teacher_file, "test=false")
     one, two = weights(tmp_path / "compiled"), weights(tmp_path / "eager")
@@ -93,7 +93,7 @@ def test_compile_compiles_the_parts_that_run_and_renames_nothing(tmp_path, teach
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it as it enters `autocast`
 def test_compiled_training_gives_what_eager_training_gives(tmp_path, teacher_file):
     compiled = distil(
-        tmp_path / "compiled", teacher_file, "method.compile=true", "callbacks=ema", "callbacks.progress=null"
+        tmp_path / "compiled", teacher_file, "training.compile=true", "callbacks=ema", "callbacks.progress=null"
     )
     eager = distil(tmp_path / "eager", teacher_file, "callbacks=ema", "callbacks.progress=null")
     assert compiled == pytest.approx(eager, rel=0.02, abs=0.02)
@@ -109,13 +109,13 @@ def test_seed_zero_is_a_seed(tmp_path):
 
 
 def test_layer_wise_rates(tmp_path, helpers):
-    run(tmp_path, *FEW, *SGD, "+method.lr_scales.stem=0.1", "method.scheduler=null")
+    run(tmp_path, *FEW, *SGD, "+training.lr_scales.stem=0.1", "training.scheduler=null")
     assert sorted(set(helpers.Watch.steps[0]["rates"])) == pytest.approx([0.01, 0.1])
 
 
 def test_another_optimizer_and_a_scheduler_of_a_known_length(tmp_path, helpers):
-    one_cycle = ["method.scheduler._target_=torch.optim.lr_scheduler.OneCycleLR", "~method.scheduler.T_max"]
-    one_cycle += ["+method.scheduler.max_lr=0.5", "+method.scheduler.total_steps=total_steps"]
+    one_cycle = ["training.scheduler._target_=torch.optim.lr_scheduler.OneCycleLR", "~training.scheduler.T_max"]
+    one_cycle += ["+training.scheduler.max_lr=0.5", "+training.scheduler.total_steps=total_steps"]
     run(tmp_path, *FEW, *SGD, *one_cycle)
     assert helpers.Watch.steps[0]["optimizer"] == "SGD"
     rates = [step["rates"][0] for step in helpers.Watch.steps]
@@ -124,9 +124,9 @@ def test_another_optimizer_and_a_scheduler_of_a_known_length(tmp_path, helpers):
 
 
 def test_a_scheduler_that_watches_a_metric(tmp_path, helpers):
-    plateau = ["method.scheduler._target_=torch.optim.lr_scheduler.ReduceLROnPlateau", "~method.scheduler.T_max"]
-    plateau += ["+method.scheduler.mode=max", "+method.scheduler.patience=0", "+method.scheduler.threshold=1.0"]
-    run(tmp_path, *FEW, *SGD, *plateau, "method.scheduler_interval=epoch", "trainer.max_epochs=3")
+    plateau = ["training.scheduler._target_=torch.optim.lr_scheduler.ReduceLROnPlateau", "~training.scheduler.T_max"]
+    plateau += ["+training.scheduler.mode=max", "+training.scheduler.patience=0", "+training.scheduler.threshold=1.0"]
+    run(tmp_path, *FEW, *SGD, *plateau, "training.scheduler_interval=epoch", "trainer.max_epochs=3")
     rates = [step["rates"][0] for step in helpers.Watch.steps]
     assert rates == pytest.approx([0.1] * 8 + [0.01] * 4)  # the first epoch sets the mark, the second fails it
 
@@ -139,7 +139,7 @@ def test_debug_fdr_runs_one_batch_of_everything_and_leaves_nothing(tmp_path, hel
 
 
 def test_debug_overfit_learns_the_same_batches_by_heart(tmp_path, helpers):
-    faster = ["trainer.detect_anomaly=false", "method.optimizer.lr=0.03", "method.scheduler=null"]
+    faster = ["trainer.detect_anomaly=false", "training.optimizer.lr=0.03", "training.scheduler=null"]
     run(tmp_path, "debug=overfit", "trainer.max_epochs=60", *faster)
     steps = helpers.Watch.steps
     assert len(steps) == 60 * 3
@@ -179,7 +179,7 @@ def test_resuming_from_another_network(tmp_path, teacher_file):
 
 
 def test_a_sweep_runs_each_job_in_its_folder_and_returns_its_metric(tmp_path, teacher_file):
-    grid = ["experiment=digits_hnd", "hparams_search=bottleneck_grid", f"teacher.ckpt_path={teacher_file}"]
+    grid = ["experiment=digits_hnd", "hparams_search=bottleneck_grid", f"base.ckpt_path={teacher_file}"]
     trimmed = ["bottleneck.channels=2,4", "codec.bits=4", "debug=limit", *IN_PROCESS[1:]]
     returned = ["+hydra.callbacks.returned._target_=training_helpers.WriteReturned", "optimized_metric=test/loss"]
     told = run_script("train", *grid, *trimmed, *returned, folder=tmp_path / "sweep")

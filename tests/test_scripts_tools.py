@@ -25,7 +25,7 @@ def student(tmp_path_factory, teacher_file) -> Path:
     folder = tmp_path_factory.mktemp("student")
     overrides = [
         "experiment=digits_hnd",
-        f"teacher.ckpt_path={teacher_file}",
+        f"base.ckpt_path={teacher_file}",
         "codec.range=sample",
         "test=false",
         *QUIET,

@@ -23,6 +23,7 @@ from cleave.scripts.export import export
 from cleave.scripts.train import train
 
 from .offline_run import OfflineRun, offline_runs
+from .training_helpers import python_path
 
 ROOT = Path(CONF).parent
 QUICK = ["trainer=cpu", "debug=limit", "logger=wandb", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
@@ -49,7 +50,12 @@ def run_script(script: str, overrides: list[str], folder: Path, **env: str) -> s
     (folder / "code").mkdir(exist_ok=True, parents=True)
     (folder / "code/misbehaving.py").write_text(CALLBACKS)
     own = {f"WANDB_{kind}_DIR": str(folder / "wandb") for kind in ("CACHE", "CONFIG", "DATA")}
-    own |= {"PYTHONPATH": str(folder / "code"), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    own |= {
+        "PYTHONPATH": python_path(folder / "code"),
+        "WANDB_MODE": "offline",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "100",
+    }
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     return subprocess.run(
         [sys.executable, str(ROOT / f"scripts/{script}.py"), *overrides, f"paths.log_dir={folder / 'logs'}"],
@@ -75,7 +81,7 @@ class Tracked(NamedTuple):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path) -> Tracked:
     folder = tmp_path_factory.mktemp("tracked")
-    overrides = ["experiment=digits_hnd", f"teacher.ckpt_path={teacher_file}", *QUICK, "export=true", "seed=0"]
+    overrides = ["experiment=digits_hnd", f"base.ckpt_path={teacher_file}", *QUICK, "export=true", "seed=0"]
     overrides += ["tags=[first,second]", "logger.wandb.group=ours", "trainer.log_every_n_steps=1"]
     process = run_script("train", overrides, folder)
     assert process.returncode == 0, process.stderr
@@ -112,11 +118,9 @@ def test_tags_group_and_project_reach_the_run(trained):
 def test_parameters_and_macs_of_every_part_are_logged(trained):
     network = trained.restored.network
     cost = dict(trained.run.config["cost"])
-    assert cost.pop("trainable_params") == sum(p.numel() for p in network.encoder.parameters()) + sum(
-        p.numel() for p in network.decoder.parameters()
-    )
-    assert cost == network.profile()
-    assert {"encoder", "decoder", "tail"} <= set(cost)
+    assert cost.pop("trainable_params") == sum(p.numel() for p in network.bottlenecks["layer2"].parameters())
+    assert cost == {f"{part.kind}/{part.name}": {"macs": part.macs, "params": part.params} for part in network.costs()}
+    assert list(cost) == ["encoder/layer2", "decoder/layer2", "stage/final"]
 
 
 def test_metrics_carry_their_names_and_values(trained):
@@ -150,7 +154,8 @@ def test_sample_predictions_are_a_table_of_what_the_best_checkpoint_says(trained
     table = json.loads((trained.run.folder / "files" / entry["path"]).read_text())
     assert table["columns"] == ["image", "label", "prediction", "confidence", "correct"]
     restored = trained.restored
-    images, labels = restore_data(restored, OmegaConf.create({})).sample_batch("test", 32).values()
+    batch = restore_data(restored, OmegaConf.create({})).sample_batch("test", 32)
+    images, labels = batch["images"], batch["labels"]
     with torch.no_grad():
         confidence, predicted = restored.network(restored.image_input.normalize(images)).softmax(1).max(1)
     assert [row[1] for row in table["data"]] == [restored.class_names[i] for i in labels]
@@ -223,29 +228,32 @@ def test_each_job_of_a_sweep_is_its_own_run_and_a_crash_is_recorded_as_one(tmp_p
     assert "checkpoint" not in crashed.artifacts
 
 
-def test_a_recipe_is_one_run_in_which_its_stages_are_visible(tmp_path, teacher_file):
-    overrides = ["experiment=bottlefit", f"teacher.ckpt_path={teacher_file}", *QUICK, "trainer.log_every_n_steps=1"]
+def test_a_recipe_is_one_run_in_which_its_steps_are_visible(tmp_path, teacher_file):
+    overrides = ["experiment=bottlefit", f"base.ckpt_path={teacher_file}", *QUICK, "trainer.log_every_n_steps=1"]
     overrides += ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8", "split.at=layer2"]
     process = run_script("train", [*overrides, "compare={layer2: 1.0, layer3: 0.5}"], tmp_path)
     assert process.returncode == 0, process.stderr
     assert "Warning" not in process.stdout + process.stderr
     (run,) = offline_runs(tmp_path / "logs")
     assert run.exit_codes == [0]
-    # Two stages of two epochs of three steps: the steps go on, epochs start again, every row names its stage.
-    rows = [(row["trainer/global_step"], row["stage"], row["epoch"]) for row in run.history if "train/loss" in row]
+    # Two steps of two epochs of three batches: the loggers' steps go on, epochs start again, every row names its own.
+    rows = [
+        (row["trainer/global_step"], row["recipe_step"], row["epoch"]) for row in run.history if "train/loss" in row
+    ]
     assert rows == [(step, 1 + step // 6, step % 6 // 3) for step in range(12)]
     steps = [row["trainer/global_step"] for row in run.history if "trainer/global_step" in row]
     assert steps == sorted(steps)
-    assert [row["stage"] for row in run.history if "val/acc" in row] == [1, 1, 2, 2]
+    assert [row["recipe_step"] for row in run.history if "val/acc" in row] == [1, 1, 2, 2]
     assert (len(run.series("train/head/layer2")), len(run.series("test/acc"))) == (6, 1)
-    assert list(run.config["stages"]) == ["head", "finetune"]
+    assert list(run.config["steps"]) == ["head", "finetune"]
     trainable = run.config["cost"]["trainable_params"]
     assert list(trainable) == ["head", "finetune"]
-    assert trainable["finetune"] - trainable["head"] == run.config["cost"]["tail"]["params"]
+    tail = sum(cost["params"] for name, cost in run.config["cost"].items() if name.startswith("stage/"))
+    assert trainable["finetune"] - trainable["head"] == tail > 0
     scores = run.series("val/acc")
-    for stage, best in (("head", max(scores[:2])), ("finetune", max(scores[2:]))):
-        assert run.summary[f"stages/{stage}/val/acc"] == pytest.approx(best)
-        assert run.summary[f"stages/{stage}/epochs"] == 2
+    for step, best in (("head", max(scores[:2])), ("finetune", max(scores[2:]))):
+        assert run.summary[f"steps/{step}/val/acc"] == pytest.approx(best)
+        assert run.summary[f"steps/{step}/epochs"] == 2
     assert sorted(run.artifacts["checkpoint"].aliases) == ["best", "finetune", "latest"]
     best = run.folder.parent.parent / "checkpoints/finetune/best.ckpt"
     assert contents(run.artifacts["checkpoint"]) == digests(best)

@@ -34,7 +34,7 @@ def build_network(
         ValueError: A setting is out of range; the message names its key.
     """
     split, exits = cfg.split, cfg.exits
-    with keyed("split", split), keyed("exits", exits):
+    with keyed("split", split), keyed("exits", exits), keyed("channel", cfg.channel or {}):
         return staged_network(
             backbone,
             sample_of(image_input),

@@ -18,7 +18,7 @@ from cleave.architectures import StagedNetwork
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import FLOAT_BITS, ImageInput, check_bits
 from cleave.lightning_modules.callbacks.metadata import KEY, SCHEMA
-from cleave.scripts.assembly.networks import NETWORK, build_network
+from cleave.scripts.assembly.networks import NETWORK, build_network, keyed
 from cleave.scripts.assembly.trust import check_targets
 
 
@@ -63,8 +63,9 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
     for cut, bottleneck in network.bottlenecks.items():
         if bits is None or bits == bottleneck.bits:
             continue
-        if bottleneck.bits != FLOAT_BITS or check_bits(bits) == FLOAT_BITS:
-            network.set_bits(bits, cut)  # else `bundling.recalibrate` finds a range first
+        with keyed("codec", {"bits": bits}):
+            if bottleneck.bits != FLOAT_BITS or check_bits(bits) == FLOAT_BITS:
+                network.set_bits(bits, cut)  # else `bundling.recalibrate` finds a range first
         config.codec.bits = bits
         other_bits = True
     return Restored(config, network.eval(), image_input, metadata["class_names"], file_sha256(path), other_bits)
