@@ -152,8 +152,8 @@ def check_inserts(cut: str, inserts: Sequence[Insert]) -> None:
         for part in insert.parts():
             if part in _PARTS:
                 raise ValueError(
-                    f"the {insert.kind} at {cut!r} has a part {part!r}, which means something else in a network; name it "
-                    "otherwise"
+                    f"the {insert.kind} at {cut!r} has a part {part!r}, which means something else in a network; "
+                    "name it otherwise"
                 )
     for what, groups in (
         ("are called", [[insert.kind] for insert in inserts]),
