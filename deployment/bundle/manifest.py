@@ -13,12 +13,11 @@ from ..exits.policy import ExitPolicy
 from ..exits.specs import ExitSpec, check_exits, check_places, exit_logits
 from ..naming import did_you_mean
 from ..runtime.inputs import Input, input_from_dict, input_to_dict
-from .canonical_json import digest, dump, parse
+from .canonical_json import digest, dump, parse, typed
 from .edges import Edge, repeated
 from .files import BundleError, FileEntry, read_file
 from .route import Route
 from .specs import OutputSpec, PartitionSpec, TensorSpec
-from .typed_json import typed
 
 SCHEMA = 3
 MANIFEST = "manifest.json"

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle.canonical_json import parse
+from ..bundle.canonical_json import parse, typed
 from ..bundle.edges import Crossing
 from ..bundle.files import BundleError
 from ..bundle.route import Route
-from ..bundle.typed_json import typed
 from ..codecs.codec import FloatCodec
 from .policies import policy_from_dict
 from .policy import ExitPolicy
