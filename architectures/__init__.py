@@ -1,8 +1,9 @@
-"""Plain networks: backbones, cutting, bottlenecks, quantisers and split networks."""
+"""Plain networks: backbones, cutting, inserts, and the network that is made of them."""
 
 from cleave.architectures.backbones import Backbone, create_backbone
-from cleave.architectures.costs import profile
-from cleave.architectures.cutting.stages import (
+from cleave.architectures.builders import multi_exit_network, split_network, staged_network
+from cleave.architectures.costs import Cost
+from cleave.architectures.cutting import (
     CutError,
     CutPoint,
     NodeGraph,
@@ -14,56 +15,65 @@ from cleave.architectures.cutting.stages import (
     spread,
     trace_graph,
 )
-from cleave.architectures.inserts.bottleneck import Bottleneck, build_bottleneck
+from cleave.architectures.ensemble import GeometricEnsemble
+from cleave.architectures.inserts.bottleneck import Bottleneck
 from cleave.architectures.inserts.calibration import calibrate_range
-from cleave.architectures.inserts.channels import BitErrors, GaussianNoise, PacketLoss, build_channel
+from cleave.architectures.inserts.channels import BitErrors, Channel, GaussianNoise, PacketLoss
+from cleave.architectures.inserts.codecs import entropy_codec, uniform_codec
+from cleave.architectures.inserts.coders import Coders, build_bottleneck
 from cleave.architectures.inserts.entropy_bottleneck import EntropyBottleneck
-from cleave.architectures.inserts.exit_heads import ExitHead
+from cleave.architectures.inserts.exit_head import ExitHead
 from cleave.architectures.inserts.gaussian import GaussianEncoder, make_gaussian
-from cleave.architectures.inserts.quantizer import UniformQuantizer
+from cleave.architectures.inserts.insert import Half, Halves, Insert, Step
+from cleave.architectures.inserts.quantizer import UniformQuantizer, Unquantized
 from cleave.architectures.inserts.recalibrate import recalibrate_batchnorm
 from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d, select, switchable
 from cleave.architectures.macs import count_macs, count_params
-from cleave.architectures.multi_exit import MultiExitNetwork
-from cleave.architectures.partitions import DevicePart, ServerPart, WholePart, export_parts
-from cleave.architectures.split import SplitNetwork
+from cleave.architectures.network import StagedNetwork
 
 __all__ = [
     "Backbone",
     "BitErrors",
     "Bottleneck",
+    "Channel",
+    "Coders",
+    "Cost",
     "CutError",
     "CutPoint",
-    "DevicePart",
     "EntropyBottleneck",
     "ExitHead",
     "GaussianEncoder",
     "GaussianNoise",
-    "MultiExitNetwork",
+    "GeometricEnsemble",
+    "Half",
+    "Halves",
+    "Insert",
     "NodeGraph",
     "PacketLoss",
     "Partition",
-    "ServerPart",
-    "SplitNetwork",
+    "StagedNetwork",
     "Stages",
+    "Step",
     "SwitchableBatchNorm2d",
     "UniformQuantizer",
-    "WholePart",
+    "Unquantized",
     "build_bottleneck",
-    "build_channel",
     "calibrate_range",
     "count_macs",
     "count_params",
     "create_backbone",
     "cut",
     "cut_points",
-    "export_parts",
+    "entropy_codec",
     "make_gaussian",
+    "multi_exit_network",
     "partition",
-    "profile",
     "recalibrate_batchnorm",
     "select",
+    "split_network",
     "spread",
+    "staged_network",
     "switchable",
     "trace_graph",
+    "uniform_codec",
 ]

@@ -1,209 +1,306 @@
-"""Encoders and decoders generated to fit a cut: what a device sends and how a server reads it."""
+"""The bottleneck: an insert that makes of a feature what is sent, and of what arrives a feature again."""
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-MAP_LAYOUTS = ("NCHW", "NHWC")
-VECTOR_LAYOUTS = ("NLC", "NC")
-FORMS = ("replace", "insert")
+from cleave.architectures.inserts.calibration import calibrate_range
+from cleave.architectures.inserts.channels import Channel
+from cleave.architectures.inserts.gaussian import GaussianEncoder
+from cleave.architectures.inserts.insert import IN, OUT, Half, Halves, Insert, Step
+from cleave.architectures.inserts.quantizer import Quantizer, UniformQuantizer
+from cleave.architectures.inserts.switchable import select, switchable
+from cleave.deployment import FLOAT_BITS, Codec, check_bits
 
-
-class Bottleneck(NamedTuple):
-    """An encoder (device), a decoder (server) and the per-sample shape of the representation between them."""
-
-    encoder: nn.Module
-    decoder: nn.Module
-    shape: tuple[int, ...]
+Link = Callable[[str, Codec, dict[str, Tensor]], Mapping[str, Tensor]]
+LEVELS = "levels"
 
 
-class Permute(nn.Module):
-    """Reorder dimensions, so that channels-last maps meet convolutions; (B, H, W, C) or (B, C, H, W)."""
+class Bottleneck(Insert):
+    """encoder → quantiser or learned prior → channel → decoder.
 
-    def __init__(self, *order: int) -> None:
-        super().__init__()
-        self.order = order
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` with its dimensions in the new order."""
-        return x.permute(self.order).contiguous()
-
-    def extra_repr(self) -> str:
-        """Show the order in the printed module."""
-        return ", ".join(map(str, self.order))
-
-
-class Resize(nn.Module):
-    """Bring a map (B, C, H, W) to rows × columns: nearest neighbours upwards, average pooling downwards."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.size = (rows, columns)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the map in its new size."""
-        if x.shape[-2] >= self.size[0] and x.shape[-1] >= self.size[1]:
-            return F.adaptive_avg_pool2d(x, self.size)
-        return F.interpolate(x, size=self.size, mode="nearest")
-
-    def extra_repr(self) -> str:
-        """Show the size in the printed module."""
-        return f"{self.size[0]}x{self.size[1]}"
-
-
-def build_bottleneck(
-    source: tuple[int, ...],
-    target: tuple[int, ...],
-    layout: str,
-    *,
-    form: str = "replace",
-    channels: int = 8,
-    stride: int | None = None,
-    kernel: int = 3,
-    width: int = 64,
-    depth: int = 1,
-    decoder_width: int | None = None,
-) -> Bottleneck:
-    """Generate the encoder and decoder of a bottleneck.
-
-    The encoder is a chain of convolution, BatchNorm and ReLU that halves (or divides by a larger prime) the map until
-    ``stride`` is reached, then ``depth`` convolutions there, then a projection to ``channels``. The decoder brings the
-    representation to the size of the cut and refines it to the cut's channels, as in the bottlenecks of
-    Matsubara et al. ("Neural Compression and Filtering for Edge-assisted Real-time Object Detection", 2020). Token
-    features and flat vectors get one linear layer on each side.
+    It emits ``z``, the representation (B, *shape); ``sent``, the same quantised and de-quantised; ``received``, what is
+    left of it behind the channel; of a learned prior ``likelihoods``, of a stochastic encoder ``mean`` and
+    ``log_variance``.
 
     Args:
-        source: Per-sample shape of the encoder's input: the image (C, H, W) where the head is replaced, the feature at
-            the cut in its own layout where the bottleneck is inserted.
-        target: Per-sample shape of the feature at the cut, in ``layout``.
-        layout: Layout at the cut: ``NCHW``, ``NHWC`` (Swin), ``NLC`` (ViT) or ``NC``.
-        form: ``replace`` or ``insert``.
-        channels: Channels of the representation.
-        stride: Spatial stride of the representation against the encoder's input; ``None`` keeps the cut's own size.
-        kernel: Odd kernel size of the convolutions.
-        width: Channels of the hidden layers.
-        depth: Convolutions at the representation's resolution before the projection, at least 0.
-        decoder_width: Channels of the decoder's hidden layers, which the server runs; ``None`` takes ``width``.
+        encoder: Maps the feature, or the image where it replaces the head, to the representation.
+        quantizer: A :class:`~cleave.architectures.UniformQuantizer`, an
+            :class:`~cleave.architectures.EntropyBottleneck`, or :class:`Unquantized`.
+        decoder: Maps the representation to the feature at the cut.
+        shape: Per-sample shape of the representation.
+        channel: What the link does; ``None``: nothing.
+
+    Attributes:
+        at: The cut it stands at; the network says it.
+        behind: Modules whose BatchNorm follows the width of its codes; the network says them.
 
     Raises:
-        ValueError: An argument is out of range, or does not apply at a cut of this layout.
-
-    Example:
-        >>> build_bottleneck((3, 32, 32), (32, 16, 16), "NCHW", channels=8, stride=4).shape
-        (8, 8, 8)
+        ValueError: The quantiser cannot code such a representation, or the channel cannot carry it.
     """
-    _check(form, channels, stride, kernel, width, depth, decoder_width)
-    if layout in VECTOR_LAYOUTS:
-        if (kernel, width, depth, decoder_width) != (3, 64, 1, None):
+
+    kind = "bottleneck"
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        quantizer: Quantizer,
+        decoder: nn.Module,
+        *,
+        shape: Sequence[int],
+        channel: Channel | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.quantizer = quantizer
+        self.decoder = decoder
+        self.shape = tuple(shape)
+        self.at = ""
+        self.behind: list[nn.Module] = []
+        self.codec  # noqa: B018 what cannot be coded is refused here
+        self.channel: Channel | None = None
+        self.emits = tuple(name for step in self.steps() for name in step.gives if name != OUT)
+        self.set_channel(channel)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the encoder draws its representation in training."""
+        return isinstance(self.encoder, GaussianEncoder)
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether a learned prior codes the representation."""
+        return not isinstance(self.quantizer, UniformQuantizer) and hasattr(self.quantizer, "likelihoods")
+
+    # --- what it computes -------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[Step]:
+        """Return its computations: encode, quantise, judge, transmit, decode."""
+        distribution = ("mean", "log_variance") if self.stochastic else ()
+        steps = [
+            Step("encode", (IN,), ("z", *distribution), ("encoder",), kind="encoder", selective=True),
+            Step(
+                "quantise",
+                ("z",),
+                ("sent",),
+                () if self.has_prior else ("quantizer",),  # in training it adds noise, of which nothing is learned
+                linked="deliver",
+            ),
+        ]
+        if self.has_prior:
+            steps.append(Step("judge", ("sent",), ("likelihoods",), ("quantizer",)))
+        steps.append(Step("transmit", ("sent",), ("received",), random=self.channel is not None))
+        steps.append(Step("decode", ("received",), (OUT,), ("decoder",), optional=("z",), kind="decoder"))
+        return steps
+
+    def encode(self, x: Tensor, wanted: frozenset[str] = frozenset()) -> Tensor | tuple[Tensor | None, ...]:
+        """Return the representation (B, *shape); of a stochastic encoder with its mean and log-variance, if wanted."""
+        if not isinstance(self.encoder, GaussianEncoder):
+            return self.encoder(x)
+        if not self.encoder.training and not wanted & {"mean", "log_variance"}:
+            return self.encoder(x), None, None
+        mean, log_variance = self.encoder.distribution(x)
+        z = self.encoder.sample(mean, log_variance) if self.encoder.training else mean
+        return z, mean, log_variance
+
+    def quantise(self, z: Tensor) -> Tensor:
+        """Return the representation quantised and de-quantised, or with the noise that stands for it in training."""
+        return self.quantizer(z)
+
+    def deliver(self, z: Tensor, link: Link) -> Tensor:
+        """Return what a link delivers of a representation, de-quantised: the way of real bytes."""
+        return self.receive(link(self.at, self.codec, self.send(z)))
+
+    def judge(self, sent: Tensor) -> Tensor:
+        """Return the probability of each element under the learned prior."""
+        return self.quantizer.likelihoods(sent)  # type: ignore[operator]
+
+    def transmit(self, sent: Tensor) -> Tensor:
+        """Return what arrives over the channel."""
+        return sent if self.channel is None else self.channel(sent, self.quantizer)
+
+    def decode(self, received: Tensor, z: Tensor | None = None) -> Tensor:
+        """Map what arrived to the feature at the cut, in the dtype of the representation, or else of the decoder."""
+        # Cast behind the channel: half precision no longer tells fine codes apart.
+        if z is not None:
+            received = received.to(z.dtype)
+        elif (weight := next(self.decoder.parameters(), None)) is not None:
+            received = received.to(weight.dtype)
+        if self.widths:
+            self.select(self.bits)  # type: ignore[arg-type]
+        return self.decoder(received)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the feature that arrives to the one that goes on."""
+        encoded = self.encode(x)
+        z = encoded[0] if isinstance(encoded, tuple) else encoded
+        assert z is not None
+        return self.decode(self.transmit(self.quantise(z)), z)
+
+    # --- what the network asks --------------------------------------------------------------------------------------
+
+    def place(self, at: str, behind: Sequence[nn.Module]) -> None:
+        """Take a place in a network.
+
+        Args:
+            at: The cut.
+            behind: Modules that read what it decodes, up to the next bottleneck's quantiser: where it knows several
+                widths, their BatchNorm gets a set of statistics for each, and follows the width in use.
+        """
+        self.at, self.behind = at, list(behind)
+        if self.widths:
+            self.decoder = switchable(self.decoder, self.widths)
+            for module in self.behind:
+                switchable(module, self.widths)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return encoder, quantiser and decoder."""
+        return {"encoder": self.encoder, "quantizer": self.quantizer, "decoder": self.decoder}
+
+    def leaves(self) -> list[nn.Module]:
+        """Return encoder and decoder; a stochastic encoder is asked for its distribution, so its layers stand alone."""
+        encoder = list(self.encoder.children()) if self.stochastic else [self.encoder]
+        return [*encoder, self.decoder]
+
+    def device_encoder(self) -> nn.Module:
+        """The encoder as a device runs it: the mean alone where it is stochastic in training."""
+        return self.encoder.deterministic() if isinstance(self.encoder, GaussianEncoder) else self.encoder
+
+    def costed(self, kind: str) -> nn.Module:
+        """Return the encoder as a device runs it, or the decoder."""
+        return self.device_encoder() if kind == "encoder" else self.decoder
+
+    def halves(self) -> Halves:
+        """Return encoder and quantiser, and the decoder; a channel is a disturbance of the link and of neither."""
+        codec = self.codec
+        device = Half(Sender(self.device_encoder(), self.quantizer), (IN, *codec.settings), codec.sends)
+        return Halves(device, codec, Half(Receiver(self.quantizer, self.decoder), codec.delivers, (OUT,)))
+
+    # --- bytes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def codec(self) -> Codec:
+        """How the representation becomes bytes, with the present bits, range or prior."""
+        return self.quantizer.codec(self.shape)
+
+    def send(self, z: Tensor) -> dict[str, Tensor]:
+        """Return what the device sends of a representation (B, *shape), as the tensors that ``codec.encode`` takes."""
+        codec = self.codec
+        sent = self.quantizer.send(z, *(value.to(z.device) for value in codec.settings.values()))
+        return dict(zip(codec.sends, sent if isinstance(sent, tuple) else (sent,), strict=True))
+
+    def receive(self, delivered: Mapping[str, Tensor]) -> Tensor:
+        """De-quantise what ``codec.decode`` delivers, on the device of the decoder."""
+        weight = next(self.parameters(), next(self.buffers(), None))
+        tensors = delivered.values() if weight is None else [tensor.to(weight.device) for tensor in delivered.values()]
+        return self.quantizer.receive(*tensors)
+
+    def check_measured(self) -> None:
+        """Refuse codes whose range nobody has measured.
+
+        Raises:
+            ValueError: The quantiser's range still waits for its first training batch.
+        """
+        self.quantizer.check_measured()
+
+    # --- width, range and link ------------------------------------------------------------------------------------
+
+    @property
+    def bits(self) -> int | None:
+        """Width of a code at present; 32 where nothing is quantised, ``None`` under a learned prior."""
+        return self.quantizer.bits
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths in bits that one network is trained for; empty where it knows one."""
+        return self.quantizer.widths
+
+    def select(self, width: int | Tensor) -> None:
+        """Choose the BatchNorm of a width, in bits or as a tensor of levels, in the decoder and behind it."""
+        for module in (self.decoder, *self.behind):
+            select(module, width)
+
+    def set_bits(self, bits: int) -> None:
+        """Change the width of the codes after training; 32 leaves the quantiser out.
+
+        The decoder's BatchNorm statistics are those of the old width, unless the network was trained for several
+        widths: see :func:`~cleave.architectures.recalibrate_batchnorm`.
+
+        Raises:
+            ValueError: ``bits`` is out of range, the bottleneck was built without a quantiser, which has no range, its
+                prior knows no widths, or ``bits`` is 32 and it was trained for several widths.
+        """
+        if self.widths and check_bits(bits) == FLOAT_BITS:
             raise ValueError(
-                f"bottleneck.kernel, width, depth and decoder_width have no meaning for {layout} features, which take "
-                f"a linear one; got {kernel}, {width}, {depth}, {decoder_width}: leave them out"
+                f"bits={bits}: this bottleneck was trained for widths={list(self.widths)} and has no BatchNorm for "
+                "float; choose 2 to 16"
             )
-        return _linear(target, layout, form, channels, stride)
-    if layout not in MAP_LAYOUTS:
-        raise ValueError(
-            f"no bottleneck fits the feature {target} of layout {layout!r}; cut where it is one of "
-            f"{', '.join((*MAP_LAYOUTS, *VECTOR_LAYOUTS))}"
-        )
-    last = layout == "NHWC"
-    rows, columns, features = target if last else (target[1], target[2], target[0])
-    inserted = form == "insert"
-    in_channels, in_rows, in_columns = (features, rows, columns) if inserted else source
-    if stride is None:
-        stride = max(1, round(min(in_rows / rows, in_columns / columns)))
-    if stride > min(in_rows, in_columns):
-        raise ValueError(
-            f"bottleneck.stride={stride} exceeds the encoder's input of {in_rows}x{in_columns} pixels; "
-            f"use at most {min(in_rows, in_columns)}"
-        )
-    encoder = _encoder(in_channels, channels, stride, kernel, width, depth)
-    if last and inserted:
-        encoder.insert(0, Permute(0, 3, 1, 2))
-    shape = _shape_after(
-        encoder, (rows, columns, features) if last and inserted else (in_channels, in_rows, in_columns)
-    )
-    decoder = _decoder(channels, (rows, columns), shape[1:], features, kernel, decoder_width or width)
-    if last:
-        decoder.append(Permute(0, 2, 3, 1))
-    return Bottleneck(encoder, decoder, shape)
+        self.quantizer = self.quantizer.with_bits(bits)
+
+    def calibrate(self, representations: Iterable[Tensor], bits: int, method: str = "mse") -> tuple[float, float]:
+        """Give a bottleneck that was trained in float codes of some width, their range chosen on what it makes.
+
+        Args:
+            representations: Representations (B, *shape) each.
+            bits: Width of the codes, 2 to 16.
+            method: As of :func:`~cleave.architectures.calibrate_range`.
+
+        Returns:
+            The range (low, high).
+        """
+        low, high = calibrate_range(representations, bits, method)
+        weight = next(self.parameters(), torch.empty(0))
+        self.quantizer = UniformQuantizer(bits).to(weight.device).train(self.training)
+        self.quantizer.set_range(low, high)
+        if self.channel is not None:
+            self.channel.check(self.quantizer)
+        return low, high
+
+    def set_channel(self, channel: Channel | None) -> None:
+        """Put another link between the halves, or none.
+
+        Raises:
+            ValueError: The link cannot carry what the quantiser makes.
+        """
+        if channel is not None:
+            channel.check(self.quantizer)
+        self.channel = channel
 
 
-def _check(
-    form: str, channels: int, stride: int | None, kernel: int, width: int, depth: int, decoder_width: int | None
-) -> None:
-    if form not in FORMS:
-        raise ValueError(f"split.form must be one of {', '.join(FORMS)}, got {form!r}")
-    for name, value, least in (
-        ("channels", channels, 1),
-        ("stride", 1 if stride is None else stride, 1),
-        ("width", width, 1),
-        ("decoder_width", 1 if decoder_width is None else decoder_width, 1),
-        ("depth", depth, 0),
-        ("kernel", kernel, 1),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"bottleneck.{name} must be a whole number of at least {least}, got {value!r}")
-    if kernel % 2 == 0:
-        raise ValueError(f"bottleneck.kernel must be odd, got {kernel}; use {kernel - 1} or {kernel + 1}")
+class Sender(nn.Module):
+    """The device's half of a bottleneck: encoder → quantiser.
+
+    Args:
+        encoder: The encoder as a device runs it.
+        quantizer: The quantiser.
+    """
+
+    def __init__(self, encoder: nn.Module, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.quantizer = quantizer
+
+    def forward(self, x: Tensor, *settings: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return what the codec sends of a feature, for settings such as the number of levels."""
+        return self.quantizer.send(self.encoder(x), *settings)
 
 
-def _linear(target: tuple[int, ...], layout: str, form: str, channels: int, stride: int | None) -> Bottleneck:
-    if form != "insert":
-        raise ValueError(
-            f"the feature {target} at this cut is {layout}, which has no map an image encoder could produce; "
-            "use split.form=insert, or cut at a convolutional layer"
-        )
-    if stride not in (None, 1):
-        raise ValueError(f"bottleneck.stride={stride} has no meaning for {layout} features; leave it null")
-    features = target[-1]
-    return Bottleneck(nn.Linear(features, channels), nn.Linear(channels, features), (*target[:-1], channels))
+class Receiver(nn.Module):
+    """The server's half of a bottleneck: de-quantise → decoder.
 
+    Args:
+        quantizer: Says how to de-quantise; it has no state there.
+        decoder: The decoder.
+    """
 
-def conv_block(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-    """Return convolution, BatchNorm and ReLU."""
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    def __init__(self, quantizer: Quantizer, decoder: nn.Module) -> None:
+        super().__init__()
+        self.receive = type(quantizer).receive
+        self.decoder = decoder
 
-
-def _encoder(inputs: int, outputs: int, stride: int, kernel: int, width: int, depth: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for factor in _prime_factors(stride):
-        # A kernel narrower than its stride would skip pixels.
-        layers += conv_block(inputs, width, max(kernel, factor + 1 - factor % 2), factor)
-        inputs = width
-    for _ in range(depth):
-        layers += conv_block(inputs, width, kernel)
-        inputs = width
-    return nn.Sequential(*layers, nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2))
-
-
-def _decoder(
-    inputs: int, size: tuple[int, int], coded: tuple[int, ...], outputs: int, kernel: int, width: int
-) -> nn.Sequential:
-    layers = conv_block(inputs, width, kernel)
-    if coded != size:
-        layers.append(Resize(*size))
-    layers += conv_block(width, width, kernel)
-    return nn.Sequential(*layers, nn.Conv2d(width, outputs, kernel, padding=kernel // 2))
-
-
-def _prime_factors(number: int) -> list[int]:
-    factors = []
-    for divisor in range(2, math.isqrt(number) + 1):
-        while number % divisor == 0:
-            factors.append(divisor)
-            number //= divisor
-    return [*factors, number] if number > 1 else factors
-
-
-@torch.no_grad()
-def _shape_after(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
-    module.eval()  # a probe must not move BatchNorm's statistics
-    outputs = module(torch.zeros(1, *shape))
-    module.train()
-    return tuple(outputs.shape[1:])
+    def forward(self, *delivered: Tensor) -> Tensor:
+        """Return the feature of what the codec delivers."""
+        return self.decoder(self.receive(*delivered))

@@ -78,15 +78,15 @@ def calibrate_range(
 
 def _check(bits: int, method: str, percentile: float | None, samples: int) -> None:
     if check_bits(bits) == 32:
-        raise ValueError("codec.bits=32 means float, which has no range to calibrate; choose 2 to 16")
+        raise ValueError("bits=32 means float, which has no range to calibrate; choose 2 to 16")
     if method not in METHODS:
-        raise ValueError(f"calibration.method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if percentile is not None and method != "percentile":
-        raise ValueError(f"calibration.percentile={percentile} has no meaning for method={method!r}; leave it out")
+        raise ValueError(f"percentile={percentile} has no meaning for method={method!r}; leave it out")
     if percentile is not None and not 50 < percentile <= 100:
-        raise ValueError(f"calibration.percentile must be above 50 and at most 100, got {percentile}")
+        raise ValueError(f"percentile must be above 50 and at most 100, got {percentile}")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
-        raise ValueError(f"calibration.samples must be a whole number of at least 2, got {samples!r}")
+        raise ValueError(f"samples must be a whole number of at least 2, got {samples!r}")
 
 
 def _collect(values: Iterable[Tensor], samples: int) -> tuple[_Values, float, float]:
@@ -107,7 +107,7 @@ def _collect(values: Iterable[Tensor], samples: int) -> tuple[_Values, float, fl
             chosen = np.argpartition(keys, samples)[:samples]
             kept, keys = kept[chosen], keys[chosen]
     if not len(kept):
-        raise ValueError("calibration needs at least one batch; raise calibration.batches or check the data")
+        raise ValueError("calibration needs at least one batch; raise batches or check the data")
     if low == high:
         raise ValueError(f"the representation is {low:g} everywhere: its encoder is dead, and there is no range for it")
     return kept, low, high

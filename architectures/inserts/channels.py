@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import abc
-import inspect
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ class Channel(nn.Module, abc.ABC):
 
     Samples are hit independently of each other, and all randomness comes from torch's global generator of the
     representation's device, so that a seeded run repeats. A range that each sample sends along with its codes
-    (``codec.range=sample``) is taken to arrive unharmed.
+    (``range=sample``) is taken to arrive unharmed.
 
     Args:
         when: ``train`` or ``eval``: only in that mode; ``always``; ``never``. It may be changed at any time.
@@ -48,9 +47,7 @@ class Channel(nn.Module, abc.ABC):
     @when.setter
     def when(self, value: str) -> None:
         if value not in WHEN:
-            raise ValueError(
-                f"channel.when must be one of {', '.join(WHEN)}, got {value!r}.{did_you_mean(str(value), WHEN)}"
-            )
+            raise ValueError(f"when must be one of {', '.join(WHEN)}, got {value!r}.{did_you_mean(str(value), WHEN)}")
         self._when = value
 
     @property
@@ -118,15 +115,14 @@ class PacketLoss(Channel):
         self.rate = _span("rate", rate, 0, 1, open_end=True)
         if (packet_bytes is None) == (packet_elements is None):
             raise ValueError(
-                "channel.packet_bytes and channel.packet_elements: give one of the two, "
-                f"got {packet_bytes} and {packet_elements}"
+                f"packet_bytes and packet_elements: give one of the two, got {packet_bytes} and {packet_elements}"
             )
         for name, value in (("packet_bytes", packet_bytes), ("packet_elements", packet_elements)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"channel.{name} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         for name, flag in (("interleave", interleave), ("rescale", rescale)):
             if not isinstance(flag, bool):
-                raise ValueError(f"channel.{name} must be true or false, got {flag!r}")
+                raise ValueError(f"{name} must be true or false, got {flag!r}")
         self.packet_bytes = packet_bytes
         self.packet_elements = packet_elements
         self.interleave = interleave
@@ -136,12 +132,12 @@ class PacketLoss(Channel):
         """Raise ValueError where a packet is too short for a single code, or its codes have no fixed width."""
         if self.packet_bytes is not None and quantizer is not None and quantizer.bits is None:
             raise ValueError(
-                f"channel.packet_bytes={self.packet_bytes} needs codes of a fixed width, which a learned prior's are "
-                "not; give channel.packet_elements and channel.packet_bytes=null"
+                f"packet_bytes={self.packet_bytes} needs codes of a fixed width, which a learned prior's are "
+                "not; give packet_elements and packet_bytes=null"
             )
         if self._elements(quantizer) < 1:
             raise ValueError(
-                f"channel.packet_bytes={self.packet_bytes} is too short for one code of {_bits(quantizer)} bits; "
+                f"packet_bytes={self.packet_bytes} is too short for one code of {_bits(quantizer)} bits; "
                 f"use at least {-(-_bits(quantizer) // 8)}"
             )
 
@@ -244,8 +240,8 @@ class BitErrors(Channel):
         """Raise ValueError where there are no codes whose bits could flip."""
         if not isinstance(quantizer, UniformQuantizer):
             raise ValueError(
-                "channel.kind=bit_errors flips bits of codes of a fixed width, but codec.bits=32 sends float32 and a "
-                "learned prior whole numbers; choose codec.bits from 2 to 16, or another channel.kind"
+                "bit errors flip bits of codes of a fixed width, but 32 bits send float32 and a "
+                "learned prior whole numbers; choose bits from 2 to 16, or another channel"
             )
 
     def transmit(self, z: Tensor, quantizer: Quantizer | None) -> Tensor:
@@ -265,48 +261,6 @@ class BitErrors(Channel):
         return f"rate={self.rate}, when={self.when!r}"
 
 
-CHANNELS: dict[str, type[Channel]] = {
-    "packet_loss": PacketLoss,
-    "gaussian_noise": GaussianNoise,
-    "bit_errors": BitErrors,
-}
-
-
-def build_channel(settings: Mapping[str, Any] | None) -> Channel | None:
-    """Build a channel from a config.
-
-    Args:
-        settings: ``kind``, one of :data:`CHANNELS`, and that class's arguments; ``None`` or the kind ``none``
-            builds nothing.
-
-    Raises:
-        ValueError: The kind or a key is unknown, a key is missing, or a value is out of range.
-
-    Example:
-        >>> build_channel({"kind": "packet_loss", "rate": 0.1, "packet_bytes": 32, "when": "train"})
-        PacketLoss(rate=(0.1, 0.1), packet_bytes=32, interleave=False, rescale=True, when='train')
-    """
-    if settings is None or settings.get("kind") == "none":
-        return None
-    arguments = dict(settings)
-    kind = arguments.pop("kind", None)
-    if kind not in CHANNELS:
-        raise ValueError(
-            f"channel.kind must be one of {', '.join(CHANNELS)}, got {kind!r}.{did_you_mean(str(kind), CHANNELS)}"
-        )
-    known = inspect.signature(CHANNELS[kind]).parameters
-    for name in arguments:
-        if name not in known:
-            raise ValueError(
-                f"channel.{name} is unknown for channel.kind={kind}, which takes {', '.join(known)}."
-                + did_you_mean(str(name), known)
-            )
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and arguments.get(name) is None:
-            raise ValueError(f"channel.{name} is missing; channel.kind={kind} needs it")
-    return CHANNELS[kind](**arguments)
-
-
 def _bits(quantizer: Quantizer | None) -> int:
     return _FLOAT_BITS if quantizer is None else quantizer.bits or _FLOAT_BITS
 
@@ -317,13 +271,13 @@ def _span(
     """Return a number or a [low, high] as (low, high), checked."""
     ends = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value, value]
     if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int | float) for end in ends):
-        raise ValueError(f"channel.{name} must be a number or [low, high], got {value!r}")
+        raise ValueError(f"{name} must be a number or [low, high], got {value!r}")
     low, high = (float(end) for end in ends)
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"channel.{name} must be finite, got {value!r}")
+        raise ValueError(f"{name} must be finite, got {value!r}")
     if not least <= low <= high <= most or (open_end and high == most):
         raise ValueError(
-            f"channel.{name} must lie in [{least:g}, {most:g}{')' if open_end else ']'}, low before high, got {value!r}"
+            f"{name} must lie in [{least:g}, {most:g}{')' if open_end else ']'}, low before high, got {value!r}"
         )
     return low, high
 

@@ -75,6 +75,8 @@ class EntropyBottleneck(nn.Module):
     """
 
     bits = None  # codes of a learned prior have no width
+    widths: tuple[int, ...] = ()
+    decays = False  # nor has it weights that should be small
     low: Tensor
     high: Tensor
 
@@ -88,9 +90,9 @@ class EntropyBottleneck(nn.Module):
         if isinstance(axis, bool) or axis not in (0, -1):
             raise ValueError(f"axis must be 0 (channels first) or -1 (channels last), got {axis!r}")
         if not self.filters or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.filters):
-            raise ValueError(f"codec.filters must be whole numbers of at least 1, got {filters!r}")
+            raise ValueError(f"filters must be whole numbers of at least 1, got {filters!r}")
         if isinstance(init_scale, bool) or not isinstance(init_scale, int | float) or not 0.1 <= init_scale < math.inf:
-            raise ValueError(f"codec.init_scale must be a number of at least 0.1, got {init_scale!r}")
+            raise ValueError(f"init_scale must be a number of at least 0.1, got {init_scale!r}")
         self.channels, self.axis = channels, axis
         widths = (1, *self.filters, 1)
         scale = init_scale ** (1 / (len(widths) - 1))
@@ -158,9 +160,12 @@ class EntropyBottleneck(nn.Module):
         """How codes of this per-sample shape become bytes under the present prior."""
         return EntropyCodec.from_tables(shape, self.tables(), self.axis)
 
+    def check_measured(self) -> None:
+        """Refuse nothing: the support of codes follows from the prior."""
+
     def with_bits(self, bits: int) -> NoReturn:
         """Refuse: the prior is learned for steps of one, so there is no other width."""
-        raise CodecError(f"codec.bits={bits}: a learned prior has no width of codes; leave bits out")
+        raise CodecError(f"bits={bits}: a learned prior has no width of codes; leave bits out")
 
     @torch.no_grad()
     def tables(self) -> list[tuple[int, npt.NDArray[np.float64]]]:

@@ -1,15 +1,13 @@
-"""What turns a representation into integer codes: the uniform affine quantiser, or nothing."""
+"""The uniform affine quantiser, which makes integer codes of a representation, and the one that does nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
 
 from cleave.architectures.inserts.entropy_bottleneck import EntropyBottleneck
-from cleave.architectures.naming import did_you_mean
 from cleave.deployment import FLOAT_BITS, Codec, FloatCodec, check_bits, code_codec
 
 RANGES = ("learned", "observed", "sample")
@@ -33,13 +31,16 @@ class UniformQuantizer(nn.Module):
             ``"observed"``: a moving average of the batches' minimum and maximum; ``"sample"``: each sample's own
             minimum and maximum, sent along with its codes.
         momentum: Weight of the newest batch in the moving average of ``"observed"``; ``None`` takes 0.1.
+        coding: How codes become bytes; see :func:`cleave.deployment.code_codec`.
+        quality: Of a lossy image codec among the codings.
+        widths: Several bits that one network is trained for, ``bits`` among them; each gets a BatchNorm of its own.
 
     Shape:
         - input: (B, ...), any real dtype; computed in float32 whatever autocast says.
         - output: (B, ...), float32.
 
     Raises:
-        ValueError: ``bits``, ``range`` or ``momentum`` is out of its range.
+        ValueError: An argument is out of its range.
 
     Example:
         >>> quantizer = UniformQuantizer(bits=2, range="sample").eval()
@@ -52,14 +53,26 @@ class UniformQuantizer(nn.Module):
     log_width: Tensor
     initialized: Tensor
 
-    def __init__(self, bits: int = 8, range: str = "observed", momentum: float | None = None) -> None:  # noqa: A002
+    def __init__(
+        self,
+        bits: int = 8,
+        range: str = "observed",  # noqa: A002
+        momentum: float | None = None,
+        coding: str = "packed",
+        quality: int | None = None,
+        widths: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         if range not in RANGES:
-            raise ValueError(f"codec.range must be one of {', '.join(RANGES)}, got {range!r}")
+            raise ValueError(f"range must be one of {', '.join(RANGES)}, got {range!r}")
         if momentum is not None and range != "observed":
-            raise ValueError(f"codec.momentum={momentum} has no meaning for codec.range={range!r}; leave it out")
+            raise ValueError(f"momentum={momentum} has no meaning for range={range!r}; leave it out")
         if momentum is not None and not 0 < momentum <= 1:
-            raise ValueError(f"codec.momentum must lie in (0, 1], got {momentum}")
+            raise ValueError(f"momentum must lie in (0, 1], got {momentum}")
+        self.coding, self.quality = coding, quality
+        self.widths = tuple(sorted(widths or ()))
+        if self.widths and bits not in self.widths:
+            raise ValueError(f"bits={bits} must be one of widths={list(self.widths)}: it is the one validated")
         self.range = range
         self.momentum = 0.1 if momentum is None else momentum
         self.bits = bits
@@ -82,7 +95,7 @@ class UniformQuantizer(nn.Module):
     def bits(self, value: int) -> None:
         check_bits(value)
         if value == FLOAT_BITS:
-            raise ValueError("codec.bits=32 means float: leave the quantizer out instead of building it with 32 bits")
+            raise ValueError("bits=32 means float: leave the quantizer out instead of building it with 32 bits")
         self._bits = value
 
     @property
@@ -103,7 +116,7 @@ class UniformQuantizer(nn.Module):
             ValueError: The range is not finite in float32 or upside down, or each sample sends its own.
         """
         if self.range == "sample":
-            raise ValueError("codec.range=sample takes each sample's own range; to set one, use learned or observed")
+            raise ValueError("range=sample takes each sample's own range; to set one, use learned or observed")
         ends = torch.tensor([low, high], dtype=torch.float32)
         if not ends.isfinite().all() or ends[0] >= ends[1]:
             raise ValueError(f"a range is two finite numbers in float32, the lower one first, got [{low}, {high}]")
@@ -114,10 +127,23 @@ class UniformQuantizer(nn.Module):
             self.high.copy_(ends[1])
         self.initialized.fill_(True)
 
-    def codec(self, shape: tuple[int, ...], coding: str = "packed", quality: int | None = None) -> Codec:
+    def codec(self, shape: tuple[int, ...]) -> Codec:
         """How codes of this width and range become bytes; see :func:`cleave.deployment.code_codec`."""
         low, high = self.fixed_range or (None, None)
-        return code_codec(coding, shape, self.bits, low, high, quality=quality)
+        return code_codec(self.coding, shape, self.bits, low, high, quality=self.quality)
+
+    @torch.compiler.disable
+    def check_measured(self) -> None:
+        """Refuse codes whose range nobody has measured.
+
+        Raises:
+            ValueError: The range still waits for its first training batch.
+        """
+        if self.range != "sample" and not self.initialized:
+            raise ValueError(
+                f"range={self.range} is measured in training, which this network's bottleneck has not seen; train it, "
+                "or use range=sample"
+            )
 
     def with_bits(self, bits: int) -> UniformQuantizer | Unquantized:
         """Return this quantiser at another width; 32 is no quantiser at all."""
@@ -214,23 +240,21 @@ class UniformQuantizer(nn.Module):
 
 
 class Unquantized(nn.Module):
-    """The representation as it is, float32: what ``codec.bits=32`` means."""
+    """The representation as it is, float32: what 32 bits mean."""
 
     bits = FLOAT_BITS
+    widths: tuple[int, ...] = ()
 
     def forward(self, z: Tensor) -> Tensor:
         """Return ``z``."""
         return z
 
-    def codec(self, shape: tuple[int, ...], coding: str = "packed", quality: int | None = None) -> Codec:
-        """Raw float32, 4 bytes an element.
-
-        Raises:
-            ValueError: A coding of integer codes is asked for.
-        """
-        if coding != "packed" or quality is not None:
-            raise ValueError(f"codec.coding={coding} codes integers, but codec.bits=32 sends float32; use 2 to 16 bits")
+    def codec(self, shape: tuple[int, ...]) -> Codec:
+        """Raw float32, 4 bytes an element."""
         return FloatCodec(shape)
+
+    def check_measured(self) -> None:
+        """Refuse nothing: floats have no range."""
 
     def with_bits(self, bits: int) -> Unquantized:
         """Return this quantiser if ``bits`` is 32.
@@ -239,7 +263,7 @@ class Unquantized(nn.Module):
             ValueError: Codes need a range, which a network trained without a quantiser does not know.
         """
         if check_bits(bits) != FLOAT_BITS:
-            raise ValueError(f"codec.bits={bits}: this network was trained with codec.bits=32 and knows no range")
+            raise ValueError(f"bits={bits}: this network was trained with bits=32 and knows no range")
         return self
 
     def send(self, z: Tensor) -> Tensor:
@@ -253,55 +277,6 @@ class Unquantized(nn.Module):
 
 
 Quantizer = UniformQuantizer | Unquantized | EntropyBottleneck
-
-
-def build_quantizer(settings: Mapping[str, Any], shape: tuple[int, ...], axis: int) -> Quantizer:
-    """Build the quantiser that a codec's settings describe.
-
-    Args:
-        settings: ``kind``: ``uniform`` (default) with ``bits`` (2 to 16, or 32 for float) and the arguments of
-            :class:`UniformQuantizer`, or ``entropy`` with those of
-            :class:`~cleave.architectures.inserts.entropy_bottleneck.EntropyBottleneck`.
-        shape: Per-sample shape of the representation.
-        axis: Where its channels stand: 0, or -1 for tokens.
-
-    Raises:
-        ValueError: The kind is unknown, or an argument is unknown or out of range.
-    """
-    arguments = dict(settings)
-    kind = arguments.pop("kind", "uniform")
-    kinds: dict[str, Callable[..., Quantizer]] = {"uniform": UniformQuantizer, "entropy": EntropyBottleneck}
-    if kind not in kinds:
-        raise ValueError(f"codec.kind must be one of {', '.join(kinds)}, got {kind!r}." + did_you_mean(kind, kinds))
-    if kind == "entropy":
-        known = ("filters", "init_scale")
-        if unknown := [name for name in arguments if name not in known]:
-            raise ValueError(
-                f"codec.{unknown[0]} has no meaning for codec.kind=entropy, which takes {', '.join(known)}"
-            )
-        arguments |= {"channels": shape[axis], "axis": axis}
-    bits = arguments.get("bits", 8)
-    if kind == "uniform" and check_bits(bits) == FLOAT_BITS:
-        UniformQuantizer(**{**arguments, "bits": 8})  # its other settings are checked all the same
-        return Unquantized()
-    try:
-        return kinds[kind](**arguments)
-    except TypeError as error:
-        raise ValueError(f"codec={dict(settings)}: {error}") from error
-
-
-@torch.compiler.disable
-def check_measured(quantizer: nn.Module) -> None:
-    """Refuse codes whose range nobody has measured.
-
-    Raises:
-        ValueError: The quantiser's range still waits for its first training batch.
-    """
-    if isinstance(quantizer, UniformQuantizer) and quantizer.range != "sample" and not quantizer.initialized:
-        raise ValueError(
-            f"codec.range={quantizer.range} is measured in training, which this network's bottleneck has not seen; "
-            "train it, or use codec.range=sample"
-        )
 
 
 def _over_ranks(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

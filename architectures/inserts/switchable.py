@@ -176,5 +176,5 @@ def draw_width(widths: Sequence[int], *key: int) -> int:
 def _checked_widths(widths: Sequence[int]) -> tuple[int, ...]:
     ordered = tuple(sorted(check_bits(width) for width in widths))
     if len(set(ordered)) < max(2, len(ordered)) or ordered[-1] == 32:
-        raise ValueError(f"codec.widths must be two or more different widths of 2 to 16 bits, got {list(widths)}")
+        raise ValueError(f"widths must be two or more different widths of 2 to 16 bits, got {list(widths)}")
     return ordered

@@ -1,4 +1,4 @@
-"""Classifiers for the features inside a backbone: what an early exit is made of."""
+"""The early exit: an insert that classifies the feature at a cut."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cleave.architectures.inserts.bottleneck import MAP_LAYOUTS, VECTOR_LAYOUTS, Permute, conv_block
+from cleave.architectures.inserts.coders import MAP_LAYOUTS, VECTOR_LAYOUTS, Permute, conv_block
+from cleave.architectures.inserts.insert import IN, Half, Halves, Insert, Step
 
 POOLINGS = ("average", "max", "mix")
 
@@ -59,7 +60,7 @@ class Pool(nn.Module):
         return self.pooling if self.grid is None else f"{self.pooling}, {self.grid[0]}x{self.grid[1]}"
 
 
-class ExitHead(nn.Module):
+class ExitHead(Insert):
     """An early exit's classifier: reduce → hidden layers → pooling → linear layer.
 
     ``reduce`` has no parameters, so that of a frozen backbone its output can be computed once and stored. Convolutions
@@ -79,6 +80,9 @@ class ExitHead(nn.Module):
         cascade: Whether the linear layer also reads the class probabilities of the exit before (B, classes), which
             learn nothing from it (Wołczyk et al. 2021, "Zero Time Waste", cascade connections).
 
+    Attributes:
+        before: Output of the exit before, which an exit of a cascade reads; the network says it.
+
     Raises:
         ValueError: An argument is out of range, or no head fits a feature of this layout.
 
@@ -87,6 +91,10 @@ class ExitHead(nn.Module):
         >>> head(torch.randn(2, 16, 32, 32)).shape
         torch.Size([2, 10])
     """
+
+    kind = "exit"
+    passes = False
+    emits = ("reduced", "logits")
 
     def __init__(
         self,
@@ -105,6 +113,7 @@ class ExitHead(nn.Module):
         super().__init__()
         _check(pooling, grid, size, convs, width, kernel)
         self.cascade = cascade
+        self.before: str | None = None
         vectors = layout in VECTOR_LAYOUTS
         if not vectors and layout not in MAP_LAYOUTS:
             raise ValueError(
@@ -129,6 +138,30 @@ class ExitHead(nn.Module):
         self.norm = nn.Identity() if layout == "NCHW" else nn.LayerNorm(features)
         self.classifier = nn.Linear(features + (classes if cascade else 0), classes)
 
+    def steps(self) -> list[Step]:
+        """Return its computations: reduce at once, what is learned behind all stages."""
+        before = () if self.before is None else (self.before,)
+        return [
+            Step("reduce_feature", (IN,), ("reduced",), kind=self.kind),
+            Step("classify", ("reduced", *before), ("logits",), ("exits",), kind=self.kind, late=True),
+        ]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the whole, one of the network's ``exits``."""
+        return {"exits": self}
+
+    def leaves(self) -> list[nn.Module]:
+        """Return the hidden layers."""
+        return [self.hidden] if len(self.hidden) else []
+
+    def halves(self) -> Halves:
+        """Return the whole, which sends nothing."""
+        return Halves(Half(self, (IN,) if self.before is None else (IN, self.before), ("logits",)))
+
+    def reduce_feature(self, feature: Tensor) -> Tensor:
+        """Return what the classifier reads of a feature (B, *shape)."""
+        return self.reduce(feature)
+
     def forward(self, feature: Tensor, before: Tensor | None = None) -> Tensor:
         """Map a feature (B, *shape), and in a cascade the logits of the exit before, to logits (B, classes)."""
         return self.classify(self.reduce(feature), before)
@@ -149,13 +182,13 @@ def _linear(inputs: int, outputs: int) -> list[nn.Module]:
 
 def _check(pooling: str, grid: int, size: int | None, convs: int, width: int | None, kernel: int) -> None:
     if pooling not in POOLINGS:
-        raise ValueError(f"exits.heads.pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     for name, value, least in (("grid", grid, 1), ("size", size, 1), ("convs", convs, 0), ("width", width, 1)):
         if value is None and name in ("size", "width"):
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"exits.heads.{name} must be a whole number of at least {least}, got {value!r}")
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     if convs > 2:
-        raise ValueError(f"exits.heads.convs must be 0, 1 or 2, got {convs}; a deeper exit is better placed later")
+        raise ValueError(f"convs must be 0, 1 or 2, got {convs}; a deeper exit is better placed later")
     if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"exits.heads.kernel must be an odd whole number, got {kernel!r}")
+        raise ValueError(f"kernel must be an odd whole number, got {kernel!r}")

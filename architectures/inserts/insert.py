@@ -1,0 +1,122 @@
+"""The base of all inserts: what stands behind a cut of a network, passes its feature on and may emit outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from cleave.deployment import Codec
+
+IN, OUT = "in", "out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One computation of an insert; the network runs it only where somebody asks for what it gives.
+
+    Names are those under the insert's cut: ``z`` stands for ``layer2/z`` at ``layer2``. ``in`` is the feature that
+    reaches the insert and ``out`` what it passes on. A name with a slash is that of another cut's output.
+
+    Args:
+        method: Name of the insert's method, called with what is needed, in order; it returns what is given, a tuple
+            where that is several.
+        needs: What it reads.
+        gives: What it makes.
+        uses: The parts whose parameters it uses, of those that :meth:`Insert.parts` names.
+        optional: What it also reads where that is known anyway, ``None`` where not.
+        kind: What costs are listed as, such as ``encoder``; ``None`` costs nothing worth counting.
+        late: Run behind all stages, as the classifiers of exits are.
+        random: Draws random numbers in some mode, so that its result cannot be stored.
+        selective: Also takes ``wanted``, the names that somebody asks for, so that it need not make the others.
+        linked: Name of the method that takes its place where what is sent goes through real bytes.
+    """
+
+    method: str
+    needs: tuple[str, ...]
+    gives: tuple[str, ...]
+    uses: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    kind: str | None = None
+    late: bool = False
+    random: bool = False
+    selective: bool = False
+    linked: str | None = None
+
+
+class Half(NamedTuple):
+    """One side of an insert, as it is exported.
+
+    Attributes:
+        module: Takes what it needs by position, and returns what it gives.
+        needs: Names under the cut, as of :class:`Step`.
+        gives: Names under the cut.
+    """
+
+    module: nn.Module
+    needs: tuple[str, ...]
+    gives: tuple[str, ...]
+
+
+class Halves(NamedTuple):
+    """What an insert is once it is exported: one half, or two with a codec between them.
+
+    Attributes:
+        device: What runs where the feature is.
+        codec: How what is sent becomes bytes; ``None`` where nothing is sent.
+        server: What runs behind the codec.
+    """
+
+    device: Half
+    codec: Codec | None = None
+    server: Half | None = None
+
+
+class Insert(nn.Module):
+    """A module behind a cut. The simplest one states ``kind`` and a ``forward`` from the feature to what goes on.
+
+    Attributes:
+        kind: Its name among the inserts of a cut, and in the keys of a state dict.
+        passes: Whether what goes on is its own result; an exit passes the feature on as it came.
+        emits: Names of further outputs; ``forward`` returns them behind what goes on.
+
+    Example:
+        >>> class Scale(Insert):
+        ...     kind = "scale"
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.factor = nn.Parameter(torch.ones(()))
+        ...     def forward(self, x):
+        ...         return self.factor * x
+        >>> import torch
+        >>> Scale().steps()[0].gives
+        ('out',)
+    """
+
+    kind: ClassVar[str]
+    passes: ClassVar[bool] = True
+    emits: tuple[str, ...] = ()
+
+    def steps(self) -> Sequence[Step]:
+        """Return what it computes, in order; here all at once, by ``forward``."""
+        gives = (OUT, *self.emits) if self.passes else self.emits
+        return [Step("__call__", (IN,), gives, tuple(self.parts()), kind=self.kind, random=True)]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return what ``train`` can name of it: ``kind`` for the whole, which becomes ``kind/LAYER`` in a network."""
+        return {self.kind: self}
+
+    def leaves(self) -> list[nn.Module]:
+        """Return the modules to compile one by one: those that are called by themselves."""
+        return [self]
+
+    def costed(self, kind: str) -> nn.Module:
+        """Return the module whose parameters are those of a step of this kind."""
+        return self
+
+    def halves(self) -> Halves:
+        """Return its sides as they are exported; here the insert itself, which sends nothing."""
+        return Halves(Half(self, (IN,), (OUT, *self.emits) if self.passes else self.emits))
