@@ -171,7 +171,7 @@ def check_bundle(bench: Bench) -> Iterator[str]:
     """A bundle exported on the CPU passes its own test on the device; times of each part follow."""
     data, network = bench.data(), copy.deepcopy(bench.network).eval()
     parts, codecs = export_parts(network, data.input)
-    images, _ = data.sample_images("test", BATCH)
+    images = data.sample_batch("test", BATCH)["images"]
     with tempfile.TemporaryDirectory() as folder:
         export_bundle(Path(folder) / "bundle", parts, codecs, data.input, data.class_names, images[:16])
         reference = Pipeline(load_bundle(Path(folder) / "bundle")).run(images).logits

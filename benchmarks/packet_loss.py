@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace, name: str, rates: list[float]) -> list[dic
     restored = restore(folder(args.output, name) / "checkpoints/best.ckpt")
     data = restore_data(restored, compose_config("evaluate", ["ckpt_path=x"], args.output / "evaluate").data)
     data.setup("test")
-    batches = [(data.input.normalize(images), labels) for images, labels in data.eval_dataloader("test")]
+    batches = [(data.input.normalize(b["images"]), b["labels"]) for b in data.eval_dataloader("test")]
     rows: list[dict[str, Any]] = []
     for rate in rates:
         restored.network.set_channel({"kind": "packet_loss", "rate": rate, "packet_bytes": args.packet_bytes})

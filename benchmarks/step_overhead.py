@@ -64,8 +64,7 @@ class BareLoop:
         self.device = device
 
     def step(self) -> None:
-        images, _ = next(self.batches)
-        images = self.data.input.normalize(images.to(self.device))
+        images = self.data.input.normalize(next(self.batches)["images"].to(self.device))
         self.optimizer.zero_grad()
         student = self.network.features(images, at=["layer2"])["layer2"]
         with torch.no_grad():

@@ -64,6 +64,7 @@ class Augmentation:
     def __init__(self, name: str, spec: ImageInput) -> None:
         check_preset(name)
         preset = PRESETS[name]
+        self.name = name
         self.spec = spec
         self.flip = preset.flip
         self.padding = (
@@ -80,6 +81,11 @@ class Augmentation:
         """Whether it starts from the original pictures instead of the preprocessed images."""
         return self.resized_crop is not None
 
+    @property
+    def moves_maps(self) -> bool:
+        """Whether :meth:`move` can follow: crops of pictures and torchvision's policies move images alone."""
+        return self.resized_crop is None and self.policy is None
+
     def __call__(self, images: np.ndarray | Sequence[Image.Image], seeds: np.ndarray) -> Tensor:
         """Augment a batch.
 
@@ -91,19 +97,24 @@ class Augmentation:
             uint8 tensor of shape (B, C, H, W).
         """
         if self.takes_pictures:
-            array = self._crop_pictures(images, seeds)  # type: ignore[arg-type]
+            batch = self._mirrored(self._crop_pictures(images, seeds), seeds)  # type: ignore[arg-type]
         else:
-            array = np.asarray(images)
-            if self.padding is not None:
-                array = padded_crop(array, seeds, *self.padding)
-        if self.flip:
-            array = mirror(array, seeds)
-        batch = torch.from_numpy(np.ascontiguousarray(array))
+            batch = self.move(np.asarray(images), seeds)
         if self.policy is None:
             return batch
         return torch.stack(
             [self._under(seed, self.policy, image) for seed, image in zip(draw(seeds, 4), batch, strict=True)]
         )
+
+    def move(self, maps: np.ndarray | Tensor, seeds: np.ndarray) -> Tensor:
+        """Crop and mirror what lies on the images' grid, (B, ..., H, W), as images of these seeds; zeros move in."""
+        array = np.asarray(maps)
+        if self.padding is not None:
+            array = padded_crop(array, seeds, *self.padding)
+        return self._mirrored(array, seeds)
+
+    def _mirrored(self, array: np.ndarray, seeds: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(mirror(array, seeds) if self.flip else array))
 
     def _crop_pictures(self, pictures: Sequence[Image.Image], seeds: np.ndarray) -> np.ndarray:
         crops = [self._under(seed, self.resized_crop, p) for seed, p in zip(draw(seeds, 3), pictures, strict=True)]
@@ -130,26 +141,26 @@ def padded_crop(images: np.ndarray, seeds: np.ndarray, rows: int, columns: int) 
     """Shift every image by up to ``rows`` and ``columns`` pixels either way, zeros moving in.
 
     Args:
-        images: uint8 array (B, C, H, W).
+        images: Array (B, ..., H, W).
         seeds: uint64 array (B,).
         rows: Largest shift up and down in pixels.
         columns: Largest shift left and right in pixels.
 
     Returns:
-        uint8 array (B, C, H, W).
+        Array (B, ..., H, W) of the same type.
     """
-    height, width = images.shape[2:]
-    padded = np.pad(images, ((0, 0), (0, 0), (rows, rows), (columns, columns)))
+    height, width = images.shape[-2:]
+    padded = np.pad(images, (*[(0, 0)] * (images.ndim - 2), (rows, rows), (columns, columns)))
     tops = (draw(seeds, 0) % np.uint64(2 * rows + 1)).tolist()
     lefts = (draw(seeds, 1) % np.uint64(2 * columns + 1)).tolist()
     out = np.empty_like(images)
     for i, (top, left) in enumerate(zip(tops, lefts, strict=True)):
-        out[i] = padded[i, :, top : top + height, left : left + width]
+        out[i] = padded[i, ..., top : top + height, left : left + width]
     return out
 
 
 def mirror(images: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """Mirror half of the images left to right; (B, C, H, W) in and out, in place."""
+    """Mirror half of the images left to right; (B, ..., H, W) in and out, in place."""
     chosen = (draw(seeds, 2) >> np.uint64(63)).astype(bool)
     images[chosen] = images[chosen][..., ::-1]
     return images

@@ -10,9 +10,9 @@ from torchvision import datasets
 
 from cleave.deployment import ImageInput
 
-from .base import ImageDataModule, say
-from .sources import ArraySource, ImageSource
-from .splitting import check_fraction, check_val_from, split_off
+from .base import ImageDataModule
+from .sources import ArraySource, ImageSource, check_fraction, check_val_from, split_off
+from .splits import log_once
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -26,7 +26,7 @@ class CIFAR10(ImageDataModule):
         root: Folder that holds or shall hold ``cifar-10-batches-py``.
         download: Fetch the data set if ``root`` lacks it; torchvision checks its digests.
         val_from: ``"train"`` takes ``val_fraction`` of the training images. ``"test"`` makes one fixed half of the test
-            images the validation split and the other half the test split: for weights that have seen all of ``train``.
+            images the validation split and the other half the test split: for weights trained on all of ``train``.
         val_fraction: Share of the training images with ``val_from="train"``.
         augment: A preset as in :class:`ImageDataModule`.
         **options: As in :class:`ImageDataModule`.
@@ -91,7 +91,9 @@ class CIFAR10(ImageDataModule):
             train, val = split_off(train, self.val_fraction, self.class_names)
         else:
             test, val = split_off(test, 0.5, self.class_names)
-        say(f"CIFAR-10: {len(train)} training, {len(val)} validation (from {self.val_from}), {len(test)} test images")
+        log_once(
+            f"CIFAR-10: {len(train)} training, {len(val)} validation (from {self.val_from}), {len(test)} test images"
+        )
         return {"train": train, "val": val, "test": test}
 
     def _source(self, train: bool) -> ImageSource:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,15 @@ from .feature_cache import FeatureCache
 from .sampling import Key, sample_seeds
 from .sources import CorruptImageError, ImageSource
 
-Batch = tuple[Tensor, Tensor]
-CachedBatch = tuple[Tensor | None, Tensor, dict[str, Tensor]]
+Batch = dict[str, Any]
+"""Parts of a batch by name: ``images`` uint8 (B, C, H, W), ``labels`` int64 (B,), further ones, and ``given``."""
+
+Values = np.ndarray | Tensor | Callable[[np.ndarray], Any]
+"""A further part of every picture: (N, ...), or what returns the part of a batch for int64 indices (B,)."""
 
 
-class ImageDataset(Dataset[Batch | CachedBatch]):
-    """Yields uint8 images with their labels, by index or, augmented, by (epoch, index).
+class ImageDataset(Dataset[Batch]):
+    """Yields uint8 images with their labels and further parts, by index or, augmented, by (epoch, index).
 
     What is cached is what is the same in every epoch: the preprocessed image where the augmentation starts from it,
     otherwise (random resized crops) the decoded original picture.
@@ -36,10 +39,14 @@ class ImageDataset(Dataset[Batch | CachedBatch]):
         augmentation: Augmentation of the images, or ``None`` for evaluation.
         seed: With (epoch, index) it fixes the augmentation.
         cache: ``True``, ``False``, or ``"auto"``: if the decoded pictures take at most ``AUTO_CACHE_BYTES``.
+        labels: Whether batches hold labels.
+        further: Further parts of a batch by name.
+        maps: Names of those further parts that lie on the image's grid, (B, ..., H, W), and are cropped and mirrored
+            with it.
 
     Attributes:
-        features: Features of frozen parts that batches bring along, or ``None``. Augmentation is then drawn for
-            (epoch modulo its views, index), which are the images that they were computed of.
+        features: Features of frozen parts that batches bring along as ``given``, or ``None``. Augmentation is then
+            drawn for (epoch modulo its views, index), which are the images that they were computed of.
         with_images: Whether batches with features hold images as well.
 
     Raises:
@@ -54,11 +61,18 @@ class ImageDataset(Dataset[Batch | CachedBatch]):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         cache: bool | str = "auto",
+        labels: bool = True,
+        further: Mapping[str, Values] | None = None,
+        maps: Sequence[str] = (),
     ) -> None:
         self.source = source
         self.spec = spec
         self.augmentation = augmentation
         self.seed = seed
+        self.labels = labels
+        self.further = dict(further or {})
+        self.maps = tuple(maps)
+        self._check_parts()
         self.features: FeatureCache | None = None
         self.with_images = True
         self._takes_pictures = augmentation is not None and augmentation.takes_pictures
@@ -70,31 +84,62 @@ class ImageDataset(Dataset[Batch | CachedBatch]):
         return len(self.source)
 
     def __getitem__(self, key: int | Key) -> Batch:
-        """Return one uint8 image (C, H, W) and its label, a scalar int64 tensor."""
-        images, labels = self.batch([key])
-        return images[0], labels[0]
+        """Return the parts of one sample: a uint8 image (C, H, W), its label, a scalar int64 tensor, and others."""
+        return {name: values[0] for name, values in self.batch([key]).items()}
 
-    def __getitems__(self, keys: Sequence[int | Key]) -> Batch | CachedBatch:
-        """Return a whole batch: of :meth:`batch`, with :attr:`features` of :meth:`cached_batch`."""
-        return self.batch(keys) if self.features is None else self.cached_batch(self.features, keys)
+    def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
+        """Return a whole batch: of :meth:`batch`, and with :attr:`features` every one (B, ...) as stored."""
+        if self.features is None:
+            return self.batch(keys)
+        rows = np.array([view * len(self) + index for view, index in self._pairs(keys)], dtype=np.int64)
+        return self.batch(keys, images=self.with_images) | {"given": self.features.batch(rows)}
 
-    def batch(self, keys: Sequence[int | Key]) -> Batch:
-        """Return uint8 images (B, C, H, W) and int64 labels (B,). A bare index stands for epoch 0."""
+    def batch(self, keys: Sequence[int | Key], images: bool = True) -> Batch:
+        """Return uint8 ``images`` (B, C, H, W), int64 ``labels`` (B,) and further parts.
+
+        Args:
+            keys: An index or (epoch, index) for every sample; a bare index stands for epoch 0.
+            images: ``False`` leaves the images out and decodes none.
+        """
         pairs = self._pairs(keys)
         indices = np.array([index for _, index in pairs], dtype=np.int64)
-        labels = torch.from_numpy(self.source.labels[indices])
-        if self.augmentation is None:
-            return torch.from_numpy(self._inputs(indices)), labels
-        seeds = sample_seeds(self.seed, pairs)
-        images = self._pictures(indices) if self.augmentation.takes_pictures else self._inputs(indices)
-        return self.augmentation(images, seeds), labels
+        seeds = None if self.augmentation is None else sample_seeds(self.seed, pairs)
+        batch: Batch = {"images": self._images(indices, seeds)} if images else {}
+        if self.labels:
+            batch["labels"] = torch.from_numpy(self.source.labels[indices])
+        for name in self.further:
+            batch[name] = self._further(name, indices, seeds)
+        return batch
 
-    def cached_batch(self, features: FeatureCache, keys: Sequence[int | Key]) -> CachedBatch:
-        """Return images or ``None``, labels, and every feature (B, ...) by name as stored."""
-        rows = np.array([view * len(self) + index for view, index in self._pairs(keys)], dtype=np.int64)
-        if self.with_images:
-            return *self.batch(keys), features.batch(rows)
-        return None, torch.from_numpy(self.source.labels[rows % len(self)]), features.batch(rows)
+    def _images(self, indices: np.ndarray, seeds: np.ndarray | None) -> Tensor:
+        if self.augmentation is None or seeds is None:
+            return torch.from_numpy(self._inputs(indices))
+        images = self._pictures(indices) if self.augmentation.takes_pictures else self._inputs(indices)
+        return self.augmentation(images, seeds)
+
+    def _further(self, name: str, indices: np.ndarray, seeds: np.ndarray | None) -> Any:
+        values = self.further[name]
+        part = values(indices) if callable(values) else torch.as_tensor(values[indices])
+        if self.augmentation is None or seeds is None or name not in self.maps:
+            return part
+        return self.augmentation.move(part, seeds)
+
+    def _check_parts(self) -> None:
+        if self.augmentation is not None and self.maps and not self.augmentation.moves_maps:
+            raise ValueError(
+                f"augment={self.augmentation.name!r} cannot move {list(self.maps)} as it moves the images; use "
+                "augment='none', 'crop' or 'crop_flip'"
+            )
+        for name, values in self.further.items():
+            if not callable(values) and len(values) != len(self):
+                raise ValueError(f"the part {name!r} has {len(values)} rows for {len(self)} images; give one for each")
+        for name in self.maps:
+            shape = tuple(self._further(name, np.arange(1), None).shape[1:])
+            if shape[-2:] != self.spec.shape[1:]:
+                raise ValueError(
+                    f"the part {name!r} lies on the images' grid, so its shape must end in {self.spec.shape[1:]}, got "
+                    f"{shape}; give it at the size of the input"
+                )
 
     def _pairs(self, keys: Sequence[int | Key]) -> list[Key]:
         pairs = [(0, key) if isinstance(key, int) else key for key in keys]
@@ -156,8 +201,3 @@ def readable(source: ImageSource) -> tuple[ImageSource, list[str]]:
     outcome = list(in_threads(source.picture, len(source)))
     bad = [source.name(index) for index, error in enumerate(outcome) if error is not None]
     return (source.subset(np.flatnonzero([error is None for error in outcome])) if bad else source), bad
-
-
-def as_is(batch: Any) -> Any:
-    """Collate nothing: the dataset returns whole batches."""
-    return batch

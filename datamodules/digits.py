@@ -10,8 +10,7 @@ from sklearn.datasets import load_digits
 from cleave.deployment import ImageInput
 
 from .base import ImageDataModule
-from .sources import ArraySource, ImageSource
-from .splitting import split_off
+from .sources import ArraySource, ImageSource, split_off
 
 
 class Digits(ImageDataModule):

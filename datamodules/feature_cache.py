@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sources import ArraySource, FileSource, ImageSource
-
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 FORMAT = 1
 """Raised with every change to the files or to what preprocessing makes of a picture, so that no old entry fits."""
@@ -92,61 +90,9 @@ class FeatureCache:
         return np.asarray(array)  # rows of a plain array are taken faster
 
 
-def fingerprint(source: ImageSource) -> str:
-    """Return a digest of a split: its labels, its pictures' keys and their contents.
-
-    Files count as unchanged while size and time of modification (in ns) are, as for rsync and make: copied without
-    their times they are taken for new ones, and computing again is all that costs. The pixels of an array are digested;
-    a source of another kind is decoded picture by picture.
-
-    Args:
-        source: The pictures of a split.
-    """
-    digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
-    digest.update(json.dumps(source.keys()).encode())
-    if isinstance(source, FileSource):
-        stats = (os.stat(source.name(index)) for index in range(len(source)))  # noqa: PTH116 - names are strings
-        digest.update(np.array([(stat.st_size, stat.st_mtime_ns) for stat in stats], dtype=np.int64).tobytes())
-    elif isinstance(source, ArraySource):
-        _update(digest, source.pixels)
-    else:
-        for index in range(len(source)):
-            picture = source.picture(index)
-            digest.update(picture.mode.encode())
-            _update(digest, np.asarray(picture))
-    return digest.hexdigest()
-
-
-def _update(digest: Any, pixels: np.ndarray) -> None:
-    digest.update(str((pixels.dtype.str, pixels.shape)).encode())
-    digest.update(np.ascontiguousarray(pixels).data)
-
-
 def entry_folder(root: Path, components: Mapping[str, Any]) -> Path:
     """Return where the entry of these components lies: 16 hexadecimal digits of their SHA-256 below ``root``."""
     return root / hashlib.sha256(json.dumps(components, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_views(views: int | None, augment: str) -> int:
-    """Return how many views of every image are cached.
-
-    Args:
-        views: Views asked for, or ``None``.
-        augment: Name of the augmentation.
-
-    Raises:
-        ValueError: The augmentation is random and ``views`` not given, or there is nothing to draw several views from.
-    """
-    if views is not None and (isinstance(views, bool) or not isinstance(views, int) or views < 1):
-        raise ValueError(f"views must be a positive integer or None, got {views!r}")
-    if augment != "none" and views is None:
-        raise ValueError(
-            f"augment={augment!r} draws other images in every epoch, whose features cannot be cached; use "
-            "augment='none', or give views=k to train on k fixed augmented views of every image"
-        )
-    if augment == "none" and views is not None and views > 1:
-        raise ValueError(f"views={views} would all be the same with augment='none'; give an augmentation or no views")
-    return views or 1
 
 
 def check_root(root: Path) -> None:

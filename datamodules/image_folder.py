@@ -1,4 +1,4 @@
-"""Any folder of images, sorted by split and class."""
+"""Folders of images, sorted by split and class."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from cleave.deployment import ImageInput
 
-from .base import SPLITS, ImageDataModule, say
-from .sources import FileSource, ImageSource
-from .splitting import check_fraction, check_val_from, split_off
+from .base import ImageDataModule
+from .sources import FileSource, ImageSource, check_fraction, check_val_from, split_off
+from .splits import SPLITS, log_once
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -22,7 +22,7 @@ class ImageFolder(ImageDataModule):
 
     Classes are the sorted folder names of ``train/`` and must be the same in every split. Files and folders whose
     name starts with a dot or that have none of ``EXTENSIONS`` are ignored; folders inside a class are searched too. A
-    log line says where a split comes from that has no folder:
+    log line tells where a split comes from that has no folder:
 
     - without ``val/``, a fixed stratified part of ``train/`` is split off;
     - without ``test/``, the validation images are tested on, which flatters a model that was selected on them.
@@ -30,7 +30,7 @@ class ImageFolder(ImageDataModule):
     Args:
         root: The folder.
         val_from: ``"test"`` makes one fixed half of ``test/`` the validation split and the other half the test split,
-            and leaves ``val/`` alone: for weights that have seen all of ``train/``.
+            and leaves ``val/`` alone: for weights trained on all of ``train/``.
         val_fraction: Share of every class of ``train/`` that is split off where there is no ``val/``.
         augment: A preset as in :class:`ImageDataModule`.
         **options: As in :class:`ImageDataModule`.
@@ -89,13 +89,17 @@ class ImageFolder(ImageDataModule):
             if "test" not in splits:
                 raise ValueError(f"val_from='test' takes one half of {Path(self.root, 'test')}, which does not exist")
             splits["test"], splits["val"] = split_off(splits["test"], 0.5, self.class_names)
-            say(f"{self.root}: one fixed half of test/ validates ({len(splits['val'])} images), the other half tests")
+            log_once(
+                f"{self.root}: one fixed half of test/ validates ({len(splits['val'])} images), the other half tests"
+            )
         elif "val" not in splits:
             splits["train"], splits["val"] = split_off(splits["train"], self.val_fraction, self.class_names)
-            say(f"{self.root} has no val/: {len(splits['val'])} images of train/ are split off for validation")
+            log_once(f"{self.root} has no val/: {len(splits['val'])} images of train/ are split off for validation")
         if "test" not in splits:
             splits["test"] = splits["val"]
-            say(f"{self.root} has no test/: it tests on the validation images, which flatters a model selected on them")
+            log_once(
+                f"{self.root} has no test/: it tests on the validation images, which flatters a model selected on them"
+            )
         return splits
 
 
@@ -103,7 +107,7 @@ def scan(root: str | Path) -> tuple[list[str], dict[str, FileSource]]:
     """Find the classes, and the images of every split folder, under ``root``.
 
     Raises:
-        ValueError: As :class:`ImageFolder` says.
+        ValueError: As of :class:`ImageFolder`.
     """
     root = Path(root)
     if not root.is_dir():

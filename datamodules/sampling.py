@@ -1,19 +1,27 @@
-"""Order and randomness that depend on (seed, epoch, index) alone, and a loader that resumes inside an epoch."""
+"""Order and randomness that depend on (seed, epoch, index) alone, and loaders that follow them."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from pytorch_lightning.utilities.warnings import PossibleUserWarning
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
+
+if TYPE_CHECKING:
+    from .dataset import ImageDataset
 
 Key = tuple[int, int]
 """What a training sampler yields: (epoch, index)."""
 
+_WORKER_ADVICE = r"The '\w+_dataloader' does not have many workers"
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -162,3 +170,106 @@ class EpochLoader(DataLoader):
         """Make the next iteration continue the epoch that ``state`` was saved in."""
         self._saved = dict(state)
         self._restored = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaders:
+    """A data module's loaders, as they are under its trainer.
+
+    Args:
+        num_workers: Worker processes of each loader.
+        pin_memory: Page-lock batches for the copy to a GPU; without a GPU it has no effect.
+        seed: Seed of the order of training images.
+        trainer: The trainer, which knows the ranks and the place in the run; ``None`` is one device at the start.
+    """
+
+    num_workers: int
+    pin_memory: bool
+    seed: int
+    trainer: pl.Trainer | None
+
+    def training(self, dataset: ImageDataset, batch_size: int, drop_last: bool) -> DataLoader:
+        """Return the loader of this rank's training batches.
+
+        Raises:
+            ValueError: ``drop_last`` leaves no batch.
+        """
+        if self._overfits:
+            # Lightning's switch for debugging replaces any sampler but this one: the same images in every epoch.
+            return self.batches(dataset, SequentialSampler(dataset), batch_size, persistent=True)
+        ranks, rank = self._ranks
+        sampler = EpochSampler(dataset, seed=self.seed, drop_last=drop_last, num_replicas=ranks, rank=rank)
+        if drop_last and len(sampler) < batch_size:
+            raise ValueError(
+                f"batch_size={batch_size} on {ranks} device(s) leaves no whole batch of {len(dataset)} training "
+                f"images; use a batch_size of at most {len(sampler)} or drop_last=False"
+            )
+        options = {"drop_last": drop_last, "progress": self._progress}
+        return self.batches(dataset, sampler, batch_size, persistent=True, kind=EpochLoader, **options)
+
+    def evaluation(self, dataset: ImageDataset, batch_size: int, persistent: bool = False) -> DataLoader:
+        """Return a loader of this rank's share of a whole split in order.
+
+        Args:
+            dataset: The split.
+            batch_size: Images in a batch; a few more where the ranks would not have equally many batches.
+            persistent: Keep the workers between epochs.
+        """
+        ranks, rank = self._ranks
+        if ranks == 1 or self._overfits:
+            return self.batches(dataset, SequentialSampler(dataset), batch_size, persistent=persistent)
+        sampler = ShardSampler(dataset, num_replicas=ranks, rank=rank)
+        return self.batches(dataset, sampler, even_batch_size(len(dataset), ranks, batch_size), persistent=persistent)
+
+    def batches(
+        self,
+        dataset: ImageDataset,
+        sampler: Iterable[Any],
+        batch_size: int,
+        *,
+        persistent: bool = False,
+        kind: type[DataLoader] = DataLoader,
+        **options: Any,
+    ) -> DataLoader:
+        """Return a loader of the batches of a sampler's keys.
+
+        Args:
+            dataset: The images.
+            sampler: Their keys, an index or (epoch, index) each.
+            batch_size: Images in a batch.
+            persistent: Keep the workers between epochs.
+            kind: Class of the loader.
+            **options: Further arguments of that class.
+        """
+        if dataset.cache is not None:
+            # Lightning's advice is right where pictures are decoded on the way; from memory, workers only cost.
+            warnings.filterwarnings("ignore", _WORKER_ADVICE, PossibleUserWarning)
+        return kind(
+            dataset,
+            sampler=sampler,
+            batch_size=batch_size,
+            num_workers=self.num_workers,
+            collate_fn=as_is,
+            pin_memory=self.pin_memory and torch.cuda.is_available(),
+            persistent_workers=persistent and self.num_workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),  # else each iterator draws from the global generator
+            **options,
+        )
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    @property
+    def _overfits(self) -> bool:
+        return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+
+    def _progress(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 0
+        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def as_is(batch: Any) -> Any:
+    """Collate nothing: the dataset returns whole batches."""
+    return batch

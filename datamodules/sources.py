@@ -1,7 +1,8 @@
-"""Where pictures come from: arrays in memory or files, with their labels and the sizes of the originals."""
+"""Sources of pictures: arrays in memory or files, with labels and original sizes, and fixed splits of them."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ class ImageSource(ABC):
     """The pictures and labels of one split.
 
     Args:
-        labels: Class index of every picture.
+        labels: Class index of every picture; all 0 where there are no classes.
     """
 
     def __init__(self, labels: Sequence[int] | np.ndarray) -> None:
@@ -74,12 +75,12 @@ class ArraySource(ImageSource):
 
     Args:
         pixels: uint8 array (N, H, W) of grey or (N, H, W, 3) of RGB pictures.
-        labels: Class index of every picture.
+        labels: Class index of every picture, or ``None`` where there are no classes.
         title: What the split is called in messages.
     """
 
-    def __init__(self, pixels: np.ndarray, labels: Sequence[int] | np.ndarray, title: str) -> None:
-        super().__init__(labels)
+    def __init__(self, pixels: np.ndarray, labels: Sequence[int] | np.ndarray | None, title: str) -> None:
+        super().__init__(np.zeros(len(pixels)) if labels is None else labels)
         self.pixels = pixels
         self.title = title
 
@@ -117,11 +118,13 @@ class FileSource(ImageSource):
     Args:
         root: Folder that the paths start from.
         paths: One file per picture, relative to ``root``.
-        labels: Class index of every picture.
+        labels: Class index of every picture, or ``None`` where there are no classes.
     """
 
-    def __init__(self, root: str | Path, paths: Sequence[str] | np.ndarray, labels: Sequence[int] | np.ndarray) -> None:
-        super().__init__(labels)
+    def __init__(
+        self, root: str | Path, paths: Sequence[str] | np.ndarray, labels: Sequence[int] | np.ndarray | None = None
+    ) -> None:
+        super().__init__(np.zeros(len(paths)) if labels is None else labels)
         self.root = str(root)
         # One array of characters instead of a million Python strings: workers forked from this process share it.
         self.paths = np.array(paths, dtype=np.str_)
@@ -181,3 +184,47 @@ class FileSource(ImageSource):
     def subset(self, indices: np.ndarray) -> FileSource:
         """Return the pictures at ``indices`` alone, in that order."""
         return FileSource(self.root, self.paths[indices], self.labels[indices])
+
+
+def split_off(source: ImageSource, fraction: float, class_names: Sequence[str]) -> tuple[ImageSource, ImageSource]:
+    """Split off a share of every class, the same one on every machine and in every version of every library.
+
+    Within a class the pictures are ranked by the SHA-256 of their keys and the first ``fraction`` of them is split off:
+    the split hangs on no random generator, no listing order and no seed, and adding pictures moves few others.
+
+    Args:
+        source: The pictures to divide.
+        fraction: Share of every class that is split off, above 0 and below 1; at least one picture is taken and left.
+        class_names: Names of the classes, for messages; where there are none, all pictures are one class.
+
+    Returns:
+        What stays and what is split off, both in the source's order.
+
+    Raises:
+        ValueError: ``fraction`` is out of range or a class has fewer than two pictures.
+    """
+    check_fraction(fraction)
+    digests = np.array([hashlib.sha256(key.encode()).hexdigest() for key in source.keys()])  # noqa: SIM118
+    taken = np.zeros(len(source), dtype=bool)
+    for label, class_name in enumerate(class_names or ["images"]):
+        members = np.flatnonzero(source.labels == label)
+        if len(members) < 2:
+            raise ValueError(
+                f"the class {class_name!r} has {len(members)} image(s), too few to split some off; add images, or "
+                "bring the missing split yourself"
+            )
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        taken[members[np.argsort(digests[members], kind="stable")[:count]]] = True
+    return source.subset(np.flatnonzero(~taken)), source.subset(np.flatnonzero(taken))
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise a ValueError unless ``fraction`` lies between 0 and 1."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"val_fraction must lie between 0 and 1, got {fraction}")
+
+
+def check_val_from(val_from: str) -> None:
+    """Raise a ValueError unless ``val_from`` names a split that validation images can come from."""
+    if val_from not in ("train", "test"):
+        raise ValueError(f"val_from must be 'train' or 'test', got {val_from!r}")

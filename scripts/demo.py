@@ -65,9 +65,9 @@ def run_bundle(bundle: Path) -> tuple[Result, float]:
     data = Digits()
     data.configure_input(loaded.input)
     data.setup("test")
-    images, labels = data.sample_images("test", 10**6)
-    result = Pipeline(loaded).run(images)
-    return result, (result.logits.argmax(1) == labels).double().mean().item()
+    batch = data.sample_batch("test", 10**6)
+    result = Pipeline(loaded).run(batch["images"])
+    return result, (result.logits.argmax(1) == batch["labels"]).double().mean().item()
 
 
 def report(

@@ -125,10 +125,10 @@ def measure(
     """Send every picture of a split in every way, and count what the network still recognises."""
     network = network.to(device).eval()
     data.prepare_data()
-    for images, labels in data.eval_dataloader(split):
+    for batch in data.eval_dataloader(split):
         for tally in tallies:
-            arrived = data.input.normalize(tally.send(images).to(device))
-            tally.correct += int((network(arrived).argmax(1).cpu() == labels).sum())
+            arrived = data.input.normalize(tally.send(batch["images"]).to(device))
+            tally.correct += int((network(arrived).argmax(1).cpu() == batch["labels"]).sum())
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="image_codecs")

@@ -109,7 +109,8 @@ def batches(cfg: DictConfig, pipeline: Pipeline) -> Iterator[tuple[list[str], Te
     if cfg.input == "digits":
         data = Digits()
         data.configure_input(pipeline.bundle.input)
-        images, labels = data.sample_images("test", cfg.limit or 10**6)
+        batch = data.sample_batch("test", cfg.limit or 10**6)
+        images, labels = batch["images"], batch["labels"]
         for start in range(0, len(images), size):
             some = range(start, min(start + size, len(images)))
             known = [data.class_names[label] for label in labels[some.start : some.stop].tolist()]

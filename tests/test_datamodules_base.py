@@ -32,37 +32,38 @@ class Recorder(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.batches: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": [], "test": [], "predict": []}
+        self.batches: dict[str, list[dict[str, Tensor]]] = {"train": [], "val": [], "test": [], "predict": []}
 
-    def keep(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
-        self.batches[stage].append((batch[0].clone(), batch[1].clone()))
-        return self.weight * batch[0].mean()
+    def keep(self, stage: str, batch: dict[str, Tensor]) -> Tensor:
+        self.batches[stage].append({name: part.clone() for name, part in batch.items()})
+        return self.weight * batch["images"].mean()
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         return self.keep("train", batch)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+    def validation_step(self, batch: dict[str, Tensor]) -> None:
         self.keep("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+    def test_step(self, batch: dict[str, Tensor]) -> None:
         self.keep("test", batch)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def predict_step(self, batch: dict[str, Tensor]) -> Tensor:
         return self.keep("predict", batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def batches(module: Digits, epoch: int) -> list[tuple[Tensor, Tensor]]:
+def batches(module: Digits, epoch: int) -> list[dict[str, Tensor]]:
     loader = module.train_dataloader()
     loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
     return list(loader)
 
 
-def equal(first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]) -> bool:
-    pairs = zip(first, second, strict=True)
-    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+def equal(first: list[dict[str, Tensor]], second: list[dict[str, Tensor]]) -> bool:
+    pairs = list(zip(first, second, strict=True))
+    assert all(one.keys() == other.keys() for one, other in pairs)
+    return all(torch.equal(one[name], other[name]) for one, other in pairs for name in one)
 
 
 # --- the input --------------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def test_configuring_the_input_drops_what_was_cached_for_another() -> None:
     assert module.dataset("train") is before
     module.configure_input(ImageInput(height=16, width=16))
     assert module.dataset("train") is not before
-    assert next(iter(module.val_dataloader()))[0].shape[1:] == (3, 16, 16)
+    assert next(iter(module.val_dataloader()))["images"].shape[1:] == (3, 16, 16)
 
 
 def test_an_override_that_does_not_fit_the_backbone_is_refused() -> None:
@@ -101,14 +102,15 @@ def test_an_override_that_does_not_fit_the_backbone_is_refused() -> None:
     assert module.input.color_mode == "L"
 
 
-def test_sample_images_are_spread_and_not_augmented() -> None:
+def test_a_sample_batch_is_spread_and_not_augmented() -> None:
     module = Digits(augment="imagenet", image_size=10)
-    images, labels = module.sample_images("train", 40)
+    batch = module.sample_batch("train", 40)
+    images, labels = batch["images"], batch["labels"]
     source = module.split("train")
     assert images.dtype == torch.uint8
     assert len(set(labels.tolist())) > 5
     assert torch.equal(images[39], module.input(source.picture(len(source) - 1)))
-    assert len(module.sample_images("val", 10_000)[0]) == 179
+    assert len(module.sample_batch("val", 10_000)["images"]) == 179
 
 
 # --- under a trainer --------------------------------------------------------------------------------------------------
@@ -123,20 +125,21 @@ def test_batches_arrive_normalized_in_every_stage() -> None:
     counts = {"train": 12, "val": 2, "test": 4, "predict": 4}
     for stage, seen in network.batches.items():
         assert len(seen) == counts[stage]
-        assert {images.dtype for images, _ in seen} == {torch.float32}
-        assert {labels.dtype for _, labels in seen} == {torch.int64}
+        assert {batch["images"].dtype for batch in seen} == {torch.float32}
+        assert {batch["labels"].dtype for batch in seen} == {torch.int64}
     for stage, split in (("val", "val"), ("test", "test"), ("predict", "test")):
         source = module.split(split)
         expected = [module.input.normalize(module.input(source.picture(index))) for index in range(len(source))]
-        assert torch.equal(torch.cat([images for images, _ in network.batches[stage]]), torch.stack(expected))
-        assert torch.equal(torch.cat([labels for _, labels in network.batches[stage]]), torch.from_numpy(source.labels))
+        found = {name: torch.cat([b[name] for b in network.batches[stage]]) for name in ("images", "labels")}
+        assert torch.equal(found["images"], torch.stack(expected))
+        assert torch.equal(found["labels"], torch.from_numpy(source.labels))
 
 
 def test_batches_take_the_trainers_true_precision() -> None:
     network = Recorder()
     trainer = pl.Trainer(max_steps=1, limit_val_batches=0, precision="64-true", **QUIET)
     trainer.fit(network, datamodule=Digits())
-    assert network.batches["train"][0][0].dtype == torch.float64
+    assert network.batches["train"][0]["images"].dtype == torch.float64
 
 
 def test_overfitting_repeats_the_same_batches_without_a_warning() -> None:
@@ -151,7 +154,7 @@ def test_lightnings_epoch_reaches_the_sampler() -> None:
     network, module = Recorder(), Digits(batch_size=400)
     pl.Trainer(max_epochs=2, limit_val_batches=0, **QUIET).fit(network, datamodule=module)
     module.trainer = None
-    expected = [(module.input.normalize(images), labels) for e in (0, 1) for images, labels in batches(module, e)]
+    expected = [b | {"images": module.input.normalize(b["images"])} for e in (0, 1) for b in batches(module, e)]
     assert equal(network.batches["train"], expected)
 
 
@@ -182,7 +185,7 @@ def test_workers_do_not_change_the_batches(augment: str) -> None:
         assert equal(batches(alone, epoch), batches(helped, epoch))
 
 
-def two_epochs(module: Digits) -> list[list[tuple[Tensor, Tensor]]]:
+def two_epochs(module: Digits) -> list[list[dict[str, Tensor]]]:
     # In a function of its own: Lightning's `save_hyperparameters` keeps the caller's frame in a reference cycle, and
     # workers that the garbage collector has to stop take ten seconds to do so.
     loader = module.train_dataloader()
@@ -219,20 +222,20 @@ def test_the_seed_decides_order_and_augmentation() -> None:
 
 
 def test_drop_last() -> None:
-    assert [len(labels) for _, labels in batches(Digits(batch_size=500), 0)] == [500, 500]
-    assert [len(labels) for _, labels in batches(Digits(batch_size=500, drop_last=False), 0)] == [500, 500, 259]
+    assert [len(batch["labels"]) for batch in batches(Digits(batch_size=500), 0)] == [500, 500]
+    assert [len(batch["labels"]) for batch in batches(Digits(batch_size=500, drop_last=False), 0)] == [500, 500, 259]
     with pytest.raises(ValueError, match=r"batch_size=2000 on 1 device\(s\) leaves no whole batch of 1259"):
         Digits(batch_size=2000).train_dataloader()
 
 
 def test_evaluation_has_a_batch_size_of_its_own_and_drops_nothing() -> None:
     loader = Digits(batch_size=8, eval_batch_size=100).test_dataloader()
-    assert [len(labels) for _, labels in loader] == [100, 100, 100, 59]
+    assert [len(batch["labels"]) for batch in loader] == [100, 100, 100, 59]
 
 
 def test_a_training_split_can_be_served_without_augmentation() -> None:
     module = Digits()
-    images = torch.cat([images for images, _ in module.eval_dataloader("train")])
+    images = torch.cat([batch["images"] for batch in module.eval_dataloader("train")])
     assert np.array_equal(images[:, 0].numpy(), module.split("train").pixels)  # type: ignore[attr-defined]
 
 
@@ -245,6 +248,7 @@ def test_a_training_split_can_be_served_without_augmentation() -> None:
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"eval_batch_size": 2.5}, "eval_batch_size must be an integer of at least 1, got 2.5"),
         ({"num_workers": -1}, "num_workers must be an integer of at least 0, got -1"),
+        ({"num_workers": True}, "num_workers must be an integer of at least 0, got True"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"augment": "mixup"}, "unknown augment='mixup'; known are"),
         ({"cache": "always"}, "cache must be True, False or 'auto', got 'always'"),
@@ -288,8 +292,8 @@ def test_two_devices_share_the_images(tmp_path: Path, replace: bool) -> None:
             self.layer = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 10))
             self.seen = {{"train": [], "val": []}}
         def loss(self, stage, batch):
-            self.seen[stage].append(batch[0].flatten(1))
-            return torch.nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
+            self.seen[stage].append(batch["images"].flatten(1))
+            return torch.nn.functional.cross_entropy(self.layer(batch["images"]), batch["labels"])
         def training_step(self, batch):
             return self.loss("train", batch)
         def validation_step(self, batch):
@@ -313,7 +317,7 @@ def test_two_devices_share_the_images(tmp_path: Path, replace: bool) -> None:
     assert [len(rank["train"]) for rank in ranks] == [600, 600]
     assert [len(rank["val"]) for rank in ranks] == [90, 89]
     module = Digits(augment="none")
-    images, _ = module.eval_dataloader("val", persistent=False).dataset.__getitems__(list(range(179)))  # type: ignore[attr-defined]
+    images = module.dataset("val").batch(range(179))["images"]
     expected = module.input.normalize(images).flatten(1)
     served = torch.empty_like(expected)
     served[0::2], served[1::2] = ranks[0]["val"], ranks[1]["val"]

@@ -56,7 +56,8 @@ def test_the_split_does_not_depend_on_the_seed(archive: Path) -> None:
 
 def test_images_and_bytes(archive: Path) -> None:
     module = CIFAR10(archive, batch_size=10)
-    images, labels = next(iter(module.test_dataloader()))
+    batch = next(iter(module.test_dataloader()))
+    images, labels = batch["images"], batch["labels"]
     assert images.shape == (10, 3, 32, 32)
     assert np.array_equal(images.numpy().transpose(0, 2, 3, 1), module.split("test").pixels[:10])  # type: ignore[attr-defined]
     assert labels.tolist() == list(range(10))

@@ -37,8 +37,9 @@ def test_a_cache_changes_nothing(files: FileSource, name: str) -> None:
     )
     assert cached.cache is not None
     assert plain.cache is None
-    for first, second in zip(cached.__getitems__(keys), plain.__getitems__(keys), strict=True):
-        assert torch.equal(first, second)
+    first, second = cached.__getitems__(keys), plain.__getitems__(keys)
+    assert first.keys() == second.keys() == {"images", "labels"}
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -50,27 +51,27 @@ def test_without_augmentation_an_image_is_what_the_input_makes_of_the_picture(
     plain = augmented.without_augmentation()
     assert plain.cache is augmented.cache
     for index in range(9):
-        image, label = plain[index]
-        assert torch.equal(image, SPEC(files.picture(index)))
-        assert label == index % 2
+        sample = plain[index]
+        assert torch.equal(sample["images"], SPEC(files.picture(index)))
+        assert sample["labels"] == index % 2
     assert augmented.augmentation is not None
 
 
 def test_one_key_gives_the_image_of_its_batch(files: FileSource) -> None:
     data = ImageDataset(files, SPEC, augmentation=Augmentation("randaugment", SPEC))
-    images, labels = data.__getitems__([(1, 4), (1, 2)])
-    image, label = data[(1, 2)]
-    assert torch.equal(images[1], image)
-    assert labels[1] == label
-    assert torch.equal(data[4][0], data[(0, 4)][0])
+    batch = data.__getitems__([(1, 4), (1, 2)])
+    sample = data[(1, 2)]
+    assert torch.equal(batch["images"][1], sample["images"])
+    assert batch["labels"][1] == sample["labels"]
+    assert torch.equal(data[4]["images"], data[(0, 4)]["images"])
 
 
 def test_batches_are_copies_of_the_cache(files: FileSource) -> None:
     data = ImageDataset(files, SPEC, cache=True)
-    images, _ = data.__getitems__([0, 1])
+    images = data.__getitems__([0, 1])["images"]
     before = images.clone()
     images.zero_()
-    assert torch.equal(data.__getitems__([0, 1])[0], before)
+    assert torch.equal(data.__getitems__([0, 1])["images"], before)
 
 
 @pytest.mark.parametrize("name", ["crop", "imagenet"])

@@ -56,7 +56,8 @@ def test_class_names(digits: Digits) -> None:
 def test_a_color_backbones_input(digits: Digits) -> None:
     module = Digits()
     module.configure_input(ImageInput(height=32, width=32))
-    images, labels = module.sample_images("test", 5)
+    batch = module.sample_batch("test", 5)
+    images, labels = batch["images"], batch["labels"]
     assert images.shape == (5, 3, 32, 32)
     assert torch.equal(images[:, 0], images[:, 2])
     assert labels.shape == (5,)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,15 @@ from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from cleave.datamodules import Digits, FeatureCache, FeatureCacheError, ImageDataModule, ImageFolder, feature_cache
+from cleave.datamodules import (
+    Digits,
+    FeatureCache,
+    FeatureCacheError,
+    ImageDataModule,
+    ImageFolder,
+    feature_cache,
+    precompute,
+)
 from cleave.datamodules.sources import ArraySource, FileSource, ImageSource
 from cleave.deployment import ImageInput
 
@@ -57,9 +65,9 @@ class Frozen(nn.Module):
         self.calls = 0
         self.eval().requires_grad_(False)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.calls += 1
-        early = self.conv(images) * self.scale
+        early = self.conv(batch["images"]) * self.scale
         return {"layer2.0": self.pool(early.relu()).flatten(1), "layer1": early}
 
     def digest(self) -> str:
@@ -81,8 +89,13 @@ def epoch_of(data: ImageDataModule, epoch: int = 0) -> list[Any]:
     return list(loader)
 
 
+def plainly(batches: Iterable[dict[str, Any]]) -> bool:
+    """Whether batches have no features."""
+    return all(list(batch) == ["images", "labels"] for batch in batches)
+
+
 def computed(data: ImageDataModule, network: Frozen, images: Tensor) -> dict[str, Tensor]:
-    return network(data.input.normalize(images))
+    return network({"images": data.input.normalize(images)})
 
 
 def entries(root: Path) -> list[Path]:
@@ -110,9 +123,10 @@ def test_batches_bring_what_the_network_computes_of_their_images(tmp_path: Path,
     assert kept.nbytes == COUNT * (4 * 4 * 4 + 6) * np.dtype(dtype).itemsize
     served = epoch_of(data, 3)
     assert len(served) == COUNT // 8
-    for (images, labels, features), before in zip(served, plain, strict=True):
-        assert same((images, labels), before)
-        expected = computed(data, network, images)
+    for batch, before in zip(served, plain, strict=True):
+        features = batch.pop("given")
+        assert same(batch, before)
+        expected = computed(data, network, batch["images"])
         assert set(features) == set(expected)
         for name, value in features.items():
             assert value.dtype == getattr(torch, dtype)
@@ -126,16 +140,16 @@ def test_without_images_no_picture_is_touched(tmp_path: Path, monkeypatch: pytes
     cache(data, tmp_path, images=False)
     monkeypatch.setattr(ArraySource, "picture", lambda *_: pytest.fail("a picture was read"))
     alone = epoch_of(data, 1)
-    assert all(images is None for images, *_ in alone)
-    assert same([batch[1:] for batch in alone], [batch[1:] for batch in whole])
+    assert all(list(batch) == ["labels", "given"] for batch in alone)
+    assert same(alone, [{name: batch[name] for name in ("labels", "given")} for batch in whole])
 
 
 def test_evaluation_and_dropped_features_leave_batches_as_they_were(tmp_path: Path) -> None:
     data = few()
     plain = epoch_of(data)
     cache(data, tmp_path)
-    assert all(len(batch) == 2 for split in ("train", "val", "test") for batch in data.eval_dataloader(split))
-    assert len(data.sample_images("train", 3)) == 2
+    assert all(plainly(data.eval_dataloader(split)) for split in ("train", "val", "test"))
+    assert plainly([data.sample_batch("train", 3)])
     data.drop_features()
     assert same(epoch_of(data), plain)
 
@@ -144,7 +158,7 @@ def test_a_loader_made_before_serves_features_as_well(tmp_path: Path) -> None:
     data = few()
     loader = data.train_dataloader()
     cache(data, tmp_path)
-    assert all(len(batch) == 3 for batch in loader)
+    assert all(list(batch) == ["images", "labels", "given"] for batch in loader)
 
 
 @pytest.mark.parametrize("images", [True, False])
@@ -184,8 +198,8 @@ def test_features_are_copies(tmp_path: Path) -> None:
 def test_an_epochs_view_is_that_epochs_augmentation(tmp_path: Path, augment: str) -> None:
     data, network = few(augment=augment, seed=5), Frozen()
     dataset = data.dataset("train")
-    seen = [dataset.batch([(view, index) for index in range(COUNT)])[0] for view in range(3)]
-    orders = [[images.clone() for images, _ in epoch_of(data, epoch)] for epoch in range(5)]
+    seen = [dataset.batch([(view, index) for index in range(COUNT)])["images"] for view in range(3)]
+    orders = [[batch["images"].clone() for batch in epoch_of(data, epoch)] for epoch in range(5)]
     assert not torch.equal(seen[0], seen[1])
     kept = cache(data, tmp_path, network, views=3)
     assert len(kept.arrays["layer1"]) == 3 * COUNT
@@ -195,18 +209,18 @@ def test_an_epochs_view_is_that_epochs_augmentation(tmp_path: Path, augment: str
             torch.testing.assert_close(rows[name], value, rtol=1e-5, atol=1e-6)
     for epoch in range(5):
         served = epoch_of(data, epoch)
-        assert (epoch < 3) == same([images for images, *_ in served], orders[epoch])
-        for images, _, features in served:
-            assert same(features, computed(data, network, images))
+        assert (epoch < 3) == same([batch["images"] for batch in served], orders[epoch])
+        for batch in served:
+            assert same(batch["given"], computed(data, network, batch["images"]))
 
 
 def test_views_keep_the_order_of_the_epoch(tmp_path: Path) -> None:
     data = few(augment="crop")
-    labels = [torch.cat([batch[1] for batch in epoch_of(data, epoch)]) for epoch in range(4)]
+    labels = [torch.cat([batch["labels"] for batch in epoch_of(data, epoch)]) for epoch in range(4)]
     assert not torch.equal(labels[0], labels[2])
     cache(data, tmp_path, views=2)
     for epoch in range(4):
-        assert torch.equal(torch.cat([batch[1] for batch in epoch_of(data, epoch)]), labels[epoch])
+        assert torch.equal(torch.cat([batch["labels"] for batch in epoch_of(data, epoch)]), labels[epoch])
 
 
 @pytest.mark.parametrize(
@@ -288,7 +302,7 @@ def test_other_features_of_the_same_network_are_another_entry(tmp_path: Path) ->
         lambda x: {"layer1": network(x)["layer1"].flatten(1)}, network.digest(), directory=tmp_path / "cache"
     )
     assert len(entries(tmp_path)) == 3
-    assert epoch_of(data)[0][2]["layer1"].shape == (8, 64)
+    assert epoch_of(data)[0]["given"]["layer1"].shape == (8, 64)
 
 
 def test_the_seed_is_of_no_matter_without_augmentation(tmp_path: Path) -> None:
@@ -322,31 +336,31 @@ def files(root: Path) -> FileSource:
 
 
 def test_files_are_known_by_name_size_time_and_label(tree: Path) -> None:
-    before = feature_cache.fingerprint(files(tree))
-    assert feature_cache.fingerprint(files(tree)) == before
+    before = precompute.fingerprint(files(tree))
+    assert precompute.fingerprint(files(tree)) == before
     moved = tree.rename(tree.parent / "elsewhere")
-    assert feature_cache.fingerprint(files(moved)) == before
+    assert precompute.fingerprint(files(moved)) == before
     image = moved / "train/a/1.png"
     stat = image.stat()
     seen = {before}
     os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    seen.add(feature_cache.fingerprint(files(moved)))
+    seen.add(precompute.fingerprint(files(moved)))
     image.write_bytes(image.read_bytes() + b"\0")
     os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    seen.add(feature_cache.fingerprint(files(moved)))
+    seen.add(precompute.fingerprint(files(moved)))
     image.rename(moved / "train/b/9.png")
-    seen.add(feature_cache.fingerprint(files(moved)))
+    seen.add(precompute.fingerprint(files(moved)))
     assert len(seen) == 4
 
 
 def test_a_folder_of_images_is_cached_too(tree: Path, tmp_path: Path) -> None:
-    def network(images: Tensor) -> dict[str, Tensor]:
-        return {"mean": images.mean((2, 3))}
+    def network(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"mean": batch["images"].mean((2, 3))}
 
     data = ImageFolder(tree, batch_size=4, augment="none", cache=False)
     data.cache_features(network, "mean", directory=tmp_path / "cache")
-    for images, _, features in epoch_of(data):
-        assert same(features, network(data.input.normalize(images)))
+    for batch in epoch_of(data):
+        assert same(batch["given"], network({"images": data.input.normalize(batch["images"])}))
 
 
 def test_other_sources_are_known_by_their_pictures(tree: Path) -> None:
@@ -364,10 +378,10 @@ def test_other_sources_are_known_by_their_pictures(tree: Path) -> None:
             return self.of.picture(index)
 
     pixels = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
-    first = feature_cache.fingerprint(Wrapped(ArraySource(pixels, [0, 1, 0], "x")))
-    assert feature_cache.fingerprint(Wrapped(ArraySource(pixels.copy(), [0, 1, 0], "y"))) == first
+    first = precompute.fingerprint(Wrapped(ArraySource(pixels, [0, 1, 0], "x")))
+    assert precompute.fingerprint(Wrapped(ArraySource(pixels.copy(), [0, 1, 0], "y"))) == first
     pixels[2, 3, 3] += 1
-    assert feature_cache.fingerprint(Wrapped(ArraySource(pixels, [0, 1, 0], "x"))) != first
+    assert precompute.fingerprint(Wrapped(ArraySource(pixels, [0, 1, 0], "x"))) != first
 
 
 # --- folders that do not fit ------------------------------------------------------------------------------------------
@@ -396,7 +410,7 @@ def test_an_entry_of_another_run_is_not_used(tmp_path: Path) -> None:
     data = few()
     with pytest.raises(FeatureCacheError, match=r"belongs to another run: it differs in network \(.*; delete"):
         cache(data, tmp_path, Frozen(0))
-    assert all(len(batch) == 2 for batch in epoch_of(data))
+    assert plainly(epoch_of(data))
 
 
 def cut_short(path: Path) -> None:
@@ -431,7 +445,7 @@ def test_a_damaged_entry_is_told_and_not_used(tmp_path: Path, name: str, damage:
     data = few()
     with pytest.raises(FeatureCacheError, match=f"{message}.*; delete {folder} and it is computed anew"):
         cache(data, tmp_path)
-    assert all(len(batch) == 2 for batch in epoch_of(data))
+    assert plainly(epoch_of(data))
     shutil.rmtree(folder)
     cache(data, tmp_path)
 
@@ -500,10 +514,10 @@ def test_a_write_that_fails_is_told_in_one_line(tmp_path: Path, monkeypatch: pyt
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
     network = Frozen()
 
-    def interrupted(images: Tensor) -> dict[str, Tensor]:
+    def interrupted(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if network.calls == 3:
             raise KeyboardInterrupt
-        return network(images)
+        return network(batch)
 
     with pytest.raises(KeyboardInterrupt):
         few().cache_features(interrupted, "x", directory=tmp_path / "cache")
@@ -526,8 +540,8 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_shapes_that_change_are_refused(tmp_path: Path) -> None:
     calls: Iterator[int] = iter(range(99))
 
-    def growing(images: Tensor) -> dict[str, Tensor]:
-        return {"x": images.flatten(1)[:, : 4 + next(calls) // 2]}
+    def growing(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"x": batch["images"].flatten(1)[:, : 4 + next(calls) // 2]}
 
     with pytest.raises(FeatureCacheError, match="the same names and shapes in every batch"):
         few().cache_features(growing, "x", directory=tmp_path / "cache")
@@ -537,17 +551,17 @@ def test_shapes_that_change_are_refused(tmp_path: Path) -> None:
 def test_of_two_runs_that_write_at_once_the_first_to_end_wins(tmp_path: Path) -> None:
     network = Frozen()
 
-    def overtaken(images: Tensor) -> dict[str, Tensor]:
+    def overtaken(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if network.calls == 3:
             cache(few(), tmp_path)
-        return network(images)
+        return network(batch)
 
     data = few()
     data.cache_features(overtaken, network.digest(), directory=tmp_path / "cache")
     assert network.calls == 1 + -(-COUNT // 8)
     assert len(entries(tmp_path)) == 1
-    for images, _, features in epoch_of(data):
-        assert same(features, computed(data, Frozen(), images))
+    for batch in epoch_of(data):
+        assert same(batch["given"], computed(data, Frozen(), batch["images"]))
 
 
 # --- under a trainer --------------------------------------------------------------------------------------------------
@@ -562,14 +576,15 @@ class Trained(pl.LightningModule):
         self.layer = nn.Linear(64, 10)
         self.seen: list[tuple[int, int, bytes]] = []
         self.dtypes: list[torch.dtype] = []
-        self.lengths: list[int] = []
+        self.names: set[str] = set()
 
     def on_train_start(self) -> None:
         self.trainer.fit_loop._load_combined_loader_states()  # as `lightning_modules.base.Task` does, and why
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, labels, features = batch
-        self.dtypes += [value.dtype for value in (images, *features.values()) if value is not None]
+        labels, features = batch["labels"], batch["given"]
+        images = [batch["images"]] if "images" in batch else []
+        self.dtypes += [value.dtype for value in (*images, *features.values())]
         content = b"".join(value.numpy().tobytes() for value in (labels, *features.values()))
         self.seen.append((self.current_epoch, batch_idx, content))
         loss = nn.functional.cross_entropy(self.layer(features["layer1"].flatten(1)), labels)
@@ -577,7 +592,7 @@ class Trained(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Any) -> None:
-        self.lengths.append(len(batch))
+        self.names |= set(batch)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
@@ -602,7 +617,7 @@ def fit(root: Path, resume: Path | None = None, workers: int = 0, **options: Any
     trainer = pl.Trainer(max_epochs=3, num_sanity_val_steps=0, callbacks=[saver], accumulate_grad_batches=2, **QUIET)
     trainer.fit(network, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
     data.trainer = None
-    assert all(len(batch) == 2 for batch in epoch_of(data))  # dropped at the fit's end
+    assert plainly(epoch_of(data))  # dropped at the fit's end
     return network
 
 
@@ -611,7 +626,7 @@ def fit(root: Path, resume: Path | None = None, workers: int = 0, **options: Any
 def test_a_run_resumed_inside_an_epoch_sees_the_same_features(tmp_path: Path, workers: int) -> None:
     whole = fit(tmp_path)
     assert len(whole.seen) == 3 * 5
-    assert set(whole.lengths) == {2}
+    assert whole.names == {"images", "labels"}
     assert [content for epoch, _, content in whole.seen if epoch == 0] != [c for e, _, c in whole.seen if e == 2]
     for step in (2, 4, 7):
         resumed = fit(tmp_path, tmp_path / f"checkpoints/step={step}.ckpt", workers)
@@ -628,20 +643,21 @@ def test_batches_survive_pinning_and_the_transfer(
     data = few()
     cache(data, tmp_path, images=images)
     batch = epoch_of(data)[0]
-    assert (batch[0] is not None) == images
+    assert ("images" in batch) == images
     assert extract_batch_size(batch) == 8
     assert same(move_data_to_device(batch, torch.device("cpu")), batch)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor, *_: tensor + 1)  # the real one needs a GPU
     pinned = pin_memory(batch)
-    assert (pinned[0] is not None) == images
-    assert torch.equal(pinned[1], batch[1] + 1)
-    assert torch.equal(pinned[2]["layer1"], batch[2]["layer1"] + 1)
+    assert list(pinned) == list(batch)
+    assert torch.equal(pinned["labels"], batch["labels"] + 1)
+    assert torch.equal(pinned["given"]["layer1"], batch["given"]["layer1"] + 1)
 
 
 def test_float16_features_reach_the_task_as_float32(tmp_path: Path) -> None:
     data = few()
     cache(data, tmp_path, images=False, dtype="float16")
-    _, labels, features = epoch_of(data)[0]
+    batch = epoch_of(data)[0]
+    labels, features = batch["labels"], batch["given"]
     trainer = pl.Trainer(max_steps=2, limit_val_batches=0, enable_checkpointing=False, **QUIET)
     network = CachedTrained(tmp_path, images=False, dtype="float16")
     trainer.fit(network, datamodule=data)
@@ -701,8 +717,8 @@ def test_rank_zero_computes_for_all(tmp_path: Path) -> None:
     assert networks[1].calls == 0
     shares = [epoch_of(data) for data in modules]
     assert [len(share) for share in shares] == [2, 2]
-    for images, _, features in shares[0] + shares[1]:
-        assert same(features, computed(modules[0], networks[0], images))
+    for batch in shares[0] + shares[1]:
+        assert same(batch["given"], computed(modules[0], networks[0], batch["images"]))
     assert not same(shares[0], shares[1])
 
 
@@ -735,15 +751,15 @@ def test_two_devices_share_an_entry(tmp_path: Path) -> None:
             super().__init__()
             self.layer = torch.nn.Linear(64, 10)
             self.computed, self.right = 0, True
-        def features(self, images):
+        def features(self, batch):
             self.computed += 1
-            return {{"twice": 2 * images}}
+            return {{"twice": 2 * batch["images"]}}
         def on_fit_start(self):
             self.trainer.datamodule.cache_features(self.features, "twice", directory={str(tmp_path / "cache")!r})
         def training_step(self, batch):
-            images, labels, features = batch
-            self.right &= torch.equal(features["twice"], 2 * images)
-            return torch.nn.functional.cross_entropy(self.layer(features["twice"].flatten(1)), labels)
+            twice = batch["given"]["twice"]
+            self.right &= torch.equal(twice, 2 * batch["images"])
+            return torch.nn.functional.cross_entropy(self.layer(twice.flatten(1)), batch["labels"])
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
     net = Net()
@@ -764,4 +780,4 @@ def test_an_input_configured_later_drops_the_features(tmp_path: Path) -> None:
     data = few()
     cache(data, tmp_path)
     data.configure_input(ImageInput(height=9, width=9, color_mode="L", mean=(0.5,), std=(0.5,)))
-    assert all(len(batch) == 2 for batch in epoch_of(data))
+    assert plainly(epoch_of(data))

@@ -43,7 +43,8 @@ def test_reads_a_whole_tree(tmp_path: Path) -> None:
     assert module.class_names == ["cat", "dog"]
     assert sizes(module) == {"train": 20, "val": 20, "test": 20}
     assert module.split("val").labels.tolist() == [0] * 10 + [1] * 10
-    images, labels = next(iter(module.val_dataloader()))
+    batch = next(iter(module.val_dataloader()))
+    images, labels = batch["images"], batch["labels"]
     for index in (0, 13):
         with Image.open(module.split("val").name(index)) as picture:
             assert torch.equal(images[index], module.input(picture))
@@ -72,7 +73,7 @@ def test_a_missing_val_is_split_off_train_reproducibly_and_said_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tree(tmp_path / "a", ("train", "test"))
-    with caplog.at_level(logging.INFO, "datamodules"):
+    with caplog.at_level(logging.INFO, "cleave.datamodules"):
         module = ImageFolder(root, val_fraction=0.2)
         assert sizes(module) == {"train": 16, "val": 4, "test": 20}
     assert caplog.messages == [f"{root} has no val/: 4 images of train/ are split off for validation"]
@@ -93,7 +94,7 @@ def test_adding_an_image_moves_few_others(tmp_path: Path) -> None:
 
 def test_one_half_of_test_validates_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tree(tmp_path)
-    with caplog.at_level(logging.INFO, "datamodules"):
+    with caplog.at_level(logging.INFO, "cleave.datamodules"):
         module = ImageFolder(root, val_from="test")
         assert sizes(module) == {"train": 20, "val": 10, "test": 10}
     assert "one fixed half of test/ validates (10 images)" in caplog.text
@@ -105,7 +106,7 @@ def test_without_test_the_validation_images_are_tested_on_and_said_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = ImageFolder(tree(tmp_path, ("train", "val")))
-    with caplog.at_level(logging.INFO, "datamodules"):
+    with caplog.at_level(logging.INFO, "cleave.datamodules"):
         assert names(module, "test") == names(module, "val")
     assert "has no test/" in caplog.text
 
@@ -187,7 +188,7 @@ def test_corrupt_images_are_skipped_if_asked_and_counted(
     for number in (0, 3):
         (root / f"train/dog/{number}.png").write_bytes(b"no image")
     module = ImageFolder(root, cache=cache, skip_corrupt=True, batch_size=1)
-    with caplog.at_level(logging.INFO, "datamodules"):
+    with caplog.at_level(logging.INFO, "cleave.datamodules"):
         module.setup("fit")
     assert caplog.messages == [f"train: left out 2 corrupt image(s), the first is {root / 'train/dog/0.png'}"]
     assert sizes(module)["train"] == len(list(module.train_dataloader())) == 18
@@ -216,7 +217,7 @@ def test_bad_input_grey_and_rgba_images_are_converted(tmp_path: Path, mode: str)
     picture.save(odd, **options)
     with Image.open(odd) as stored:
         expected = stored.convert("RGBA").convert("RGB")
-    images, _ = next(iter(ImageFolder(root, augment="none").test_dataloader()))
+    images = next(iter(ImageFolder(root, augment="none").test_dataloader()))["images"]
     assert torch.equal(images[0].permute(1, 2, 0), torch.from_numpy(np.array(expected)))
 
 
@@ -226,7 +227,7 @@ def test_sixteen_bit_images_keep_their_upper_bits(tmp_path: Path, augment: str) 
     for name in ("cat", "dog"):
         Image.fromarray(np.full((8, 10), 40_000, dtype=np.uint16)).save(root / f"train/{name}/0.png")
     module = ImageFolder(root, augment=augment, batch_size=2)
-    images, _ = next(iter(module.train_dataloader()))
+    images = next(iter(module.train_dataloader()))["images"]
     assert module.input.color_mode == "L"
     assert set(images.unique().tolist()) == {40_000 >> 8}
 

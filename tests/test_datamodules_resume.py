@@ -29,12 +29,12 @@ class Classifier(pl.LightningModule):
         self.seen: list[tuple[int, int, bytes]] = []
         self.validated: list[int] = []
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch["images"], batch["labels"]
         self.seen.append((self.current_epoch, batch_idx, images.cpu().numpy().tobytes()))
         return nn.functional.cross_entropy(self.layers(images), labels)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         if batch_idx == 0:
             self.validated.append(self.global_step)
 

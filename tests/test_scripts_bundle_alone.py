@@ -70,7 +70,7 @@ def run_alone(tmp_path: Path, bundle: Path, *widths: int | None) -> list[list[fl
     images.mkdir()
     data = Digits()
     data.setup("test")
-    for i, (pixels, label) in enumerate(zip(*data.sample_images("test", 10**6), strict=True)):
+    for i, (pixels, label) in enumerate(zip(*data.sample_batch("test", 10**6).values(), strict=True)):
         Image.fromarray(pixels[0].numpy()).save(images / f"{i:04}_{data.class_names[label]}.png")
     names = {
         "alone": str(alone),

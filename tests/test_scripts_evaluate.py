@@ -61,8 +61,10 @@ def accuracy(bundle: Path) -> float:
 
     data = Digits()
     data.setup("test")
-    images, labels = data.sample_images("test", 10**6)
-    return float((Pipeline(load_bundle(bundle)).run(images).logits.argmax(1) == labels).float().mean())
+    batch = data.sample_batch("test", 10**6)
+    return float(
+        (Pipeline(load_bundle(bundle)).run(batch["images"]).logits.argmax(1) == batch["labels"]).float().mean()
+    )
 
 
 # --- codes for a network that learned in float -------------------------------------------------------------------

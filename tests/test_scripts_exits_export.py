@@ -67,7 +67,7 @@ def check(ran: Ran, folder: Path) -> None:
     right, index, sent, metrics = [], [], [], bundle.manifest.metrics
     places = bundle.manifest.placements
     with torch.no_grad():
-        for images, labels in data.test_dataloader():
+        for images, labels in (batch.values() for batch in data.test_dataloader()):
             result = Pipeline(bundle).run(images)
             payloads: list[bytes] = []
 
@@ -134,7 +134,7 @@ def test_infer_says_where_each_image_left_and_what_that_took(ran: Ran, tmp_path:
     printed = capsys.readouterr().out
     bundle = load_bundle(ran.folder / "bundle")
     data = restore_data(restore(ran.checkpoint), compose_config("evaluate", ["ckpt_path=x"], tmp_path).data)
-    result = Pipeline(bundle).run(data.sample_images("test", 30)[0])
+    result = Pipeline(bundle).run(data.sample_batch("test", 30)["images"])
     assert predicted == [bundle.class_names[i] for i in result.logits.argmax(1).tolist()]
     names = [item.name for item in bundle.manifest.exits]
     rows = [line.split() for line in printed.splitlines() if "│ digit " in line]

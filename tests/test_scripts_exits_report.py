@@ -51,7 +51,7 @@ def stored(checkpoint, network):
     data = restore_data(restore(checkpoint), compose_config("exits_report", ["ckpt_path=x"], checkpoint.parent).data)
     found = {}
     for split in ("val", "test"):
-        images, labels = data.sample_images(split, 10**6)
+        images, labels = data.sample_batch(split, 10**6).values()
         images = data.input.normalize(images)
         with torch.no_grad():
             found[split] = images, labels.numpy(), torch.stack(network.exits(images)).double().numpy()

@@ -39,7 +39,7 @@ def points(teacher_file, tmp_path_factory):
 def digits(teacher_file):
     data = Digits()
     data.configure_input(restore(teacher_file).image_input)
-    return data, *data.sample_images("test", 10**6)
+    return data, *data.sample_batch("test", 10**6).values()
 
 
 def test_lossless_ways_score_as_the_checkpoint_does(points, teacher_file, tmp_path):

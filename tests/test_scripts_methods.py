@@ -92,7 +92,7 @@ def through(bundle: Bundle, checkpoint: Path, bits: int | None = None) -> tuple[
     data = restore_data(restore(checkpoint), OmegaConf.create({}))
     data.setup("test")
     pipeline, found, right, count = Pipeline(bundle, bits=bits), [], 0, 0
-    for images, labels in data.test_dataloader():
+    for images, labels in (batch.values() for batch in data.test_dataloader()):
         result = pipeline.run(torch.as_tensor(images))
         right += int((result.logits.argmax(1) == torch.as_tensor(labels)).sum())
         count += len(labels)
@@ -230,7 +230,7 @@ def digits(count: int) -> Tensor:
 
     data = Digits()
     data.setup("test")
-    return data.sample_images("test", count)[0]
+    return data.sample_batch("test", count)["images"]
 
 
 def test_a_codec_without_widths_refuses_bits(ran):

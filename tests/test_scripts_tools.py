@@ -82,8 +82,7 @@ def test_infer_reads_digits_a_folder_and_one_image_alike(bundle, tmp_path, capsy
     from cleave.datamodules import Digits
 
     data = Digits()
-    images, _ = data.sample_images("test", 5)
-    for i, pixels in enumerate(images):
+    for i, pixels in enumerate(data.sample_batch("test", 5)["images"]):
         picture = Image.fromarray(pixels[0].numpy())
         (picture.convert("RGBA") if i == 1 else picture).save(tmp_path / f"{i}.png")
     run = [f"bundle={bundle}", "limit=5", "batch_size=2"]

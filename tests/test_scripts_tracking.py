@@ -150,7 +150,7 @@ def test_sample_predictions_are_a_table_of_what_the_best_checkpoint_says(trained
     table = json.loads((trained.run.folder / "files" / entry["path"]).read_text())
     assert table["columns"] == ["image", "label", "prediction", "confidence", "correct"]
     restored = trained.restored
-    images, labels = restore_data(restored, OmegaConf.create({})).sample_images("test", 32)
+    images, labels = restore_data(restored, OmegaConf.create({})).sample_batch("test", 32).values()
     with torch.no_grad():
         confidence, predicted = restored.network(restored.image_input.normalize(images)).softmax(1).max(1)
     assert [row[1] for row in table["data"]] == [restored.class_names[i] for i in labels]

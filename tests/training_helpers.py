@@ -188,7 +188,7 @@ class Watch(pl.Callback):
                 "weights": {p.dtype for p in pl_module.parameters()},
                 "optimizer": type(optimizer).__name__,
                 "loss": float(outputs["loss"]),
-                "images": batch[0].sum().item(),
+                "images": batch["images"].sum().item(),
             }
         )
 

@@ -52,10 +52,10 @@ def stored_logits(network: MultiExitNetwork, data: ImageDataModule, split: str, 
     """Run every image of a split through the whole network once."""
     data.prepare_data()
     found, labels = [], []
-    for images, classes in data.eval_dataloader(split):
-        logits = network.classify(network.reduced(data.input.normalize(images.to(device))))
+    for batch in data.eval_dataloader(split):
+        logits = network.classify(network.reduced(data.input.normalize(batch["images"].to(device))))
         found.append(torch.stack([own.float().cpu() for own in logits]))
-        labels.append(classes.long())
+        labels.append(batch["labels"].long())
     return Stored(torch.cat(found, dim=1), torch.cat(labels))
 
 

@@ -18,7 +18,7 @@ from cleave.deployment import Exited, ExitPolicy, build_policy, expected_cost
 
 def timed_batches(data: ImageDataModule, size: int, count: int, device: torch.device) -> list[Tensor]:
     """Return test images, normalised and on the device, in up to ``count`` batches: full ones, if there is one."""
-    images, _ = data.sample_images("test", size * count)
+    images = data.sample_batch("test", size * count)["images"]
     batches = list(data.input.normalize(images.to(device)).split(size))
     return [batch for batch in batches if len(batch) == size] or batches
 

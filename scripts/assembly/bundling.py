@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ def write_bundle(
     parts, codecs, specs = exit_partitions(network, data.input, exits, measured)
     if isinstance(network, MultiExitNetwork):
         measured = all_edges(network, parts, codecs, specs, measured)
-    images, _ = data.sample_images("test", sample)
+    images = data.sample_batch("test", sample)["images"]
     bundle = export_bundle(
         directory,
         parts,
@@ -138,5 +138,5 @@ def recalibrate(restored: Restored, data: ImageDataModule, settings: DictConfig)
 
 
 def _batches(data: ImageDataModule, count: int) -> Iterator[Tensor]:
-    for (images, _), _ in zip(data.train_dataloader(), range(count), strict=False):
-        yield data.input.normalize(torch.as_tensor(images))
+    for batch in itertools.islice(data.train_dataloader(), count):
+        yield data.input.normalize(batch["images"])

@@ -1,0 +1,231 @@
+"""Splits of pictures, preprocessed for one input: what a data module serves, without loaders and trainer."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from cleave.deployment import ImageInput
+
+from .arguments import changed_input, check_cache, check_whole, input_changes
+from .augment import Augmentation, check_preset
+from .dataset import Batch, ImageDataset, Values, readable
+from .sources import CorruptImageError, ImageSource
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+
+
+class ImageSplits(ABC):
+    """The splits ``train``, ``val`` and ``test`` of a data set, and the input that their pictures are made into.
+
+    A subclass gives :attr:`native_input` and :meth:`load_splits`, and :attr:`class_names` where there are classes. For
+    more than images and labels it extends :attr:`parts` and gives :meth:`further_parts`:
+
+        class Scenes(ImageFolder):
+            parts = ("images", "labels", "mask")
+            maps = ("mask",)
+
+            def further_parts(self, split, source):
+                return {"mask": np.load(f"{self.root}/{split}-masks.npy", mmap_mode="r")}
+
+    Args:
+        seed: Seed of the augmentation.
+        augment: A preset of :data:`~cleave.datamodules.augment.PRESETS` for training images.
+        image_size: Side of the input in pixels, or (height, width), instead of the backbone's.
+        mean: Per-channel mean instead of the backbone's.
+        std: Per-channel standard deviation instead of the backbone's.
+        interpolation: Resize filter instead of the backbone's.
+        cache: Whether decoded pictures are kept in memory, or ``"auto"``.
+        skip_corrupt: Leave out pictures that cannot be decoded.
+
+    Attributes:
+        parts: Names of the parts of a batch: ``images``, maybe ``labels``, and what :meth:`further_parts` gives.
+        maps: Those further parts that lie on the image's grid, (..., H, W) at the input's size, as a label for every
+            pixel does: crops and flips move them along, zeros moving in.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it, its value and what is allowed.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("images", "labels")
+    maps: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        augment: str,
+        image_size: int | Sequence[int] | None,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        interpolation: str | None,
+        cache: bool | str,
+        skip_corrupt: bool,
+    ) -> None:
+        super().__init__()
+        check_preset(augment)
+        check_whole("seed", seed, 0)
+        check_cache(cache)
+        self.seed = seed
+        self.augment = augment
+        self.cache = cache
+        self.skip_corrupt = skip_corrupt
+        self.overrides = input_changes(image_size, mean, std, interpolation)
+        self._configured: ImageInput | None = None
+        self._found: dict[str, ImageSource] | None = None
+        self._splits: dict[str, ImageSource] = {}
+        self._datasets: dict[str, ImageDataset] = {}
+
+    # --- what a subclass gives --------------------------------------------------------------------------------------
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of the labels; none where the data have no classes."""
+        return []
+
+    @property
+    @abstractmethod
+    def native_input(self) -> ImageInput:
+        """The input that suits these pictures when no backbone asks for another."""
+
+    @abstractmethod
+    def load_splits(self) -> dict[str, ImageSource]:
+        """Find the pictures of ``train``, ``val`` and ``test``; called once."""
+
+    def further_parts(self, split: str, source: ImageSource) -> dict[str, Values]:
+        """Find what samples have besides images and labels, when a split is first used.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            source: Its pictures, without those that ``skip_corrupt`` left out; the parts are in their order.
+
+        Returns:
+            By name an array or tensor (N, ...), of which batches get rows (B, ...); or a function that maps int64
+            indices (B,) to the part of a batch, such as a list of boxes, different in number for every image.
+        """
+        return {}
+
+    # --- the input --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def input(self) -> ImageInput:
+        """The input in use: the configured or the native one, with the overrides given to the constructor."""
+        return changed_input(self._configured or self.native_input, self.overrides)
+
+    def configure_input(self, spec: ImageInput) -> None:
+        """Take over the input that a pretrained backbone was trained with; overrides of the constructor still win.
+
+        What was cached for another input is dropped.
+
+        Args:
+            spec: Size, resize, crop, interpolation, colour mode, mean and std of the backbone.
+
+        Raises:
+            ValueError: An override does not fit, such as one mean for a backbone of three channels.
+        """
+        before, self._configured = self._configured, spec
+        try:
+            now = self.input
+        except ValueError:
+            self._configured = before
+            raise
+        if any(dataset.spec != now for dataset in self._datasets.values()):
+            self._datasets.clear()
+
+    # --- the pictures -----------------------------------------------------------------------------------------------
+
+    def split(self, name: str) -> ImageSource:
+        """Return the pictures of ``train``, ``val`` or ``test``.
+
+        Raises:
+            ValueError: The data are missing or laid out otherwise than the class describes, or the split is unknown.
+        """
+        if name not in SPLITS:
+            raise ValueError(f"unknown split {name!r}; known are {list(SPLITS)}")
+        if self._found is None:
+            self._found = self.load_splits()
+        if name not in self._splits:
+            source = self._found[name]
+            self._splits[name] = self._leave_out_corrupt(name, source) if self.skip_corrupt else source
+        return self._splits[name]
+
+    def image_file_bytes(self, split: str = "test") -> float:
+        """Return the mean size of the original image files of a split in bytes (as PNG where there are no files)."""
+        source = self.split(split)
+        return float(np.mean([source.file_bytes(index) for index in range(len(source))]))
+
+    def raw_image_bytes(self, split: str = "test") -> float:
+        """Return the mean of rows x columns x channels of a split's original pictures: their uint8 bytes."""
+        source = self.split(split)
+        return float(np.mean([np.prod(source.shape(index)) for index in range(len(source))]))
+
+    def sample_batch(self, split: str, count: int) -> Batch:
+        """Return ``count`` samples at even distances through a split, as evaluation gets them.
+
+        Returns:
+            A batch as a loader yields it, with uint8 images (count, C, H, W); fewer if the split has fewer.
+        """
+        dataset = self.dataset(split).without_augmentation()
+        return dataset.batch(dataset.source.spaced(count).tolist())
+
+    def dataset(self, split: str) -> ImageDataset:
+        """Return the dataset of a split, decoding and caching it at the first call.
+
+        Raises:
+            CorruptImageError: A picture cannot be decoded; the message names it.
+            ValueError: :attr:`parts` and :meth:`further_parts` do not fit, or the augmentation cannot move the maps.
+        """
+        if split not in self._datasets:
+            spec, source = self.input, self.split(split)
+            self._datasets[split] = ImageDataset(
+                source,
+                spec,
+                augmentation=Augmentation(self.augment, spec) if split == "train" and self.augment != "none" else None,
+                seed=self.seed,
+                cache=self.cache,
+                labels="labels" in self.parts,
+                further=self._further(split, source),
+                maps=self.maps,
+            )
+        return self._datasets[split]
+
+    def _further(self, split: str, source: ImageSource) -> dict[str, Values]:
+        found = self.further_parts(split, source)
+        wanted = [name for name in self.parts if name not in ("images", "labels")]
+        if "images" not in self.parts or sorted(found) != sorted(wanted):
+            raise ValueError(
+                f"parts={self.parts} must be 'images', 'labels' if there are any, and what further_parts gives for "
+                f"{split}, which is {sorted(found)}"
+            )
+        if foreign := sorted(set(self.maps) - set(wanted)):
+            raise ValueError(f"maps={self.maps} must be some of the further parts {wanted}, not {foreign}")
+        return {name: found[name] for name in wanted}
+
+    def _leave_out_corrupt(self, split: str, source: ImageSource) -> ImageSource:
+        source, bad = readable(source)
+        if bad:
+            left = set(source.labels.tolist())
+            if empty := [name for label, name in enumerate(self.class_names) if label not in left]:
+                raise CorruptImageError(f"no image of {empty} in {split} can be decoded; the first one is {bad[0]}")
+            if not left:
+                raise CorruptImageError(f"no image of {split} can be decoded; the first one is {bad[0]}")
+            log_once(f"{split}: left out {len(bad)} corrupt image(s), the first is {bad[0]}")
+        return source
+
+
+@rank_zero_only
+def log_once(message: str) -> None:
+    """Log one line on rank zero about how the data are used."""
+    log.info(message)
