@@ -114,7 +114,7 @@ class NamedOutputs(nn.Module):
         for name in names:
             if name not in self.emits:
                 shown = [known for known in self.emits if known.rpartition("/")[2][:1] != ":"]
-                hint = did_you_mean(name, shown) or _HINTS.get(name.rpartition("/")[2], "")
+                hint = _HINTS.get(name.rpartition("/")[2], "") + did_you_mean(name, shown)
                 raise CutError(f"this network has no output {name!r}; it has {', '.join(shown)}.{hint}")
 
     def _check_given(self, given: Mapping[str, Tensor]) -> None:

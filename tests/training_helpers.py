@@ -153,7 +153,7 @@ class TeacherOfEachRank(pl.Callback):
         self.path = Path(folder) / "teachers.json"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found = pl_module.all_gather(fingerprint(pl_module.teacher).to(pl_module.device))
+        found = pl_module.all_gather(fingerprint(pl_module.network_of("teacher")).to(pl_module.device))
         if trainer.is_global_zero:
             self.path.write_text(json.dumps(found.tolist()))
 
