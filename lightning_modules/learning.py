@@ -61,8 +61,8 @@ def what_learns(
     parts = _weighted(network, terms, parts)
     if idle := [part for part in parts if part not in everywhere]:
         raise ValueError(
-            f"train={list(parts)}: no term of {method} reaches the {idle[0].partition('/')[0]}, which would learn "
-            f"nothing; {_fix(network, idle[0])}"
+            f"train={list(parts)}: no term of {method} reaches the {idle[0]}, which would learn nothing; "
+            + _fix(network, idle[0])
         )
     for name, term in terms.items():
         teaches = reached[name].intersection(_with_parameters(network, parts))
@@ -99,10 +99,13 @@ def _terms(train: Sequence[str], terms: Mapping[str, Term]) -> tuple[str, ...]:
 def _weighted(network: StagedNetwork, terms: Mapping[str, Term], parts: tuple[str, ...]) -> tuple[str, ...]:
     """Leave out the exits that get no weight: no gradient reaches them, which DDP would refuse."""
     without: set[str] = set()
-    for name, output in zip(network.exits, network.group("exits") if network.exits else (), strict=True):
+    own = network.group("exits") if network.exits else ()
+    asked = {output for term in terms.values() for output in term.asks(STUDENT)}
+    elsewhere = network.needed(asked.difference(own))
+    for name, output in zip(network.exits, own, strict=True):
         readers = [term for term in terms.values() if output in term.asks(STUDENT)]
         if readers and all(name in term.weightless(network.exits) for term in readers):
-            without.add(f"exits/{name}")
+            without.update({f"exits/{name}"}.difference(elsewhere))
     left = tuple(part for part in parts if part not in without)
     if parts and not left:
         weights = next(w for term in terms.values() if (w := getattr(term.loss, "weights", None)) is not None)

@@ -126,8 +126,8 @@ class Task(MeasuredModule):
         """The logged value by which the best weights are chosen."""
         if self.settings.monitor is not None:
             return self.settings.monitor
-        found = (cast(Evaluator, each).monitor(self.trained_parts) for each in self.evaluators)
-        return [name for name in found if name is not None][-1:][0] if self.evaluators else "train/loss"
+        found = [cast(Evaluator, each).monitor(self.trained_parts) for each in self.evaluators]
+        return next((name for name in reversed(found) if name is not None), "train/loss")
 
     # --- objective --------------------------------------------------------------------------------------------------
 
