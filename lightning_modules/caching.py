@@ -46,7 +46,13 @@ def what_is_stored(
         asked: The outputs that the terms read, by network.
         reads_inputs: Whether a term reads the inputs themselves.
     """
-    frontier = network.frontier(asked[STUDENT], trained)
+    # A prior that is trained draws the noise that stands for rounding, which cannot be stored.
+    noisy = [
+        f"encoder/{cut}"
+        for cut, bottleneck in network.bottlenecks.items()
+        if bottleneck.has_prior and f"quantizer/{cut}" in trained
+    ]
+    frontier = network.frontier(asked[STUDENT], [*trained, *noisy])
     own = tuple(name for name in frontier if name != INPUT)
     outputs = {owner: tuple(names) for owner, names in asked.items() if owner != STUDENT}
     return Stored({STUDENT: own} | outputs if own else outputs, reads_inputs or INPUT in frontier)

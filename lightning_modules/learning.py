@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pytorch_lightning as pl
 from torch import nn
 
 from cleave.architectures import StagedNetwork
 from cleave.architectures.naming import did_you_mean
 from cleave.architectures.train_parts import part_names
+from cleave.lightning_modules import privates
 from cleave.lightning_modules.term import STUDENT, Term
 
 TERMS = "terms"
@@ -59,8 +61,8 @@ def what_learns(
     parts = _weighted(network, terms, parts)
     if idle := [part for part in parts if part not in everywhere]:
         raise ValueError(
-            f"train={list(parts)}: no term of {method} reaches the {idle[0].partition('/')[0]}, which would learn "
-            f"nothing; {_fix(network, idle[0])}"
+            f"train={list(parts)}: no term of {method} reaches the {idle[0]}, which would learn nothing; "
+            + _fix(network, idle[0])
         )
     for name, term in terms.items():
         teaches = reached[name].intersection(_with_parameters(network, parts))
@@ -97,10 +99,13 @@ def _terms(train: Sequence[str], terms: Mapping[str, Term]) -> tuple[str, ...]:
 def _weighted(network: StagedNetwork, terms: Mapping[str, Term], parts: tuple[str, ...]) -> tuple[str, ...]:
     """Leave out the exits that get no weight: no gradient reaches them, which DDP would refuse."""
     without: set[str] = set()
-    for name, output in zip(network.exits, network.group("exits") if network.exits else (), strict=True):
+    own = network.group("exits") if network.exits else ()
+    asked = {output for term in terms.values() for output in term.asks(STUDENT)}
+    elsewhere = network.needed(asked.difference(own))
+    for name, output in zip(network.exits, own, strict=True):
         readers = [term for term in terms.values() if output in term.asks(STUDENT)]
         if readers and all(name in term.weightless(network.exits) for term in readers):
-            without.add(f"exits/{name}")
+            without.update({f"exits/{name}"}.difference(elsewhere))
     left = tuple(part for part in parts if part not in without)
     if parts and not left:
         weights = next(w for term in terms.values() if (w := getattr(term.loss, "weights", None)) is not None)
@@ -154,4 +159,42 @@ def check_network(network: Any, task: str) -> None:
     if not isinstance(network, nn.Module) or not hasattr(network, "outputs"):
         raise TypeError(
             f"{task} trains a StagedNetwork, got {type(network).__name__}; build it by staged_network(backbone, sample)"
+        )
+
+
+def check_codes(network: StagedNetwork, asked: Sequence[str], parts: Sequence[str]) -> None:
+    """Refuse codes of a bottleneck that nothing trains and whose range nobody has measured, where they are run.
+
+    Args:
+        network: The network.
+        asked: The outputs that are computed in training.
+        parts: The parts that are trained.
+
+    Raises:
+        ValueError: Such a range would be needed.
+    """
+    for cut, bottleneck in network.bottlenecks.items():
+        sent, own = f"{cut}/sent", {f"{name}/{cut}" for name in bottleneck.parts()}
+        runs = sent in asked or network.needed(asked) != network.needed(asked, [sent])
+        if runs and not own.intersection(parts):
+            bottleneck.check_measured()
+
+
+def check_run(trainer: pl.Trainer, network: StagedNetwork, terms: Mapping[str, Term]) -> None:
+    """Refuse a run that cannot train what it should.
+
+    Raises:
+        ValueError: A loss follows a run without an end, or several processes would wait for gradients that a step of a
+            network of several widths does not give.
+    """
+    endless = trainer.max_epochs == -1 and trainer.max_steps == -1
+    for name, term in terms.items():
+        if endless and term.follows_progress():
+            raise ValueError(
+                f"the weights of the term {name!r} grow until the end of the run, which has none; set max_epochs"
+            )
+    if network.widths and privates.misses_unused(trainer):
+        raise ValueError(
+            "a step of a network of several widths uses the BatchNorm of one of them, and several processes would "
+            "wait for the gradients of the others; set trainer.strategy=ddp_find_unused_parameters_true"
         )

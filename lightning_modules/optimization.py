@@ -54,10 +54,17 @@ def parameter_groups(network: StagedNetwork, terms: nn.Module, settings: Trainin
 
 
 def _in_order(network: StagedNetwork) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the trainable weights in the order of the parts, in which a sample meets them."""
+    """Yield the trainable weights in the order of the parts, a range or prior behind the coders that it serves.
+
+    A norm over all gradients is summed in this order.
+    """
     names = {parameter: name for name, parameter in network.named_weights()}
-    parts = (module.parameters() for modules in network.parts().values() for module in modules)
-    for parameter in dict.fromkeys(itertools.chain(*parts, names)):
+    parts = network.parts()
+    order = [part for part in parts if part.partition("/")[0] != "quantizer"]
+    for cut in network.bottlenecks:
+        order.insert(order.index(f"decoder/{cut}") + 1, f"quantizer/{cut}")
+    weights = (module.parameters() for part in order for module in parts[part])
+    for parameter in dict.fromkeys(itertools.chain(*weights, names)):
         if parameter.requires_grad:
             yield names[parameter], parameter
 

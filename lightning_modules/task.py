@@ -17,7 +17,9 @@ from cleave.lightning_modules import caching, privates
 from cleave.lightning_modules.evaluators import Evaluator, default_evaluators
 from cleave.lightning_modules.frozen import UNCUT, Frozen, asked_for
 from cleave.lightning_modules.learning import (
+    check_codes,
     check_network,
+    check_run,
     child_name,
     default_parts,
     freeze,
@@ -124,8 +126,8 @@ class Task(MeasuredModule):
         """The logged value by which the best weights are chosen."""
         if self.settings.monitor is not None:
             return self.settings.monitor
-        found = (cast(Evaluator, each).monitor(self.trained_parts) for each in self.evaluators)
-        return [name for name in found if name is not None][-1:][0] if self.evaluators else "train/loss"
+        found = [cast(Evaluator, each).monitor(self.trained_parts) for each in self.evaluators]
+        return next((name for name in reversed(found) if name is not None), "train/loss")
 
     # --- objective --------------------------------------------------------------------------------------------------
 
@@ -211,8 +213,8 @@ class Task(MeasuredModule):
         """
         for owner in self.asked:
             self.network_of(owner)
-        self._check_codes()
-        self._check_run()
+        check_codes(self.network, self.asked[STUDENT], self.trained_parts)
+        check_run(self.trainer, self.network, dict(self.named_terms()))
         for frozen in self.others.values():
             frozen.to(self.device)
             self.trainer.precision_plugin.convert_module(frozen.network)
@@ -303,28 +305,6 @@ class Task(MeasuredModule):
 
     def _reads(self, part: str) -> bool:
         return any(part in term.names for _, term in self.named_terms())
-
-    def _check_codes(self) -> None:
-        """Refuse codes of a bottleneck that nothing trains and whose range nobody has measured, where they are run."""
-        asked = self.asked[STUDENT]
-        for cut, bottleneck in self.network.bottlenecks.items():
-            sent, parts = f"{cut}/sent", {f"{name}/{cut}" for name in bottleneck.parts()}
-            runs = sent in asked or self.network.needed(asked) != self.network.needed(asked, [sent])
-            if runs and not parts.intersection(self.trained_parts):
-                bottleneck.check_measured()
-
-    def _check_run(self) -> None:
-        endless = self.trainer.max_epochs == -1 and self.trainer.max_steps == -1
-        for name, term in self.named_terms():
-            if endless and term.follows_progress():
-                raise ValueError(
-                    f"the weights of the term {name!r} grow until the end of the run, which has none; set max_epochs"
-                )
-        if self.network.widths and privates.misses_unused(self.trainer):
-            raise ValueError(
-                "a step of a network of several widths uses the BatchNorm of one of them, and several processes would "
-                "wait for the gradients of the others; set trainer.strategy=ddp_find_unused_parameters_true"
-            )
 
     def stored(self) -> caching.Stored:
         """Return which outputs of frozen networks and parts the feature cache stores.

@@ -80,7 +80,9 @@ def through_bytes(
         return
     first = next(iter(network.bottlenecks))
     fixed = network.frontier(names, [f"quantizer/{first}", f"decoder/{first}"])
-    given = network.outputs(inputs, [name for name in fixed if name != "images"])
+    # A prior rounds without a part of its own, yet nothing that was sent may be given.
+    before = [f"{first}/z" if name == f"{first}/sent" else name for name in fixed if name != "images"]
+    given = network.outputs(inputs, before)
     last = next(iter(chosen.values()))
     for bits in [*(width for width in all_widths(network) if width != last), last]:
         for cut, own in chosen.items():

@@ -49,7 +49,8 @@ def build(method: str, classes: int) -> Task:
     backbone = create_backbone("cifar", "resnet20", num_classes=classes, in_channels=1).network
     backbone = without_batchnorm(backbone)
     sample = torch.randn(2, 1, 8, 8)
-    training = Training(optimizer=functools.partial(torch.optim.SGD, lr=0.05))
+    rate = 1e-4 if method == "head_distillation" else 0.05  # its loss is a sum over the feature
+    training = Training(optimizer=functools.partial(torch.optim.SGD, lr=rate))
     if method == "joint_exits":
         network = multi_exit_network(backbone, sample, at=["layer1", "layer2"])
         for cut in network.exits[:-1]:

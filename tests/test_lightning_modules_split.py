@@ -314,11 +314,21 @@ def test_compiled_parts_give_the_same_losses(method: type[Task], monkeypatch: py
     plain, compiled = Logged(), Logged()
     fit(build(method), [plain], epochs=1)
     compile_module = nn.Module.compile
-    parts = []
+    parts: list[nn.Module] = []
+    graphs: list[int] = []
 
     def eagerly(module: nn.Module) -> None:
         parts.append(module)
-        compile_module(module, backend="eager")  # the default one takes a C++ compiler and minutes
+        number = len(parts) - 1
+
+        def backend(graph: Any, inputs: Any) -> Any:  # the default one takes a C++ compiler and minutes
+            def run(*values: Any) -> Any:
+                graphs.append(number)
+                return graph.forward(*values)
+
+            return run
+
+        compile_module(module, backend=backend)
 
     monkeypatch.setattr(nn.Module, "compile", eagerly)
     task = build(method, how={"compile": True})
@@ -327,7 +337,11 @@ def test_compiled_parts_give_the_same_losses(method: type[Task], monkeypatch: py
     assert compiled.losses() == pytest.approx(plain.losses(), rel=1e-4)
     taught = list(teacher_of(task).stages) if task.others else []
     bottleneck = bottleneck_of(task.network)
-    assert parts == [*task.network.stages, bottleneck.encoder, bottleneck.decoder, *taught]
+    first, *behind = task.network.stages
+    assert parts == [first, *behind, bottleneck.encoder, bottleneck.decoder, *taught]
+    far = method is CrossEntropy  # the other one runs no further than layer3
+    run = [bottleneck.encoder, bottleneck.decoder, *(behind if far else behind[:1]), *taught[:2]]
+    assert {number: graphs.count(number) for number in graphs} == {parts.index(module): 3 for module in run}
     assert set(task.state_dict()) == keys
     assert not [name for name in keys if "_orig_mod" in name]
 
@@ -568,6 +582,8 @@ CACHED: dict[str, tuple[type[Task], dict[str, Any], list[str] | None, bool]] = {
     "kd_server": (KnowledgeDistillation, INSERT, ["decoder", "tail"], False),
     "ce_bottleneck": (CrossEntropy, INSERT, ["bottleneck"], False),
     "entropic": (Entropic, ENTROPY, None, True),
+    "entropic_prior": (Entropic, INSERT | ENTROPY, ["quantizer", "decoder"], False),
+    "kd_received": (KnowledgeDistillation, INSERT | VARIANCE | ranged("sample"), ["decoder", "tail"], False),
 }
 
 

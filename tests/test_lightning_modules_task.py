@@ -94,6 +94,7 @@ def attacked(**settings: Any) -> CrossEntropy:
     return CrossEntropy(split_network(), loss=nn.CrossEntropyLoss(), extra_terms=extra, training=training(), **settings)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_term_with_parameters_learns_is_saved_and_resumes_exactly(tmp_path: Path) -> None:
     task, logged = attacked(), Logged()
     before = snapshot(task.terms["privacy"])

@@ -31,12 +31,6 @@ DIGITS = ["data=digits", "data.image_size=8", "backbone.in_channels=1"]
 FINAL = ["+callbacks.final._target_=training_helpers.SaveFinal", "+callbacks.final.folder=${paths.output_dir}"]
 
 
-def python_path(*folders: Path) -> str:
-    """Some folders and those of this process's own PYTHONPATH, for a process that runs elsewhere."""
-    own = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    return os.pathsep.join(map(str, [*folders, *(Path(folder).resolve() for folder in own)]))
-
-
 def small(network: str, **arguments: Any) -> list[str]:
     """Overrides that train a network of this file on digits."""
     chosen = ["backbone=custom", f"backbone.network._target_=training_helpers.{network}", *DIGITS]
@@ -78,7 +72,7 @@ def script(
         **env: Environment variables.
     """
     command = [str(ROOT / "scripts" / f"{name}.py"), *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": python_path(), **env}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **env}
     if fresh or sys.platform != "linux":
         command.insert(0, sys.executable)
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
@@ -93,7 +87,7 @@ def script(
 def run_script(name: str, *overrides: str, folder: Path, code: int = 0, timeout: int = 150, fresh: bool = False) -> str:
     """Run a script with ``folder`` as its output folder and return what it printed; see :func:`script`."""
     folders = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
-    path = python_path(ROOT / "tests")
+    path = str(ROOT / "tests")
     result = script(name, *overrides, *folders, cwd=folder.parent, timeout=timeout, fresh=fresh, PYTHONPATH=path)
     told = result.stdout + result.stderr
     assert result.returncode == code, f"exit status {result.returncode} instead of {code}:\n{told}"
@@ -118,7 +112,7 @@ def differences(one: Any, other: Any, at: str = "") -> list[str]:
 
 
 class KillAt(pl.Callback):
-    """Ends the process as the kernel's out-of-memory killer would, after a number of optimizer steps of all fits."""
+    """Ends the process as the kernel's out-of-memory killer would, after a number of optimizer steps of all stages."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -159,7 +153,7 @@ class TeacherOfEachRank(pl.Callback):
         self.path = Path(folder) / "teachers.json"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found = pl_module.all_gather(fingerprint(pl_module.others["teacher"].network).to(pl_module.device))
+        found = pl_module.all_gather(fingerprint(pl_module.network_of("teacher")).to(pl_module.device))
         if trainer.is_global_zero:
             self.path.write_text(json.dumps(found.tolist()))
 
