@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _STAGE = re.compile(r"stages\.stage\d+\.")
+_INNER_STAGE = re.compile(r"(^|\.)stages\.stage\d+\.")
 
 
 def public_name(name: str) -> str:
@@ -19,6 +20,7 @@ def collapse_names(network: nn.Module) -> None:
     """Let a network with a child ``stages`` save and load its weights under their public names."""
     network.register_state_dict_post_hook(_collapse)
     network.register_load_state_dict_pre_hook(_expand)
+    network.register_load_state_dict_post_hook(_report)
 
 
 def _collapse(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
@@ -33,3 +35,9 @@ def _expand(module: nn.Module, state: dict[str, Tensor], prefix: str, *others: A
     for name in own:
         state.pop(prefix + public_name(name), None)
     state.update(values)
+
+
+def _report(module: nn.Module, incompatible: Any) -> None:
+    """Name the weights that are missing as users know them."""
+    missing = [_INNER_STAGE.sub(r"\1", name, count=1) for name in incompatible.missing_keys]
+    incompatible.missing_keys[:] = dict.fromkeys(missing)
