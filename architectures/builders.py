@@ -19,9 +19,9 @@ from cleave.architectures.inserts.coders import FORMS, VECTOR_LAYOUTS, Coders, b
 from cleave.architectures.inserts.exit_head import ExitHead
 from cleave.architectures.inserts.insert import Insert
 from cleave.architectures.modes import evaluating
-from cleave.architectures.naming import did_you_mean
+from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.architectures.network import StagedNetwork
-from cleave.architectures.outputs import FINAL
+from cleave.architectures.outputs import FINAL, RESERVED
 
 REPLACE, INSERT, NONE = "replace", "insert", "none"
 Settings = Mapping[str, Any] | Callable[..., Any] | None
@@ -74,16 +74,21 @@ def staged_network(
         cascade: Whether each exit also reads the class probabilities of the one before.
         ensemble: Whether each exit answers with the weighted geometric mean of all exits so far.
         gradient_equilibrium: As of :class:`~cleave.architectures.StagedNetwork`.
-        inserts: Other inserts by layer; they pass the feature on before a bottleneck there.
+        inserts: Other inserts by layer; they pass the feature on before a bottleneck there, and behind one that
+            replaces all before it.
 
     Raises:
         CutError: A layer is unknown, is crossed by several tensors, or stands where it cannot.
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or stands for a layer that is not split.
     """
+    if isinstance(cuts, str):
+        raise ValueError(f"cuts is a list of layers, got the string {cuts!r}; write cuts=[{cuts!r}]")
     splits = [] if split is None else [split] if isinstance(split, str) else list(split)
     exit_cuts = _exit_cuts(backbone, sample, exits, exits_count)
     names = list(dict.fromkeys([*exit_cuts, *splits, *cuts, *(inserts or {})]))
-    _check(splits, form, exit_cuts, bottleneck)
+    _check(splits, form, {"bottleneck_at": bottleneck_at, "codec_at": codec_at})
+    if ensemble and not exit_cuts:
+        raise ValueError("ensemble=True makes one answer of several exits; give exits or exits_count")
     stages, features = _cut(backbone, names, sample)
     splits = [name for name in stages.names if name in splits]
     exit_cuts = [name for name in stages.names if name in exit_cuts]
@@ -105,14 +110,13 @@ def staged_network(
         source = tuple(sample.shape[1:]) if own == REPLACE else tuple(features[name].shape[1:])
         settings = (bottleneck_at or {}).get(name, bottleneck), (codec_at or {}).get(name, codec)
         made = _bottleneck(source, tuple(features[name].shape[1:]), layouts[name], own, *settings, channel)
-        behind[name].append(made)
-    classes = features[LOGITS].shape[-1] if isinstance(features[LOGITS], Tensor) else 0
+        behind[name].insert(0 if own == REPLACE else len(behind[name]), made)
     return StagedNetwork(
         stages,
         behind,
         sample=sample,
         replaced=bool(splits) and form == REPLACE,
-        ensemble=GeometricEnsemble(len(exit_cuts) + 1, classes) if ensemble else None,
+        ensemble=GeometricEnsemble(len(exit_cuts) + 1, features[LOGITS].shape[-1]) if ensemble else None,
         gradient_equilibrium=gradient_equilibrium,
     )
 
@@ -181,9 +185,9 @@ def multi_exit_network(
         channel: The link.
     """
     if (at is None) == (count is None):
-        raise ValueError(f"give either exits.at or exits.count, got at={at} and count={count}")
-    if split is None and (bottleneck is not None or codec is not None):
-        raise ValueError("bottleneck and codec stand at a split; give split.at, or leave them null")
+        raise ValueError(f"give either at or count, the exits' layers or their number; got at={at} and count={count}")
+    if split is None and any(each is not None for each in (bottleneck, codec, channel)):
+        raise ValueError("bottleneck, codec and channel stand at a split; give split, or leave them None")
     return staged_network(
         backbone,
         sample,
@@ -201,13 +205,18 @@ def multi_exit_network(
     )
 
 
-def _check(splits: Sequence[str], form: str, exits: Sequence[str], bottleneck: Settings) -> None:
+def _check(splits: Sequence[str], form: str, single: Mapping[str, Mapping[str, Settings] | None]) -> None:
     if form not in (*FORMS, NONE):
         raise ValueError(f"form must be one of {', '.join(FORMS)} or none, got {form!r}")
     if taken := [name for name in splits if name in (FINAL, LOGITS)]:
-        raise CutError(f"split.at names {taken[0]!r}, which stands for the last exit; split behind an earlier layer")
+        raise CutError(f"split names {taken[0]!r}, which stands for the last exit; split behind an earlier layer")
     if repeated := [name for name in splits if list(splits).count(name) > 1]:
-        raise CutError(f"split.at names {repeated[0]!r} twice; one bottleneck stands behind a layer")
+        raise CutError(f"split names {repeated[0]!r} twice; one bottleneck stands behind a layer")
+    for argument, settings in single.items():
+        for name in settings or {}:
+            if name not in splits:
+                have = f"split is at {', '.join(splits)}" if splits else "there is no split"
+                raise ValueError(f"{argument} names {name!r}, but {have}.{did_you_mean(name, splits)}")
 
 
 def _cut(backbone: nn.Module, names: Sequence[str], sample: Tensor) -> tuple[Stages, dict[str, Any]]:
@@ -220,7 +229,7 @@ def _cut(backbone: nn.Module, names: Sequence[str], sample: Tensor) -> tuple[Sta
     backbone = copy.deepcopy(backbone)
     stages = cut(backbone, at=in_order(backbone, names, sample), sample=sample)
     with torch.no_grad(), evaluating(stages):
-        features: dict[str, Any] = stages.features(sample[:1], at=[*names, LOGITS])
+        features: dict[str, Any] = stages.features(sample[:1].clone(), at=[*names, LOGITS])
     return stages.train(), features
 
 
@@ -239,7 +248,7 @@ def in_order(backbone: nn.Module, names: Sequence[str], sample: Tensor) -> list[
     order: list[str] = []
     hooks = [layers[name].register_forward_hook(lambda *_, name=name: order.append(name)) for name in names]
     with torch.no_grad(), evaluating(backbone):
-        backbone(sample[:1])
+        backbone(sample[:1].clone())  # it may work in place
     for hook in hooks:
         hook.remove()
     last_call = {name: i for i, name in enumerate(order)}
@@ -249,32 +258,34 @@ def in_order(backbone: nn.Module, names: Sequence[str], sample: Tensor) -> list[
 def _exit_cuts(backbone: nn.Module, sample: Tensor, at: Sequence[str] | None, count: int | None) -> list[str]:
     """Return the layers that get an exit."""
     if at is not None and count is not None:
-        raise ValueError(f"give either exits.at or exits.count, got at={at} and count={count}")
+        raise ValueError(f"give either exits or exits_count, got {at} and {count}")
     if count is not None:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"exits.count must be a whole number of at least 1, got {count!r}")
+        whole_number("exits_count", count)
         points = cut_points(backbone, sample)
-        return spread([point for point in points if point.name not in (FINAL, LOGITS)], count)
+        return spread([point for point in points if point.name not in RESERVED], count)
     if at is None:
         return []
     if isinstance(at, str) or not at:
-        raise ValueError(f"exits.at is a list of at least one layer, got {at!r}; write exits.at=[layer1]")
+        raise ValueError(f"exits is a list of at least one layer, got {at!r}; write exits=['layer1']")
     at = list(at)
     if repeated := [name for name in at if at.count(name) > 1]:
-        raise CutError(f"exits.at names {repeated[0]!r} twice; each layer takes one exit")
+        raise CutError(f"exits names {repeated[0]!r} twice; each layer takes one exit")
     if taken := [name for name in at if name in (FINAL, LOGITS)]:
-        raise CutError(f"exits.at names {taken[0]!r}: the backbone's own classifier is the last exit already")
+        raise CutError(f"exits names {taken[0]!r}: the backbone's own classifier is the last exit already")
     return at
 
 
 def _exit(
-    settings: Settings, features: Mapping[str, Tensor], name: str, layout: str, cascade: bool, cuts: Sequence[str]
+    settings: Settings, features: Mapping[str, Any], name: str, layout: str, cascade: bool, cuts: Sequence[str]
 ) -> ExitHead:
     """Build an exit; refuse one where there is nothing left to save."""
     logits = features[LOGITS]
+    if not isinstance(logits, Tensor) or (logits.ndim != 2 and not callable(settings)):
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"exits classify, so the backbone must return logits (B, classes); got {got}")
     if name == cuts[-1] and features[name].shape == logits.shape and torch.equal(features[name], logits):
         raise CutError(f"an exit at {name!r} stands behind the last layer, where nothing is left to save")
-    shape, classes = tuple(features[name].shape[1:]), logits.shape[-1]
+    shape, classes = tuple(features[name].shape[1:]), logits.shape[1]
     if callable(settings):
         return settings(shape, layout, classes, cascade=cascade)
     return ExitHead(shape, layout, classes, **(settings or {}), cascade=cascade)
@@ -291,7 +302,7 @@ def _bottleneck(
 ) -> Bottleneck:
     if form == NONE:
         if coders is not None:
-            raise ValueError("form=none sends the feature itself; leave bottleneck null")
+            raise ValueError("form=none sends the feature itself; leave bottleneck None")
         built = Coders(nn.Identity(), nn.Identity(), target)
     else:
         build = coders if callable(coders) else build_bottleneck

@@ -37,9 +37,13 @@ def _step(
 def in_sequence(ops: Sequence[Op]) -> list[Op]:
     """Return computations in the order in which a device meets them: an exit's classifier where its feature is."""
     late = [op for op in ops if op.step.late]
+    waits = {name for op in ops for name in op.gives}
     ordered: list[Op] = []
     for op in (each for each in ops if not each.step.late):
         ordered.append(op)
-        # What is late stands behind the last of its insert's other computations.
-        ordered += [each for each in late if each.owner == op.owner and each not in ordered]
-    return ordered
+        waits.difference_update(op.gives)
+        while ready := next((each for each in late if not waits.intersection(each.needs)), None):
+            late.remove(ready)
+            ordered.append(ready)
+            waits.difference_update(ready.gives)
+    return [*ordered, *late]

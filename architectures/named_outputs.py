@@ -15,16 +15,16 @@ from cleave.architectures.outputs import ANSWER, INPUT, LOGITS, Op, plan, read_b
 
 EXITS, ANSWERS = "exits", "answers"
 _HINTS = {
-    "likelihoods": " A learned prior emits them: codec=entropy.",
-    "mean": " A stochastic encoder emits it: variance='learned'.",
-    "log_variance": " A stochastic encoder emits it: variance='learned'.",
-    "input": " The form insert keeps the feature before the bottleneck.",
-    "z": " A bottleneck emits it.",
-    "sent": " A bottleneck emits it.",
-    "received": " A bottleneck emits it.",
-    "reduced": " An exit emits it.",
-    "logits": " An exit emits them.",
-    "answer": " The exits of an ensemble emit it.",
+    "likelihoods": "A learned prior emits likelihoods: codec=entropy_codec.",
+    "mean": "A stochastic encoder emits mean: variance='learned'.",
+    "log_variance": "A stochastic encoder emits log_variance: variance='learned'.",
+    "input": "form='insert' keeps the feature before a bottleneck as input.",
+    "z": "A bottleneck emits z, where the network is split.",
+    "sent": "A bottleneck emits sent, where the network is split.",
+    "received": "A bottleneck emits received, where the network is split.",
+    "reduced": "An exit emits reduced.",
+    "logits": "An exit emits logits.",
+    "answer": "The exits of an ensemble emit answer: ensemble=True.",
 }
 
 
@@ -63,16 +63,18 @@ class NamedOutputs(nn.Module):
             CutError: There is no such output, or the input has another shape than the one it was cut for.
             ValueError: What is given has another shape than the output has, or no input is there though it is needed.
         """
+        if isinstance(at, str):
+            raise CutError(f"at is a list of names of outputs, got the string {at!r}; write at=[{at!r}]")
         wanted, known = tuple(dict.fromkeys(at)), dict(given or {})
         ops = self._plan(wanted, known)
         self._check_given(known)
         if inputs is not None:
-            check_size(inputs, self.stages.image_shape)
+            check_size(inputs, self.stages.input_shape)
             known[INPUT] = inputs
         elif missing := [name for name in read_by(ops, wanted) if name not in known]:
             raise ValueError(
                 f"{', '.join(wanted)} cannot be computed from {', '.join(known) or 'nothing'}: "
-                f"{', '.join(missing)} is missing; give it, or give images"
+                f"{', '.join(missing)} is missing; give it, or the network's input"
             )
         read, kept = {name for op in ops for name in op.needs}, {}
         asked = read.union(wanted)
@@ -114,8 +116,18 @@ class NamedOutputs(nn.Module):
         for name in names:
             if name not in self.emits:
                 shown = [known for known in self.emits if known.rpartition("/")[2][:1] != ":"]
-                hint = did_you_mean(name, shown) or _HINTS.get(name.rpartition("/")[2], "")
-                raise CutError(f"this network has no output {name!r}; it has {', '.join(shown)}.{hint}")
+                raise CutError(
+                    f"this network has no output {name!r}; it has {', '.join(shown)}.{did_you_mean(name, shown)}"
+                    + self._hint(name)
+                )
+
+    def _hint(self, name: str) -> str:
+        """Return what would make an output of a name, as far as it is known."""
+        own = name.rpartition("/")[2]
+        if own in _HINTS and own != name:
+            return f" {_HINTS[own]}"
+        layers = {path for stage in self.stages for path, _ in stage.named_modules()}
+        return f" {name!r} is a layer; name it among the cuts to have its feature." if name in layers - {""} else ""
 
     def _check_given(self, given: Mapping[str, Tensor]) -> None:
         for name, value in given.items():
@@ -140,11 +152,11 @@ class NamedOutputs(nn.Module):
         """
         if name == EXITS:
             if not self.exits:
-                raise CutError("this network has no exits; give exits.at or exits.count")
+                raise CutError("this network has no exits; build it with exits or exits_count")
             return (*(f"{cut}/logits" for cut in self.exits[:-1]), LOGITS)
         if name == ANSWERS:
             if self.ensemble is None:
-                raise CutError("this network has no ensemble of its exits; set exits.ensemble=true")
+                raise CutError("this network has no ensemble of its exits; build it with ensemble=True")
             return (*(f"{cut}/answer" for cut in self.exits[:-1]), ANSWER)
         return (name,)
 
@@ -167,7 +179,8 @@ class NamedOutputs(nn.Module):
         ops = plan(self.ops, names, ())
         fixed = []
         for op in ops:
-            if learning.intersection(op.uses) or living.intersection(op.needs) or op.step.random:
+            draws = op.step.random or learning.intersection(op.noisy_with)
+            if draws or learning.intersection(op.uses) or living.intersection(op.needs):
                 living.update(op.gives)
             else:
                 fixed.append(op)

@@ -16,7 +16,7 @@ from cleave.architectures.early_exits import exit_steps
 from cleave.architectures.equilibrium import Branch
 from cleave.architectures.inserts.bottleneck import Bottleneck
 from cleave.architectures.inserts.channels import Channel
-from cleave.architectures.inserts.insert import Insert
+from cleave.architectures.inserts.insert import Insert, check_inserts
 from cleave.architectures.macs import count_macs
 from cleave.architectures.modes import evaluating
 from cleave.architectures.named_outputs import NamedOutputs
@@ -30,6 +30,7 @@ from cleave.architectures.outputs import (
     child_name,
     network_ops,
 )
+from cleave.architectures.probe import in_order_of, probe
 from cleave.architectures.state_names import collapse_names, public_name
 from cleave.architectures.train_parts import network_parts, resolve_parts, stage_parts
 from cleave.deployment import Exited, ExitPolicy, leave_early
@@ -102,11 +103,12 @@ class StagedNetwork(NamedOutputs):
         self.results: tuple[str, ...] = (LOGITS,)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._plans: dict[Any, list[Op]] = {}
+        self._costs: list[Cost] | None = None
         self._altering = {(f"stages.stage{i}", "__call__") for i in range(len(stages)) if stages.alters(i)}
         if stages.alters(len(stages) - 1):
             self._altering.add(("", "finish"))
         self.ops = network_ops(self)
-        self._probe(sample)
+        probe(self, sample)
         self.learnable = frozenset(name for name, weight in self.named_weights() if weight.requires_grad)
         collapse_names(self)
 
@@ -126,10 +128,7 @@ class StagedNetwork(NamedOutputs):
 
     def finish(self, feature: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the last stage; several results come in the order of :attr:`results`."""
-        result = self.stages[-1](feature)
-        if isinstance(result, Tensor):
-            return result
-        return tuple(result.values()) if isinstance(result, Mapping) else tuple(result)
+        return in_order_of(self.results, self.stages[-1](feature))
 
     @staticmethod
     def unchanged(feature: Tensor) -> Tensor:
@@ -158,6 +157,15 @@ class StagedNetwork(NamedOutputs):
         """Return the inserts behind a cut in the order in which they pass the feature on."""
         child = self._modules.get(child_name(cut))
         return [] if child is None else [cast(Insert, insert) for insert in child.children()]
+
+    def order_at(self, cut: str) -> list[Insert]:
+        """Return the inserts behind a cut in the order of execution: exits read what arrives there.
+
+        Where the head is replaced nothing arrives, so exits read what comes out of the bottleneck.
+        """
+        inserts = self.inserts_at(cut)
+        exits, passing = ([each for each in inserts if each.passes == passes] for passes in (False, True))
+        return [*passing, *exits] if self.replaced and cut == self.cuts[0] else [*exits, *passing]
 
     def path_of(self, cut: str, insert: Insert) -> str:
         """Return the path of an insert in the network."""
@@ -188,8 +196,10 @@ class StagedNetwork(NamedOutputs):
     # --- costs ------------------------------------------------------------------------------------------------------
 
     def costs(self) -> list[Cost]:
-        """Return MACs per sample and parameters of each part in the order of execution."""
-        return measure_costs(self)
+        """Return MACs per sample and parameters of each part in the order of execution, measured once."""
+        if self._costs is None:
+            self._costs = measure_costs(self)
+        return list(self._costs)
 
     @property
     def backbone_macs(self) -> int:
@@ -238,12 +248,17 @@ class StagedNetwork(NamedOutputs):
 
     def bits(self, at: str | None = None) -> int | None:
         """Return the width of the codes at a cut, or at the first; ``None`` under a prior and where nothing is sent."""
-        chosen = list(self.bottlenecks.values()) if at is None else [self.bottlenecks[at]]
-        return chosen[0].bits if chosen else None
+        if at is None and not self.bottlenecks:
+            return None
+        return self._bottlenecks_at(at, "a width")[0].bits
 
     def set_bits(self, bits: int, at: str | None = None) -> None:
-        """Change the width of the codes of one bottleneck, or of all; see :meth:`Bottleneck.set_bits`."""
-        for bottleneck in self.bottlenecks.values() if at is None else [self.bottlenecks[at]]:
+        """Change the width of the codes of one bottleneck, or of all; see :meth:`Bottleneck.set_bits`.
+
+        Raises:
+            ValueError: There is no bottleneck, or one cannot have this width.
+        """
+        for bottleneck in self._bottlenecks_at(at, f"bits={bits}"):
             bottleneck.set_bits(bits)
 
     def set_channel(self, channel: Channel | None, at: str | None = None) -> None:
@@ -252,10 +267,12 @@ class StagedNetwork(NamedOutputs):
         Raises:
             ValueError: There is no bottleneck, or a link cannot carry what its quantiser makes.
         """
-        if channel is not None and not self.bottlenecks:
-            raise ValueError("a channel has no meaning: this network is not split")
-        for bottleneck in self.bottlenecks.values() if at is None else [self.bottlenecks[at]]:
+        if channel is None and at is None and not self.bottlenecks:
+            return
+        for bottleneck in self._bottlenecks_at(at, "a channel"):
             bottleneck.set_channel(copy.deepcopy(channel))
+        self.ops = network_ops(self)  # whether something is drawn there has changed
+        self._plans.clear()
 
     def calibrate(
         self, batches: Sequence[Tensor] | Iterable[Tensor], at: str, bits: int, method: str = "mse"
@@ -266,8 +283,20 @@ class StagedNetwork(NamedOutputs):
             The range (low, high).
         """
         with evaluating(self), torch.no_grad():
+            (bottleneck,) = self._bottlenecks_at(at, "a range")
             representations = (self.outputs(batch, [f"{at}/z"])[f"{at}/z"] for batch in batches)
-            return self.bottlenecks[at].calibrate(representations, bits, method)
+            return bottleneck.calibrate(representations, bits, method)
+
+    def _bottlenecks_at(self, at: str | None, what: str) -> list[Bottleneck]:
+        """Return one bottleneck, or all."""
+        found = self.bottlenecks
+        if not found:
+            raise ValueError(f"{what} has no meaning: this network is not split")
+        if at is None:
+            return list(found.values())
+        if at not in found:
+            raise ValueError(f"there is no bottleneck at {at!r}; there are some at {', '.join(found)}")
+        return [found[at]]
 
     def sizes(self, at: str) -> dict[str, int]:
         """Return the bytes per sample that a payload is judged by: the uint8 input, the float32 feature at a cut."""
@@ -282,25 +311,22 @@ class StagedNetwork(NamedOutputs):
         for cut, behind in inserts.items():
             if cut not in self.cuts:
                 raise ValueError(f"an insert is given at {cut!r}, which is no cut: there are {', '.join(self.cuts)}")
-            kinds = [insert.kind for insert in behind]
-            emitted = [name for insert in behind for name in insert.emits]
-            for name in (*kinds, *emitted):
-                if (kinds + emitted).count(name) > 1:
-                    raise ValueError(f"two inserts at {cut!r} are called or emit {name!r}; name one of them otherwise")
+            check_inserts(cut, behind)
             if behind:
-                self.add_module(child_name(cut), nn.ModuleDict(dict(zip(kinds, behind, strict=True))))
+                self.add_module(child_name(cut), nn.ModuleDict({insert.kind: insert for insert in behind}))
 
     def _place_bottlenecks(self) -> None:
         """Tell each bottleneck where it stands, and what reads what it decodes, up to the next one's quantiser."""
         found = self.bottlenecks
         places = [self.cuts.index(cut) for cut in found]
         for bottleneck, first, last in zip(found.values(), places, [*places, len(self.cuts)][1:], strict=True):
+            inserts = [insert for cut in self.cuts[first : last + 1] for insert in self.order_at(cut)]
             behind: list[nn.Module] = list(self.stages)[first + 1 : last + 1]
-            for place, cut in enumerate(self.cuts[first : last + 1], first):
-                inserts = [insert for insert in self.inserts_at(cut) if insert is not bottleneck]
-                if place == first and not (self.replaced and first == 0):
-                    continue  # they read the feature before the bottleneck
-                behind += [each.encoder if isinstance(each, Bottleneck) else each for each in inserts]
+            for insert in inserts[inserts.index(bottleneck) + 1 :]:
+                if isinstance(insert, Bottleneck):
+                    behind.append(insert.encoder)
+                    break
+                behind.append(insert)
             bottleneck.place(self.cuts[first], behind)
 
     @torch.no_grad()
@@ -308,30 +334,6 @@ class StagedNetwork(NamedOutputs):
         """Leave out the stage before the bottleneck that replaces it, but remember what it costs."""
         self.replaced_macs = count_macs(self.stages[0], sample[:1])
         self.stages.stage0 = nn.Identity()
-
-    @torch.no_grad()
-    def _probe(self, sample: Tensor) -> None:
-        """Run everything once: note the shape of each output, and which computations alter what they read."""
-        known: dict[str, Any] = {INPUT: sample[:1]}
-        with evaluating(self), torch.random.fork_rng([sample.device] if sample.is_cuda else []):
-            for op in self.ops:
-                if op.step.method == "finish":
-                    self._name_results(known[op.needs[0]])
-                    op = next(each for each in self.ops if each.step.method == "finish")
-                before = [known[name]._version for name in op.needs]
-                self.compute(op, known, op.gives)
-                if before != [known[name]._version for name in op.needs]:
-                    self._altering.add((op.owner, op.step.method))
-        self.shapes = {name: tuple(value.shape[1:]) for name, value in known.items() if value is not None}
-
-    def _name_results(self, feature: Tensor) -> None:
-        """Name what the last stage returns: ``logits``, or ``output/NAME`` for each of several tensors."""
-        result = self.stages[-1](feature.clone())
-        if isinstance(result, Tensor):
-            return
-        names = result if isinstance(result, Mapping) else range(len(result))
-        self.results = tuple(f"output/{name}" for name in names)
-        self.ops = network_ops(self)
 
 
 def _read_elsewhere(insert: Insert) -> list[str]:

@@ -38,6 +38,7 @@ class Op:
         needs: Names of what it reads in the network, in the order of the step's.
         gives: Names of what it makes.
         uses: Names of the parts whose parameters it uses.
+        noisy_with: Names of the parts that make it draw while they learn.
         optional: Names of what it reads where that is known anyway.
     """
 
@@ -47,6 +48,7 @@ class Op:
     needs: tuple[str, ...]
     gives: tuple[str, ...]
     uses: tuple[str, ...] = ()
+    noisy_with: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
 
@@ -72,6 +74,7 @@ def insert_ops(owner: str, insert: Insert, cut: str, arrives: str, goes_on: str)
             needs=full(step.needs),
             gives=full(step.gives),
             uses=tuple(f"{part}/{cut}" for part in step.uses),
+            noisy_with=tuple(f"{part}/{cut}" for part in step.noisy_with),
             optional=full(step.optional),
         )
         for step in insert.steps()

@@ -145,15 +145,11 @@ def _pieces(network: StagedNetwork, input: ImageInput | None) -> list[Piece]:  #
         pieces.append(Piece(Normalize(input), (INPUT,), (_READY,), network.cuts[0] if network.cuts else FINAL))
         at = _READY
     for i, cut in enumerate(network.cuts):
-        first = network.replaced and i == 0
-        if not first:
+        if not (network.replaced and i == 0):
             alters = network.stages.alters(i)
             pieces.append(Piece(network.stages[i], (at,), (f"{cut}/input",), cut, (STAGE,), alters=alters))
             at = f"{cut}/input"
-        inserts = network.inserts_at(cut)
-        exits = [insert for insert in inserts if not insert.passes]
-        passing = [insert for insert in inserts if insert.passes]
-        for insert in (*passing, *exits) if first else (*exits, *passing):
+        for insert in network.order_at(cut):
             goes_on = f"{cut}/:{insert.kind}" if insert.passes else at
             pieces += _halves(network, insert, cut, at, goes_on)
             at = goes_on
@@ -248,7 +244,7 @@ def _placements(groups: Sequence[Sequence[Piece]], placements: Sequence[str] | N
             sent += sender
         return found
     if isinstance(placements, str) or not all(isinstance(place, str) and place for place in placements):
-        raise ValueError(f"placements are a list of names, got {placements!r}; write exits.placements=[device,server]")
+        raise ValueError(f"placements are a list of names, got {placements!r}; write placements=[device,server]")
     if len(placements) != len(groups):
         raise ValueError(
             f"placements has {len(placements)} names, but there are {len(groups)} partitions, which end at "

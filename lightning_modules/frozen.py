@@ -81,7 +81,7 @@ def staged(frozen: Frozen, name: str, terms: Sequence[Term], student: StagedNetw
     missing = [layer for layer in _layers(terms, name) if layer not in getattr(network, "emits", ())]
     if not hasattr(network, "emits") or (missing and not network.cuts):
         # A classifier of ours that is not cut is one stage, the module itself.
-        module = network.stages[0] if hasattr(network, "emits") else network  # type: ignore[index]
+        module: Any = network.stages[0] if hasattr(network, "emits") else network  # type: ignore[index]
         sample = torch.randn(2, *student.input_shape, generator=torch.Generator().manual_seed(0))
         try:
             network = staged_network(module, sample, cuts=missing)

@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -102,11 +102,12 @@ def scheduler_of(factory: Callable[..., Any], optimizer: Optimizer, trainer: pl.
     return functools.partial(factory, **steps)(optimizer)
 
 
-def clip_apart(modules: Sequence[nn.Module], value: float, algorithm: str | None) -> None:
-    """Clip the gradients of each module by themselves, by their norm or by value."""
-    for module in modules:
-        learning = [parameter for parameter in module.parameters() if parameter.grad is not None]
+def clip_apart(optimizer: Optimizer, terms: nn.Module, value: float, algorithm: str | None) -> None:
+    """Clip the gradients of terms and those of the network each by themselves, by their norm or by value."""
+    own = set(terms.parameters())
+    every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameters in ([p for p in every if p not in own], [p for p in every if p in own]):
         if algorithm == "value":
-            torch.nn.utils.clip_grad_value_(learning, value)
+            torch.nn.utils.clip_grad_value_(parameters, value)
         else:
-            torch.nn.utils.clip_grad_norm_(learning, value)
+            torch.nn.utils.clip_grad_norm_(parameters, value)

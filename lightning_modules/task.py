@@ -16,7 +16,14 @@ from cleave.architectures.naming import did_you_mean
 from cleave.lightning_modules import caching, privates
 from cleave.lightning_modules.evaluators import Evaluator, default_evaluators
 from cleave.lightning_modules.frozen import UNCUT, Frozen, asked_for
-from cleave.lightning_modules.learning import check_network, child_name, default_parts, freeze, frozen_modules, what_learns
+from cleave.lightning_modules.learning import (
+    check_network,
+    child_name,
+    default_parts,
+    freeze,
+    frozen_modules,
+    what_learns,
+)
 from cleave.lightning_modules.measuring import Batch, MeasuredModule
 from cleave.lightning_modules.optimization import check_lr_scales, clip_apart, parameter_groups, scheduler_of
 from cleave.lightning_modules.term import PROGRESS, STUDENT, TEACHER, Term, asked_outputs, together
@@ -229,7 +236,7 @@ class Task(MeasuredModule):
         self.reseed(self.current_epoch, batch_idx)
         for number, (cut, widths) in enumerate(self.network.widths.items()):
             place = (self.settings.seed, self.current_epoch, batch_idx, *((cut,) if number else ()))
-            self.network.set_bits(draw_width(widths, *place), cut)  # type: ignore[arg-type]
+            self.network.set_bits(draw_width(widths, *place), cut)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the sum of the terms and log each of them."""
@@ -264,7 +271,7 @@ class Task(MeasuredModule):
     ) -> None:
         """Clip the gradients of network and terms apart: a term changes no step of the network by its own gradients."""
         if gradient_clip_val and any(weight.grad is not None for weight in self.terms.parameters()):
-            clip_apart([self.network, self.terms], gradient_clip_val, gradient_clip_algorithm)
+            clip_apart(optimizer, self.terms, gradient_clip_val, gradient_clip_algorithm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -298,12 +305,12 @@ class Task(MeasuredModule):
         return any(part in term.names for _, term in self.named_terms())
 
     def _check_codes(self) -> None:
-        """Refuse frozen codes whose range nobody has measured, where some term runs them."""
+        """Refuse codes of a bottleneck that nothing trains and whose range nobody has measured, where they are run."""
         asked = self.asked[STUDENT]
         for cut, bottleneck in self.network.bottlenecks.items():
-            sent, part = f"{cut}/sent", f"quantizer/{cut}"
+            sent, parts = f"{cut}/sent", {f"{name}/{cut}" for name in bottleneck.parts()}
             runs = sent in asked or self.network.needed(asked) != self.network.needed(asked, [sent])
-            if runs and part not in self.trained_parts:
+            if runs and not parts.intersection(self.trained_parts):
                 bottleneck.check_measured()
 
     def _check_run(self) -> None:
@@ -342,7 +349,7 @@ class Task(MeasuredModule):
 
     def _cache_frozen(self) -> None:
         stored, networks = self.stored(), self._networks()
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "cache_features"):
             raise ValueError("feature_cache.use=true needs a data module of Cleave's, whose images it can go through")
         with evaluating(self.network):  # for now alone: Lightning has yet to look at the modes

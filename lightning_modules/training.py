@@ -67,7 +67,7 @@ def prepare(networks: Sequence[StagedNetwork], training: Training) -> None:
     """Lay out the memory of networks, and compile what runs by itself in them."""
     if training.channels_last:
         for network in networks:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
     if training.compile:
         modules = [leaf for network in networks for leaf in network.leaves()]
         # Parts of one class share the code of their forward, of which torch keeps that many versions.

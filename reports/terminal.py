@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from cleave.architectures import Cost
 
 # A pipe has no width of its own, and rich's guess of 80 columns would cut figures off.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)

@@ -142,14 +142,14 @@ def test_gradients_and_half_precision_do_not_disturb():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 32}, "codec.bits=32 means float"),
+        ({"bits": 32}, "bits=32 means float"),
         ({"bits": 1}, "bits must be 2 to 16"),
-        ({"method": "max"}, "calibration.method must be one of mse, minmax, percentile, got 'max'"),
-        ({"percentile": 99.0}, "calibration.percentile=99.0 has no meaning for method='mse'"),
-        ({"method": "percentile", "percentile": 50}, "calibration.percentile must be above 50"),
-        ({"method": "percentile", "percentile": 100.1}, "calibration.percentile must be above 50"),
-        ({"samples": 1}, "calibration.samples must be a whole number of at least 2"),
-        ({"samples": 2.5}, "calibration.samples must be a whole number"),
+        ({"method": "max"}, "method must be one of mse, minmax, percentile, got 'max'"),
+        ({"percentile": 99.0}, "percentile=99.0 has no meaning for method='mse'"),
+        ({"method": "percentile", "percentile": 50}, "percentile must be above 50"),
+        ({"method": "percentile", "percentile": 100.1}, "percentile must be above 50"),
+        ({"samples": 1}, "samples must be a whole number of at least 2"),
+        ({"samples": 2.5}, "samples must be a whole number"),
         ({"values": []}, "at least one batch"),
         ({"values": [torch.empty(0)]}, "at least one batch"),
         ({"values": [torch.tensor([1.0, math.nan])]}, "NaN or infinity"),
@@ -192,5 +192,5 @@ def test_a_range_that_is_none_is_refused(ends):
 
 
 def test_a_sample_range_cannot_be_set():
-    with pytest.raises(ValueError, match="codec.range=sample"):
+    with pytest.raises(ValueError, match="range=sample"):
         UniformQuantizer(4, "sample").set_range(0, 1)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cleave.architectures.inserts.channels import BitErrors, GaussianNoise, PacketLoss, build_channel
+from cleave.architectures.inserts.channels import BitErrors, GaussianNoise, PacketLoss
 from cleave.architectures.inserts.quantizer import RANGES, UniformQuantizer
 
 
@@ -199,7 +199,7 @@ def test_a_learned_range_still_learns_behind_bit_errors():
 
 
 def test_bit_errors_refuse_float():
-    with pytest.raises(ValueError, match=r"channel.kind=bit_errors .* codec.bits=32 .* choose codec.bits"):
+    with pytest.raises(ValueError, match=r"bit errors .* 32 bits send float32 .* choose bits"):
         BitErrors(0.1)(torch.randn(2, 4))
 
 
@@ -285,65 +285,62 @@ def test_a_channel_has_nothing_to_save():
 
 
 @pytest.mark.parametrize(
-    ("settings", "kind", "attributes"),
+    ("channel", "attributes"),
     [
         (
-            {"kind": "packet_loss", "rate": [0, 0.5], "packet_bytes": 32, "interleave": True, "when": "train"},
-            PacketLoss,
+            PacketLoss(rate=[0, 0.5], packet_bytes=32, interleave=True, when="train"),
             {"rate": (0.0, 0.5), "packet_bytes": 32, "interleave": True, "when": "train"},
         ),
-        ({"kind": "gaussian_noise", "snr_db": 10}, GaussianNoise, {"snr_db": (10.0, 10.0), "when": "always"}),
-        ({"kind": "bit_errors", "rate": 0.5, "when": "eval"}, BitErrors, {"rate": (0.5, 0.5), "when": "eval"}),
+        (GaussianNoise(snr_db=10), {"snr_db": (10.0, 10.0), "when": "always"}),
+        (BitErrors(rate=0.5, when="eval"), {"rate": (0.5, 0.5), "when": "eval"}),
     ],
 )
-def test_a_config_builds_what_it_says(settings, kind, attributes):
-    before = dict(settings)
-    channel = build_channel(settings)
-    assert type(channel) is kind
+def test_a_channel_is_what_its_arguments_say(channel, attributes):
     assert {name: getattr(channel, name) for name in attributes} == attributes
-    assert settings == before
-
-
-def test_no_config_builds_nothing():
-    assert build_channel(None) is None
+    assert all(f"{name}=" in repr(channel) for name in ("when", "snr_db" if "snr_db" in attributes else "rate"))
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("kind", "settings", "message"),
     [
-        ({}, r"channel.kind must be one of packet_loss, gaussian_noise, bit_errors, got None"),
-        ({"kind": "paket_loss"}, r"channel.kind .* got 'paket_loss'. Did you mean 'packet_loss'"),
-        ({"kind": "bit_errors", "rte": 0.1}, r"channel.rte is unknown .* takes rate, when. Did you mean 'rate'"),
-        ({"kind": "bit_errors", "rate": 0.1, "packet_bytes": 3}, r"channel.packet_bytes is unknown"),
-        ({"kind": "gaussian_noise"}, r"channel.snr_db is missing; channel.kind=gaussian_noise needs it"),
-        ({"kind": "packet_loss", "rate": None, "packet_bytes": 3}, r"channel.rate is missing"),
-        ({"kind": "packet_loss", "rate": 0.1}, r"channel.packet_bytes and channel.packet_elements: give one"),
-        ({"kind": "packet_loss", "rate": 0.1, "packet_bytes": 1, "packet_elements": 1}, r"give one of the two"),
-        ({"kind": "packet_loss", "rate": 1, "packet_bytes": 3}, r"channel.rate must lie in \[0, 1\), .* got 1"),
-        ({"kind": "packet_loss", "rate": [0.5, 0.2], "packet_bytes": 3}, r"low before high, got \[0.5, 0.2\]"),
-        ({"kind": "packet_loss", "rate": 0.1, "packet_bytes": 0}, r"channel.packet_bytes must be a whole number"),
-        ({"kind": "packet_loss", "rate": 0.1, "packet_elements": 2.5}, r"channel.packet_elements must be a whole"),
-        ({"kind": "packet_loss", "rate": 0.1, "packet_elements": True}, r"channel.packet_elements must be a whole"),
-        ({"kind": "packet_loss", "rate": 0.1, "packet_bytes": 3, "interleave": 1}, r"channel.interleave must be true"),
-        ({"kind": "packet_loss", "rate": 0.1, "packet_bytes": 3, "rescale": "no"}, r"channel.rescale must be true"),
-        ({"kind": "bit_errors", "rate": -0.1}, r"channel.rate must lie in \[0, 0.5\], .* got -0.1"),
-        ({"kind": "bit_errors", "rate": 0.6}, r"channel.rate must lie in \[0, 0.5\]"),
-        ({"kind": "bit_errors", "rate": "high"}, r"channel.rate must be a number or \[low, high\], got 'high'"),
-        ({"kind": "bit_errors", "rate": [0.1, 0.2, 0.3]}, r"channel.rate must be a number or \[low, high\]"),
-        ({"kind": "bit_errors", "rate": True}, r"channel.rate must be a number"),
-        ({"kind": "gaussian_noise", "snr_db": math.inf}, r"channel.snr_db must be finite"),
-        ({"kind": "gaussian_noise", "snr_db": math.nan}, r"channel.snr_db must be finite"),
-        ({"kind": "gaussian_noise", "snr_db": 3, "when": "evl"}, r"channel.when .* got 'evl'. Did you mean 'eval'"),
+        (PacketLoss, {"rate": 0.1}, r"packet_bytes and packet_elements: give one of the two, got None and None"),
+        (PacketLoss, {"rate": 0.1, "packet_bytes": 1, "packet_elements": 1}, r"give one of the two"),
+        (PacketLoss, {"rate": None, "packet_bytes": 3}, r"rate must be a number or \[low, high\], got None"),
+        (PacketLoss, {"rate": 1, "packet_bytes": 3}, r"rate must lie in \[0, 1\), .* got 1"),
+        (PacketLoss, {"rate": [0.5, 0.2], "packet_bytes": 3}, r"low before high, got \[0.5, 0.2\]"),
+        (PacketLoss, {"rate": 0.1, "packet_bytes": 0}, r"packet_bytes must be a whole number of at least 1, got 0"),
+        (PacketLoss, {"rate": 0.1, "packet_elements": 2.5}, r"packet_elements must be a whole number"),
+        (PacketLoss, {"rate": 0.1, "packet_elements": True}, r"packet_elements must be a whole number"),
+        (PacketLoss, {"rate": 0.1, "packet_bytes": 3, "interleave": 1}, r"interleave must be true or false"),
+        (PacketLoss, {"rate": 0.1, "packet_bytes": 3, "rescale": "no"}, r"rescale must be true or false"),
+        (BitErrors, {"rate": -0.1}, r"rate must lie in \[0, 0.5\], .* got -0.1"),
+        (BitErrors, {"rate": 0.6}, r"rate must lie in \[0, 0.5\]"),
+        (BitErrors, {"rate": "high"}, r"rate must be a number or \[low, high\], got 'high'"),
+        (BitErrors, {"rate": [0.1, 0.2, 0.3]}, r"rate must be a number or \[low, high\]"),
+        (BitErrors, {"rate": True}, r"rate must be a number"),
+        (GaussianNoise, {"snr_db": math.inf}, r"snr_db must be finite"),
+        (GaussianNoise, {"snr_db": math.nan}, r"snr_db must be finite"),
+        (GaussianNoise, {"snr_db": 3, "when": "evl"}, r"when .* got 'evl'. Did you mean 'eval'"),
     ],
 )
-def test_bad_configs_are_refused(settings, message):
+def test_bad_arguments_are_refused(kind, settings, message):
     with pytest.raises(ValueError, match=message):
-        build_channel(settings)
+        kind(**settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "name"),
+    [(BitErrors, {"rte": 0.1}, "rte"), (BitErrors, {"rate": 0.1, "packet_bytes": 3}, "packet_bytes"),
+     (GaussianNoise, {}, "snr_db"), (PacketLoss, {"packet_bytes": 3}, "rate")],
+)  # fmt: skip
+def test_missing_and_unknown_arguments_are_named(kind, settings, name):
+    with pytest.raises(TypeError, match=name):
+        kind(**settings)
 
 
 def test_a_packet_too_short_for_one_code_is_refused():
     channel = PacketLoss(0.1, packet_bytes=3)
-    with pytest.raises(ValueError, match=r"channel.packet_bytes=3 .* one code of 32 bits; use at least 4"):
+    with pytest.raises(ValueError, match=r"packet_bytes=3 .* one code of 32 bits; use at least 4"):
         channel.check(None)
     _, quantizer = quantized(bits=16)
     channel.check(quantizer)

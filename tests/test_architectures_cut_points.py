@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from cleave.architectures import tracing
+from cleave.architectures.cutting import tracing
 from cleave.architectures.cutting.cut_points import CutPoint, cut_points, spread
 from cleave.architectures.cutting.stages import CutError, cut
 from cleave.architectures.macs import count_macs, count_params

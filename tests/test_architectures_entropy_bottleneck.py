@@ -452,12 +452,12 @@ def test_a_bundle_with_a_prior_runs_with_deployment_alone(tmp_path, bundle):
         ({"channels": 2.0}, "channels must be a whole number"),
         ({"axis": 1}, "axis must be 0"),
         ({"axis": True}, "axis must be 0"),
-        ({"filters": ()}, "codec.filters must be whole numbers of at least 1"),
-        ({"filters": (3, 0)}, "codec.filters must be whole numbers of at least 1"),
-        ({"filters": 3}, "codec.filters must be whole numbers of at least 1, got 3"),
-        ({"init_scale": 0.0}, "codec.init_scale must be a number of at least 0.1"),
-        ({"init_scale": math.nan}, "codec.init_scale must be a number"),
-        ({"init_scale": "10"}, "codec.init_scale must be a number"),
+        ({"filters": ()}, "filters must be a list of whole numbers"),
+        ({"filters": (3, 0)}, r"filters\[1\] must be a whole number of at least 1, got 0"),
+        ({"filters": 3}, "filters must be a list of whole numbers, got 3"),
+        ({"init_scale": 0.0}, "init_scale must be a number of at least 0.1"),
+        ({"init_scale": math.nan}, "init_scale must be a number"),
+        ({"init_scale": "10"}, "init_scale must be a number"),
     ],
 )
 def test_settings_out_of_range_are_refused(arguments, message):
@@ -473,7 +473,7 @@ def test_another_number_of_channels_is_refused():
 
 
 def test_there_is_no_width_to_choose():
-    with pytest.raises(ValueError, match="codec.bits=4: a learned prior has no width of codes"):
+    with pytest.raises(ValueError, match="bits=4: a learned prior has no width of codes"):
         EntropyBottleneck(3).with_bits(4)
 
 

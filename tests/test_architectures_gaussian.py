@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cleave.architectures.inserts.bottleneck import build_bottleneck
+from cleave.architectures.inserts.coders import build_bottleneck
 from cleave.architectures.inserts.gaussian import GaussianEncoder, make_gaussian
 
 LAYOUTS = {

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from cleave.architectures.naming import did_you_mean
+import pytest
+
+from cleave.architectures.naming import did_you_mean, whole_number
 
 
 def test_near_names_are_listed_nearest_first():
@@ -25,3 +27,13 @@ def test_limit_bounds_the_list_and_duplicates_count_once():
 
 def test_any_iterable_of_names_will_do():
     assert "'layer1'" in did_you_mean("layer_1", (name for name in ("layer1", "fc")))
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "3", None, 0])
+def test_what_is_no_whole_number_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=f"width must be a whole number of at least 1, got {value!r}"):
+        whole_number("width", value)
+
+
+def test_a_whole_number_is_returned():
+    assert whole_number("depth", 0, least=0) == 0

@@ -226,7 +226,7 @@ def test_sizes_do_not_pass_but_bind_the_parts_to_the_size_of_images():
     later = ["conv", "view"]
     parts = partition(Sizes(), [[name for name in names if name not in later], later], images(1, 8))
     assert parts.inputs == (("input",), ("input",))
-    assert parts.image_shape == (3, 8, 8)
+    assert parts.input_shape == (3, 8, 8)
     assert parts(images(5, 8)).shape == (5, 24, 8)
-    with pytest.raises(CutError, match=r"cut for images of shape \(3, 8, 8\), .*; got \(3, 4, 4\)"):
+    with pytest.raises(CutError, match=r"cut for inputs of shape \(3, 8, 8\), .*; got \(3, 4, 4\)"):
         parts(images(1, 4))

@@ -10,7 +10,6 @@ from torch import nn
 from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d, draw_width, select, switchable
 from cleave.deployment.bundle.data_dependence import data_dependent_lines
 from cleave.deployment.bundle.torchscript import load_torchscript, save_torchscript
-from cleave.lightning_modules.sync_batchnorm import SyncBatchNorm
 
 WIDTHS = (2, 4, 8)
 
@@ -198,6 +197,8 @@ def test_half_precision_and_autocast():
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
 def test_conversion_to_synchronised_batchnorm_and_back(norm):
+    from cleave.lightning_modules.sync_batchnorm import SyncBatchNorm
+
     module = trained(norm)
     x = batch(3)
     select(module, 2)

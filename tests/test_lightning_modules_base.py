@@ -5,9 +5,12 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from cleave.lightning_modules import Classification
+from cleave.architectures import staged_network
+from cleave.lightning_modules import Classification, Training, default_evaluators
+
+from .split_tasks import Pairs
 
 NAMES = [f"class {i}" for i in range(7)]
 SGD = functools.partial(torch.optim.SGD, lr=0.1, weight_decay=0.01)
@@ -15,6 +18,18 @@ SGD = functools.partial(torch.optim.SGD, lr=0.1, weight_decay=0.01)
 
 def net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 36, 7))
+
+
+def build(network=None, class_names=NAMES, kind=Classification, label_smoothing=0.0, channels=1, **settings):
+    network = net() if network is None else network
+    sample = torch.randn(2, channels, 8, 8, dtype=next(network.parameters()).dtype)
+    network = staged_network(network, sample)
+    return kind(
+        network,
+        label_smoothing=label_smoothing,
+        training=Training(**{"optimizer": SGD} | settings),
+        evaluators=default_evaluators(network, class_names),
+    )
 
 
 def batch(n=40, seed=0):
@@ -28,22 +43,30 @@ def trainer(**settings) -> pl.Trainer:
 
 
 def loader(n=40) -> DataLoader:
-    return DataLoader(TensorDataset(*batch(n)), batch_size=16)
+    return DataLoader(Pairs(*batch(n)), batch_size=16)
 
 
 def test_norms_and_biases_do_not_decay():
-    decayed, spared = Classification(net(), NAMES, SGD).parameter_groups()
+    decayed, spared = build().parameter_groups()
     assert "weight_decay" not in decayed
     assert all(p.ndim > 1 for p in decayed["params"])
     assert spared["weight_decay"] == 0.0
     assert all(p.ndim <= 1 for p in spared["params"])
-    assert len(Classification(net(), NAMES, SGD, decay_norms_and_biases=True).parameter_groups()) == 1
+    assert len(build(decay_norms_and_biases=True).parameter_groups()) == 1
 
 
 def test_layer_wise_rates_take_the_longest_prefix():
-    task = Classification(nn.ModuleDict({"a": net(), "b": net()}), NAMES, SGD, lr_scales={"a": 0.1, "a.3": 0.5})
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = net(), net()
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    task = build(Two(), lr_scales={"a": 0.1, "a.3": 0.5})
     rates = {id(p): group["lr"] for group in task.parameter_groups() for p in group["params"]}
-    measured = {name: rates[id(p)] for name, p in task.network.named_parameters()}
+    measured = {name: rates[id(p)] for name, p in task.network.named_weights()}
     assert measured["a.0.weight"] == pytest.approx(0.01)
     assert measured["a.3.weight"] == measured["a.3.bias"] == pytest.approx(0.05)
     assert measured["b.3.weight"] == 0.1
@@ -53,9 +76,10 @@ def test_channels_last_changes_the_memory_of_maps_alone():
     network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(6 * 16, 7)).double()
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     expected = network(images)
-    task = Classification(network, NAMES, SGD, channels_last=True)
-    assert all(task.network[i].weight.is_contiguous(memory_format=torch.channels_last) for i in (0, 1))
-    assert task.network[:2](images).is_contiguous(memory_format=torch.channels_last)
+    task = build(network, channels=3, channels_last=True)
+    network = task.network.stages[0]
+    assert all(network[i].weight.is_contiguous(memory_format=torch.channels_last) for i in (0, 1))
+    assert network[:2](images).is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(task(images), expected)
 
 
@@ -67,28 +91,29 @@ def test_channels_last_changes_the_memory_of_maps_alone():
         ({"scheduler_interval": "batch"}, "'epoch' or 'step'"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"class_names": ["one"]}, "two classes"),
+        ({"class_names": ["one", "two"]}, r"gives \(7,\) a sample, which are not logits of 2 classes"),
     ],
 )
 def test_bad_arguments_are_named(settings, named):
     with pytest.raises(ValueError, match=named):
-        Classification(**({"network": net(), "class_names": NAMES, "optimizer": SGD} | settings))
+        build(**settings)
 
 
 def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="nothing to train"):
-        Classification(net().requires_grad_(False), NAMES, SGD).parameter_groups()
+        build(net().requires_grad_(False)).parameter_groups()
 
 
 def test_cross_entropy_with_label_smoothing_equals_its_definition():
-    task = Classification(net(), NAMES, SGD, label_smoothing=0.2).eval()
+    task = build(label_smoothing=0.2).eval()
     images, labels = batch()
     smooth = F.one_hot(labels, 7) * 0.8 + 0.2 / 7
     expected = -(smooth * task(images).log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(task.training_loss((images, labels))["ce"], expected)
+    torch.testing.assert_close(task.training_loss({"images": images, "labels": labels})["ce"], expected)
 
 
 def test_metrics_equal_their_definitions():
-    task = Classification(net(), NAMES, SGD)
+    task = build()
     run = trainer()
     run.test(task, loader(), verbose=False)
     images, labels = batch()
@@ -114,7 +139,7 @@ def test_metrics_equal_their_definitions():
 
 def test_total_steps_stands_for_the_steps_of_the_run():
     cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max="total_steps")
-    task = Classification(net(), NAMES, SGD, cosine, scheduler_interval="step")
+    task = build(scheduler=cosine, scheduler_interval="step")
     run = trainer(max_epochs=2, accumulate_grad_batches=2)
     run.fit(task, loader(), loader())
     assert task.lr_schedulers().T_max == 4
@@ -124,7 +149,7 @@ def test_total_steps_stands_for_the_steps_of_the_run():
 def test_total_steps_of_an_endless_run_are_refused():
     cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max="total_steps")
     with pytest.raises(ValueError, match=r"trainer\.max_epochs"):
-        trainer(max_epochs=-1).fit(Classification(net(), NAMES, SGD, cosine), loader(), loader())
+        trainer(max_epochs=-1).fit(build(scheduler=cosine), loader(), loader())
 
 
 def test_a_step_draws_from_seed_epoch_and_batch_alone():
@@ -137,7 +162,7 @@ def test_a_step_draws_from_seed_epoch_and_batch_alone():
 
     def run(seed, disturb):
         torch.manual_seed(disturb)
-        trainer(max_epochs=2).fit(Draws(net(), NAMES, SGD, seed=seed), loader(), loader())
+        trainer(max_epochs=2).fit(build(kind=Draws, seed=seed), loader(), loader())
         return draws.pop(seed)
 
     first, again, other = run(1, 5), run(1, 6), run(2, 5)
@@ -149,11 +174,12 @@ def test_a_step_draws_from_seed_epoch_and_batch_alone():
 def test_gradient_clipping_and_accumulation_are_the_trainers():
     def weights(batch_size, **settings):
         torch.manual_seed(0)
-        task = Classification(nn.Sequential(nn.Flatten(), nn.Linear(64, 7, bias=False)), NAMES, SGD)
-        before = task.network[1].weight.detach().clone()
-        data = DataLoader(TensorDataset(*batch(32)), batch_size=batch_size)
+        linear = nn.Linear(64, 7, bias=False)
+        task = build(nn.Sequential(nn.Flatten(), linear))
+        before = linear.weight.detach().clone()
+        data = DataLoader(Pairs(*batch(32)), batch_size=batch_size)
         trainer(**settings).fit(task, data, data)
-        return before, task.network[1].weight.detach()
+        return before, linear.weight.detach()
 
     before, after = weights(32)
     assert (after - before).norm() > 0.05

@@ -3,12 +3,15 @@ import functools
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from cleave.lightning_modules import Classification
+from cleave.architectures import staged_network
+from cleave.lightning_modules import Classification, Training
 from cleave.lightning_modules.callbacks import BestCheckpoint
 
-SGD = functools.partial(torch.optim.SGD, lr=0.0)
+from .split_tasks import Pairs
+
+SGD = Training(functools.partial(torch.optim.SGD, lr=0.0))
 
 
 class Scripted(Classification):
@@ -21,8 +24,9 @@ class Scripted(Classification):
 
 
 def fit(folder, epochs, ckpt_path=None):
-    task = Scripted(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), ["a", "b"], SGD)
-    data = DataLoader(TensorDataset(torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])), batch_size=2)
+    network = staged_network(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.randn(2, 1, 2, 2))
+    task = Scripted(network, training=SGD)
+    data = DataLoader(Pairs(torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])), batch_size=2)
     best = BestCheckpoint(folder, filename="best", monitor="val/acc", mode="max", enable_version_counter=False)
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, callbacks=[best], enable_progress_bar=False,

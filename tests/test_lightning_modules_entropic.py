@@ -86,7 +86,13 @@ def test_the_payloads_are_as_long_as_the_prior_estimates() -> None:
 
 
 def test_the_rate_may_be_added_to_any_method() -> None:
-    task = double(build(CrossEntropy, ENTROPY, extra_terms={"rate": Term(RateLoss(PIXELS), ["student/layer2/likelihoods"], weight=2.0)}))
+    task = double(
+        build(
+            CrossEntropy,
+            ENTROPY,
+            extra_terms={"rate": Term(RateLoss(PIXELS), ["student/layer2/likelihoods"], weight=2.0)},
+        )
+    )
     terms, found = terms_of(task, IMAGES, LABELS)
     bits = bottleneck_of(task.network).quantizer.estimated_bits(found["z_hat"]).mean().item()
     assert terms["rate"] == pytest.approx(2 * bits / PIXELS, rel=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,33 @@ import zstandard
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cleave.architectures import CutError, EntropyBottleneck, SplitNetwork, SwitchableBatchNorm2d, create_backbone
+from cleave.architectures import (
+    BitErrors,
+    CutError,
+    EntropyBottleneck,
+    GaussianNoise,
+    PacketLoss,
+    StagedNetwork,
+    SwitchableBatchNorm2d,
+    create_backbone,
+    entropy_codec,
+    staged_network,
+)
 from cleave.architectures.backbones.zoo import CifarVGG
 from cleave.architectures.inserts.switchable import draw_width
-from cleave.architectures.split import PARTS
 from cleave.datamodules import Digits
 from cleave.datamodules.sources import ImageSource
 from cleave.lightning_modules import (
     CrossEntropy,
     Entropic,
-    FeatureTerm,
+    Frozen,
     GeneralizedHeadDistillation,
     HeadDistillation,
     InformationBottleneck,
     KnowledgeDistillation,
-    LabelTerm,
-    LogitsTerm,
-    RateTerm,
     Reconstruction,
-    ReconstructionTerm,
-    SplitTask,
-    Teacher,
+    Task,
+    Term,
 )
 from cleave.losses import (
     GeneralizedHeadDistillationLoss,
@@ -47,29 +54,44 @@ from cleave.losses import (
 
 from .split_tasks import (
     ENTROPY,
-    OBJECTIVES,
+    LOSSES,
     VARIANCE,
     Logged,
     backbone,
     batch,
     batches,
+    bottleneck_of,
     build,
     changed,
+    codes,
     evaluate,
     fit,
+    losses,
+    parts_of,
     snapshot,
     split_network,
     teacher,
+    through_bytes,
     trainer_of,
+    whole,
     without_prior,
 )
 
+PARTS = ("head", "encoder", "quantizer", "decoder", "tail")
 BOTTLENECK = ("encoder", "quantizer", "decoder")
 INSERT: dict[str, Any] = {"form": "insert"}
 NONE = {"form": "none"}
 WIDTHS = {"codec": {"bits": 4, "widths": [2, 4]}}
-NOISY = {"channel": {"kind": "gaussian_noise", "snr_db": 10}}
+NOISY = {"channel": GaussianNoise(snr_db=10)}
 CONSTANT = {"bottleneck": {"channels": 3, "width": 8, "variance": 0.01}}
+
+
+LABELS = ["student/logits", "labels"]
+DISTILLATION = ["student/logits", "teacher/logits", "labels"]
+
+
+def feature(layer: str, weight: float = 1.0) -> Term:
+    return Term(HeadDistillationLoss(), [f"student/{layer}", f"teacher/{layer}"], weight)
 
 
 def ranged(kind: str) -> dict[str, Any]:
@@ -77,13 +99,13 @@ def ranged(kind: str) -> dict[str, Any]:
 
 
 # method, network, train (None: the method's own), and the parts that must then learn
-CASES: dict[str, tuple[type[SplitTask], dict[str, Any], list[str] | None, tuple[str, ...]]] = {
+CASES: dict[str, tuple[type[Task], dict[str, Any], list[str] | None, tuple[str, ...]]] = {
     "ce_replace": (CrossEntropy, {}, None, PARTS),
     "ce_insert": (CrossEntropy, INSERT, None, PARTS),
     "ce_none": (CrossEntropy, NONE | ranged("learned"), None, PARTS),
     "ce_bottleneck": (CrossEntropy, INSERT, ["bottleneck"], BOTTLENECK),
     "ce_bottleneck_replace": (CrossEntropy, ranged("learned"), ["bottleneck"], BOTTLENECK),
-    "ce_tail": (CrossEntropy, INSERT, ["tail"], ("tail",)),
+    "ce_tail": (CrossEntropy, INSERT | ranged("sample"), ["tail"], ("tail",)),
     "ce_float": (CrossEntropy, {"codec": {"bits": 32}}, ["encoder", "decoder"], ("encoder", "decoder")),
     "ce_frozen_range": (CrossEntropy, ranged("learned"), ["encoder", "decoder"], ("encoder", "decoder")),
     "ce_frozen_prior": (CrossEntropy, ENTROPY, ["encoder", "decoder"], ("encoder", "decoder")),
@@ -120,13 +142,18 @@ class Modes(pl.Callback):
         self.learning = learning
         self.right: list[bool] = []
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: SplitTask, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Task, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
-            parts = {name: part for name in PARTS if (part := getattr(module.network, name)) is not None}
-            modes = {name: {m.training for m in part.modules()} for name, part in parts.items()}
-            right = all(found == {name in self.learning} for name, found in modes.items())
-            frozen = module._teacher is None or not any(m.training for m in module.teacher.modules())
+            parts = module.network.parts().items()
+            modes = [(name.partition("/")[0], {m.training for p in part for m in p.modules()}) for name, part in parts]
+            right = all(found == {name in self.learning} for name, found in modes)
+            others = [frozen.network for frozen in module.others.values()]
+            frozen = not any(m.training for other in others for m in other.modules())
             self.right.append(right and frozen)
+
+
+def teacher_of(task: Task) -> StagedNetwork:
+    return task.network_of("teacher")
 
 
 def learnable(part: nn.Module) -> set[str]:
@@ -145,9 +172,9 @@ def learnable(part: nn.Module) -> set[str]:
 def test_what_is_frozen_stays_bitwise_and_what_is_trained_changes(case: str) -> None:
     method, settings, train, learning = CASES[case]
     task = build(method, settings, train=train)
-    parts = {name: part for name in PARTS if (part := getattr(task.network, name)) is not None}
+    parts = parts_of(task.network)
     before = {name: snapshot(part) for name, part in parts.items()}
-    taught = None if task._teacher is None else snapshot(task.teacher)
+    taught = snapshot(teacher_of(task)) if task.others else None
     modes = Modes(learning)
     # Two further epochs where each width must be drawn.
     trainer = fit(task, [modes], epochs=4 if task.network.widths else 2)
@@ -163,41 +190,41 @@ def test_what_is_frozen_stays_bitwise_and_what_is_trained_changes(case: str) -> 
     optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert optimized == {id(p) for name in learning if name in parts for p in parts[name].parameters()}
     if taught is not None:
-        assert changed(taught, task.teacher) == set()
-        assert not any(p.requires_grad or p.grad is not None for p in task.teacher.parameters())
+        assert changed(taught, teacher_of(task)) == set()
+        assert not any(p.requires_grad or p.grad is not None for p in teacher_of(task).parameters())
 
 
 def test_every_method_has_its_cases() -> None:
-    assert {case[0] for case in CASES.values()} == set(OBJECTIVES)
+    assert {case[0] for case in CASES.values()} == set(LOSSES)
 
 
 def test_a_second_stage_thaws_what_the_first_froze() -> None:
     first = build(HeadDistillation)
-    second = CrossEntropy(first.network, first.class_names, first.optimizer_factory, objective=nn.CrossEntropyLoss())
+    second = CrossEntropy(first.network, loss=nn.CrossEntropyLoss(), training=first.settings)
     first.freeze_parts()
-    tail = snapshot(first.network.tail)
+    behind = parts_of(first.network)["tail"]
+    tail = snapshot(behind)
     fit(first, epochs=1)
-    assert changed(tail, first.network.tail) == set()
+    assert changed(tail, behind) == set()
     fit(second, epochs=1)
-    assert changed(tail, first.network.tail) == set(tail)
+    assert changed(tail, behind) == set(tail)
 
 
 # --- what runs ----------------------------------------------------------------------------------------------------
 
 
-def counted(task: SplitTask) -> dict[str, int]:
+def counted(task: Task) -> dict[str, int]:
     """Calls of each part in one training step; ``tail0`` and ``teacher0`` are stages."""
-    network, calls = task.network, {}
+    network, calls = bottleneck_of(task.network), {}
     encoder = network.encoder.mean if hasattr(network.encoder, "mean") else network.encoder
-    watched = {"head": network.head, "encoder": encoder, "quantizer": network.quantizer, "decoder": network.decoder}
-    watched |= {f"tail{i}": stage for i, stage in enumerate(network.tail)}
-    if task._teacher is not None:
-        watched |= {f"teacher{i}": stage for i, stage in enumerate(task.teacher)}
+    watched = {"encoder": encoder, "quantizer": network.quantizer, "decoder": network.decoder}
+    watched |= dict(zip(("head", "tail0", "tail1"), task.network.stages, strict=True))
+    if task.others:
+        watched |= {f"teacher{i}": stage for i, stage in enumerate(teacher_of(task).stages)}
     for name, part in watched.items():
-        if part is not None:
-            part.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls.get(name, 0) + 1))
+        part.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls.get(name, 0) + 1))
     task.set_modes()
-    task.training_loss(batch())
+    losses(task, *batch())
     return calls
 
 
@@ -215,25 +242,25 @@ TAILS = ("tail0", "tail1")
         (GeneralizedHeadDistillation, {}, (*ALONE, "tail0", "teacher0", "teacher1")),
         (InformationBottleneck, {}, (*ALONE, *TAILS)),
         (Entropic, {}, (*ALONE, "teacher0")),
-        (CrossEntropy, {"l2": lambda: FeatureTerm(HeadDistillationLoss(), "layer3")}, (*ALONE, *TAILS, "teacher0")),
+        (CrossEntropy, {"l2": lambda: feature("layer3")}, (*ALONE, *TAILS, "teacher0")),
         (
             HeadDistillation,
-            {"kd": lambda: LogitsTerm(KnowledgeDistillationLoss())},
+            {"kd": lambda: Term(KnowledgeDistillationLoss(), DISTILLATION)},
             (*ALONE, *TAILS, "teacher0", "teacher1"),
         ),
-        (Reconstruction, {"ce": lambda: LabelTerm(nn.CrossEntropyLoss())}, ("head", *ALONE, *TAILS)),
+        (Reconstruction, {"ce": lambda: Term(nn.CrossEntropyLoss(), LABELS)}, ("head", *ALONE, *TAILS)),
     ],
 )
 def test_nothing_runs_twice_nor_further_than_a_term_needs(
-    method: type[SplitTask], extra: dict[str, Any], expected: tuple[str, ...]
+    method: type[Task], extra: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
-    settings = {"extra_terms": {name: term() for name, term in extra.items()}, "teacher": teacher()}
+    settings = {"extra_terms": {name: term() for name, term in extra.items()}, "others": teacher()}
     assert counted(build(method, **settings)) == dict.fromkeys(expected, 1)
 
 
 def test_a_teacher_that_no_term_asks_for_is_left_aside() -> None:
-    task = build(CrossEntropy, teacher=teacher())
-    assert task._teacher is None
+    task = build(CrossEntropy, others=teacher())
+    assert task.others == {}
     checkpoint: dict[str, Any] = {}
     task.on_save_checkpoint(checkpoint)
     assert checkpoint == {}
@@ -243,15 +270,15 @@ def test_a_teacher_that_no_term_asks_for_is_left_aside() -> None:
 
 
 @pytest.mark.untraced
-@pytest.mark.parametrize("method", OBJECTIVES)
-def test_the_loss_that_is_minimised_is_the_sum_of_what_is_logged(method: type[SplitTask]) -> None:
+@pytest.mark.parametrize("method", LOSSES)
+def test_the_loss_that_is_minimised_is_the_sum_of_what_is_logged(method: type[Task]) -> None:
     extra = {
-        "labels": LabelTerm(nn.CrossEntropyLoss(), 0.3),
-        "far": FeatureTerm(HeadDistillationLoss(), "layer3", 0.01),
+        "labels": Term(nn.CrossEntropyLoss(), LABELS, 0.3),
+        "far": feature("layer3", 0.01),
     }
-    task, logged = build(method, teacher=teacher(), extra_terms=extra), Logged()
+    task, logged = build(method, others=teacher(), extra_terms=extra), Logged()
     task.set_modes()
-    terms = set(copy.deepcopy(task).training_loss(batch()))
+    terms = set(losses(copy.deepcopy(task), *batch()))
     fit(task, [logged])
     assert len(logged.steps) == 6
     assert terms > {"labels", "far"}
@@ -267,23 +294,23 @@ def test_a_single_term_is_logged_once() -> None:
     assert all(step.keys() == {"loss", "returned"} for step in logged.steps)
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
-def test_a_copy_of_a_task_computes_the_same_with_the_same_teacher(method: type[SplitTask]) -> None:
+@pytest.mark.parametrize("method", LOSSES)
+def test_a_copy_of_a_task_computes_the_same_with_the_same_teacher(method: type[Task]) -> None:
     task = build(method)
     task.set_modes()
     twin = copy.deepcopy(task)
     found = []
     for each in (task, twin):
         torch.manual_seed(0)
-        found.append({name: value.item() for name, value in each.training_loss(batch()).items()})
+        found.append({name: value.item() for name, value in losses(each, *batch()).items()})
     assert found[0] == found[1]
-    assert twin._teacher is task._teacher
+    assert twin.others == task.others
     assert not {p.data_ptr() for p in task.parameters()} & {p.data_ptr() for p in twin.parameters()}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
 @pytest.mark.parametrize("method", [CrossEntropy, GeneralizedHeadDistillation])
-def test_compiled_parts_give_the_same_losses(method: type[SplitTask], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_parts_give_the_same_losses(method: type[Task], monkeypatch: pytest.MonkeyPatch) -> None:
     plain, compiled = Logged(), Logged()
     fit(build(method), [plain], epochs=1)
     compile_module = nn.Module.compile
@@ -294,30 +321,31 @@ def test_compiled_parts_give_the_same_losses(method: type[SplitTask], monkeypatc
         compile_module(module, backend="eager")  # the default one takes a C++ compiler and minutes
 
     monkeypatch.setattr(nn.Module, "compile", eagerly)
-    task = build(method, compile=True)
+    task = build(method, how={"compile": True})
     keys = set(task.state_dict())
     fit(task, [compiled], epochs=1, limit_val_batches=0)
     assert compiled.losses() == pytest.approx(plain.losses(), rel=1e-4)
-    taught = [] if task._teacher is None else list(task.teacher)
-    assert parts == [task.network.encoder, task.network.decoder, *task.network.tail, *taught]
+    taught = list(teacher_of(task).stages) if task.others else []
+    bottleneck = bottleneck_of(task.network)
+    assert parts == [*task.network.stages, bottleneck.encoder, bottleneck.decoder, *taught]
     assert set(task.state_dict()) == keys
     assert not [name for name in keys if "_orig_mod" in name]
 
 
 # --- same seed, same numbers --------------------------------------------------------------------------------------
 
-STOCHASTIC: dict[str, tuple[type[SplitTask], dict[str, Any]]] = {
+STOCHASTIC: dict[str, tuple[type[Task], dict[str, Any]]] = {
     "vib": (InformationBottleneck, VARIANCE),
     "entropic": (Entropic, ENTROPY),
-    "packet_loss": (CrossEntropy, {"channel": {"kind": "packet_loss", "rate": [0.1, 0.5], "packet_bytes": 4}}),
+    "packet_loss": (CrossEntropy, {"channel": PacketLoss(rate=[0.1, 0.5], packet_bytes=4)}),
     "gaussian_noise": (HeadDistillation, NOISY),
-    "bit_errors": (CrossEntropy, {"channel": {"kind": "bit_errors", "rate": 0.1}}),
+    "bit_errors": (CrossEntropy, {"channel": BitErrors(rate=0.1)}),
     "widths": (GeneralizedHeadDistillation, WIDTHS),
 }
 
 
-def run(method: type[SplitTask], network: dict[str, Any], disturb: int) -> tuple[Any, ...]:
-    task, logged = build(method, network, seed=3), Logged()
+def run(method: type[Task], network: dict[str, Any], disturb: int) -> tuple[Any, ...]:
+    task, logged = build(method, network, {"seed": 3}), Logged()
     torch.manual_seed(disturb)  # whatever ran before must not matter
     trainer = fit(task, [logged])
     measured = {name: value.item() for name, value in trainer.callback_metrics.items()}
@@ -334,7 +362,7 @@ def test_same_seed_same_numbers(case: str) -> None:
     assert again[3] == tested
     assert all(torch.equal(value, again[2][name]) for name, value in weights.items())
     logged, (method, network) = Logged(), STOCHASTIC[case]
-    fit(build(method, network, seed=4), [logged], limit_val_batches=0)
+    fit(build(method, network, {"seed": 4}), [logged], limit_val_batches=0)
     assert logged.steps != steps
 
 
@@ -348,29 +376,30 @@ class Bits(pl.Callback):
         self.trained: list[int] = []
         self.validated: list[int] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: SplitTask, *_: Any) -> None:
-        self.trained.append(module.network.bits)
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Task, *_: Any) -> None:
+        self.trained.append(module.network.bits())
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, module: SplitTask, *_: Any) -> None:
-        self.validated.append(module.network.bits)
+    def on_validation_batch_end(self, trainer: pl.Trainer, module: Task, *_: Any) -> None:
+        self.validated.append(module.network.bits())
 
 
 @pytest.mark.parametrize("method", [CrossEntropy, GeneralizedHeadDistillation])
-def test_each_step_trains_one_width_and_its_batchnorm_alone(method: type[SplitTask]) -> None:
-    task, bits = build(method, WIDTHS, seed=5), Bits()
+def test_each_step_trains_one_width_and_its_batchnorm_alone(method: type[Task]) -> None:
+    task, bits = build(method, WIDTHS, {"seed": 5}), Bits()
     fit(task, [bits], epochs=4)
     expected = [draw_width((2, 4), 5, epoch, step) for epoch in range(4) for step in range(3)]
     assert bits.trained == expected
     assert {2, 4} == set(expected)
     assert set(bits.validated) == {4}
-    for part in (task.network.decoder, task.network.tail):
+    decoder, tail = bottleneck_of(task.network).decoder, parts_of(task.network)["tail"]
+    for part in (decoder, tail):
         norms = [m for m in part.modules() if isinstance(m, SwitchableBatchNorm2d)]
         assert len(norms) >= 2
         for norm in norms:
             seen = {int(width): layer.num_batches_tracked.item() for width, layer in norm.sets.items()}
-            trained = part is task.network.decoder or method is CrossEntropy
+            trained = part is decoder or method is CrossEntropy
             assert seen == {width: expected.count(width) if trained else 0 for width in (2, 4)}
-    assert not any(isinstance(m, SwitchableBatchNorm2d) for m in task.network.encoder.modules())
+    assert not any(isinstance(m, SwitchableBatchNorm2d) for m in bottleneck_of(task.network).encoder.modules())
 
 
 @pytest.mark.parametrize("coding", [{}, {"coding": "tiled_jpeg", "quality": 20}], ids=["packed", "jpeg"])
@@ -378,18 +407,17 @@ def test_every_width_is_tested_through_its_own_bytes(coding: dict[str, Any]) -> 
     task = build(CrossEntropy, {"codec": {"bits": 4, "widths": [2, 4, 6]} | coding})
     fit(task, epochs=6)
     encoded: list[int] = []
-    task.network.encoder.register_forward_hook(lambda encoder, inputs, z: encoded.append(len(z)))
+    bottleneck_of(task.network).encoder.register_forward_hook(lambda encoder, inputs, z: encoded.append(len(z)))
     measured = evaluate(task)
-    assert encoded == [len(labels) for _, labels in batches()]  # once, whatever the widths
-    assert task.network.bits == 4
+    assert encoded == [len(batch["labels"]) for batch in batches()]  # once, whatever the widths
+    assert task.network.bits() == 4
     network = task.network.eval()
-    images, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    images, labels = whole()
     logits = {}
     for bits in (2, 4, 6):
         network.set_bits(bits)
         with torch.no_grad():
-            payloads = network.codec.encode(network.codes(images))
-            logits[bits] = network.receive(network.codec.decode(payloads))
+            logits[bits], payloads = through_bytes(network, images)
             assert torch.equal(logits[bits], network(images)) == (coding == {})
         accuracy = (logits[bits].argmax(1) == labels).double().mean().item()
         assert measured[f"test/bits{bits}/acc"] == pytest.approx(accuracy)
@@ -403,7 +431,7 @@ def test_every_width_is_tested_through_its_own_bytes(coding: dict[str, Any]) -> 
 
 # --- bytes --------------------------------------------------------------------------------------------------------
 
-CODINGS: dict[str, dict[str, Any]] = {
+CODINGS: dict[str, Any] = {
     "packed": {"bits": 4},
     "sample": {"bits": 3, "range": "sample"},
     "learned": {"bits": 5, "range": "learned"},
@@ -413,12 +441,12 @@ CODINGS: dict[str, dict[str, Any]] = {
     "tiled_jpeg": {"bits": 8, "coding": "tiled_jpeg", "quality": 30},
     "tiled_webp": {"bits": 8, "coding": "tiled_webp", "quality": 30},
     "float": {"bits": 32},
-    "entropy": {"kind": "entropy"},
+    "entropy": entropy_codec,
 }
 FIXED = {"packed": 24, "sample": 18 + 8, "learned": 30, "float": 4 * 48}
 
 
-def received(delivered: dict[str, Tensor], network: Any) -> Tensor:
+def received(delivered: Mapping[str, Tensor]) -> Tensor:
     """De-quantise what a codec delivers, from the definition."""
     if "codes" not in delivered:
         return next(iter(delivered.values())).double()
@@ -436,20 +464,23 @@ def test_testing_goes_through_the_bytes(coding: str) -> None:
     fit(task, epochs=1)
     measured = evaluate(task)
     network, logits, exact, payloads = task.network.eval(), [], [], []
+    bottleneck = bottleneck_of(network)
     with torch.no_grad():
-        for images, _ in batches():
-            sent = network.codec.encode(network.codes(images))
+        for each in batches():
+            images = each["images"]
+            sent = bottleneck.codec.encode(codes(network, images))
             payloads += sent
             # One payload at a time: none may lean on its neighbours.
-            z = torch.cat([received(network.codec.decode([payload]), network) for payload in sent])
-            logits.append(network.tail(network.decoder(z.float())))
+            z = torch.cat([received(bottleneck.codec.decode([payload])) for payload in sent])
+            feature = bottleneck.decoder(z.float())
+            logits.append(network.outputs(None, ["logits"], given={"layer2": feature})["logits"])
             exact.append(network(images))
-            torch.testing.assert_close(task.through_bytes(network.encode(images))[0], logits[-1], rtol=1e-4, atol=1e-5)
-    labels = torch.cat([labels for _, labels in batches()])
+            torch.testing.assert_close(through_bytes(network, images)[0], logits[-1], rtol=1e-4, atol=1e-5)
+    labels = whole()[1]
     found, unharmed = torch.cat(logits), torch.cat(exact)
     assert measured["test/acc"] == pytest.approx((found.argmax(1) == labels).double().mean().item())
     assert measured["test/loss"] == pytest.approx(F.cross_entropy(found, labels).item(), rel=1e-4)
-    assert ((found - unharmed).abs().max() > 1e-2) == (CODINGS[coding].get("quality") is not None)
+    assert ((found - unharmed).abs().max() > 1e-2) == (coding in ("tiled_jpeg", "tiled_webp"))
     lengths = [len(payload) for payload in payloads]
     assert len(lengths) == len(labels)
     assert measured["test/payload_bytes"] == pytest.approx(np.mean(lengths))
@@ -464,18 +495,18 @@ def test_testing_goes_through_the_bytes(coding: str) -> None:
 
 
 def test_the_link_also_harms_what_is_tested() -> None:
-    lossy = {"channel": {"kind": "packet_loss", "rate": 0.9, "packet_bytes": 4, "when": "eval"}}
+    lossy = {"channel": PacketLoss(rate=0.9, packet_bytes=4, when="eval")}
     task = build(CrossEntropy, lossy)
     fit(task, epochs=1)
     harmed = evaluate(task)
     task.network.set_channel(None)
-    whole = evaluate(task)
-    assert harmed["test/loss"] != whole["test/loss"]
-    assert harmed["test/payload_bytes"] == whole["test/payload_bytes"]
-    labels = torch.cat([labels for _, labels in batches()])
+    unharmed = evaluate(task)
+    assert harmed["test/loss"] != unharmed["test/loss"]
+    assert harmed["test/payload_bytes"] == unharmed["test/payload_bytes"]
+    images, labels = whole()
     with torch.no_grad():
-        logits = torch.cat([task.network.eval()(images) for images, _ in batches()])
-    assert whole["test/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        logits = task.network.eval()(images)
+    assert unharmed["test/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
 # --- frozen features ----------------------------------------------------------------------------------------------
@@ -502,21 +533,21 @@ class Calls(pl.Callback):
     def _count(self, *_: Any) -> None:
         self.count += self.training
 
-    def on_train_start(self, trainer: pl.Trainer, module: SplitTask) -> None:
-        frozen = [] if module.network.head is None else [module.network.head]
-        frozen += [] if module._teacher is None else [module.teacher[0]]
+    def on_train_start(self, trainer: pl.Trainer, module: Task) -> None:
+        frozen = [] if module.network.replaced else [module.network.stages[0]]
+        frozen += [teacher_of(module).stages[0]] if module.others else []
         for part in frozen:
             part.register_forward_hook(self._count)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: SplitTask, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Task, batch: Any, batch_idx: int) -> None:
         self.training = True
-        self.images.append(batch[0] is not None)
+        self.images.append(batch.get("images") is not None)
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.training = False
 
 
-def fit_digits(task: SplitTask, data: Digits | None = None, epochs: int = 2) -> tuple[list[float], Calls]:
+def fit_digits(task: Task, data: Digits | None = None, epochs: int = 2) -> tuple[list[float], Calls]:
     logged, calls = Logged(), Calls()
     trainer_of([logged, calls], epochs, limit_val_batches=0).fit(task, datamodule=Few() if data is None else data)
     return logged.losses(), calls
@@ -527,7 +558,7 @@ def cached(folder: Path, **settings: Any) -> dict[str, Any]:
 
 
 # What of a batch is frozen: a head's output makes the images needless, a teacher's alone does not.
-CACHED: dict[str, tuple[type[SplitTask], dict[str, Any], list[str] | None, bool]] = {
+CACHED: dict[str, tuple[type[Task], dict[str, Any], list[str] | None, bool]] = {
     "reconstruction": (Reconstruction, INSERT, None, False),
     "reconstruction_variance": (Reconstruction, INSERT | VARIANCE, None, False),
     "hnd": (HeadDistillation, {}, None, True),
@@ -554,11 +585,11 @@ def test_cached_features_change_no_loss(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [Reconstruction, HeadDistillation])
-def test_half_precision_features_are_close(method: type[SplitTask], tmp_path: Path) -> None:
+def test_half_precision_features_are_close(method: type[Task], tmp_path: Path) -> None:
     def losses(**settings: Any) -> list[float]:
         # In float, as the smallest difference may round to another code; slowly, as runs drift apart of themselves.
-        task = build(method, {"form": "insert", "codec": {"bits": 32}}, **settings)
-        task.optimizer_factory = functools.partial(torch.optim.AdamW, lr=1e-3)
+        slow = {"optimizer": functools.partial(torch.optim.AdamW, lr=1e-3)}
+        task = build(method, {"form": "insert", "codec": {"bits": 32}}, slow, **settings)
         return fit_digits(task)[0]
 
     single, half = losses(), losses(**cached(tmp_path, dtype="float16"))
@@ -567,7 +598,7 @@ def test_half_precision_features_are_close(method: type[SplitTask], tmp_path: Pa
 
 
 @pytest.mark.parametrize("method", [Reconstruction, HeadDistillation])
-def test_views_serve_the_augmented_images_of_the_first_epochs(method: type[SplitTask], tmp_path: Path) -> None:
+def test_views_serve_the_augmented_images_of_the_first_epochs(method: type[Task], tmp_path: Path) -> None:
     def data() -> Few:
         return Few(augment="crop", seed=1)
 
@@ -587,9 +618,9 @@ def test_a_changed_weight_or_statistic_never_meets_old_features(case: str, tmp_p
     def entries() -> int:
         return len(list((tmp_path / "cache").iterdir()))
 
-    def task(change: str | None = None, **settings: Any) -> SplitTask:
+    def task(change: str | None = None, **settings: Any) -> Task:
         made = build(method, network, train=train, **settings)
-        frozen = made.network.head if method is Reconstruction else made.teacher
+        frozen = made.network.stages[0] if method is Reconstruction else teacher_of(made)
         names = {"weight": frozen.parameters(), "statistic": (b for n, b in frozen.named_buffers() if "mean" in n)}
         with torch.no_grad():
             if change is not None:
@@ -630,62 +661,66 @@ def test_a_cache_takes_a_data_module(tmp_path: Path) -> None:
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
+def whole_network() -> StagedNetwork:
+    return staged_network(backbone(), torch.randn(2, 1, 8, 8))
+
+
 def ghnd(**weights: float) -> dict[str, Any]:
-    return {"objective": GeneralizedHeadDistillationLoss(weights)}
+    return {"loss": GeneralizedHeadDistillationLoss(weights)}
 
 
-def wide_teacher() -> Teacher:
+def wide_teacher() -> dict[str, Frozen]:
     """Layers of the same names as the student's, with features of other shapes."""
     torch.manual_seed(0)
-    return Teacher(create_backbone("timm", "resnet10t", num_classes=10, in_channels=1).network)
+    return {"teacher": Frozen(create_backbone("timm", "resnet10t", num_classes=10, in_channels=1).network)}
 
 
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "layer_unknown_to_the_student": (
         lambda: build(GeneralizedHeadDistillation, **ghnd(layer2=1.0, layer33=1.0)),
         CutError,
-        r"no feature 'layer33'; it has layer2, layer3.* Did you mean 'layer3'.*split\.observe",
+        r"no output 'layer33'; it has .*layer2, layer3.* Did you mean 'layer3'",
     ),
     "layer_unknown_to_the_backbone": (
-        lambda: split_network(observe=["layer33"]),
+        lambda: split_network(cuts=["layer33"]),
         CutError,
         "no layer 'layer33'.*Did you mean 'layer3'",
     ),
     "layer_unknown_to_the_teacher": (
-        lambda: build(HeadDistillation, teacher=teacher(CifarVGG(11, in_channels=1))),
+        lambda: build(HeadDistillation, others=teacher(CifarVGG(11, in_channels=1))),
         CutError,
         "the teacher cannot be compared at layer2: .*no layer 'layer2'",
     ),
     "layer_before_the_split": (
-        lambda: split_network(observe=["layer1"]),
+        lambda: split_network(cuts=["layer1"]),
         CutError,
         r"\(layer1\) must stand behind the split at 'layer2'",
     ),
     "extra_layer_unknown": (
-        lambda: build(CrossEntropy, extra_terms={"l2": FeatureTerm(HeadDistillationLoss(), "layer4")}),
+        lambda: build(CrossEntropy, extra_terms={"l2": feature("layer4")}),
         CutError,
-        "no feature 'layer4'",
+        "no output 'layer4'",
     ),
     "features_of_other_shapes": (
-        lambda: build(HeadDistillation, teacher=wide_teacher()),
+        lambda: build(HeadDistillation, others=wide_teacher()),
         ValueError,
         r"the teacher's feature at 'layer2' is \(\d+, 1, 1\), of the student's \(32, 4, 4\)",
     ),
     "features_of_other_shapes_further_on": (
-        lambda: build(GeneralizedHeadDistillation, **ghnd(layer3=1.0), teacher=wide_teacher()),
+        lambda: build(GeneralizedHeadDistillation, **ghnd(layer3=1.0), others=wide_teacher()),
         ValueError,
         "teacher's feature at 'layer3'",
     ),
     "other_classes": (
-        lambda: build(KnowledgeDistillation, teacher=teacher(backbone(classes=5))),
+        lambda: build(KnowledgeDistillation, others=teacher(backbone(classes=5))),
         ValueError,
         r"the teacher's logits is \(5,\), of the student's \(10,\).*trained on the same classes",
     ),
     "other_classes_in_an_extra_term": (
         lambda: build(
             HeadDistillation,
-            teacher=teacher(backbone(classes=5)),
-            extra_terms={"kd": LogitsTerm(KnowledgeDistillationLoss())},
+            others=teacher(backbone(classes=5)),
+            extra_terms={"kd": Term(KnowledgeDistillationLoss(), DISTILLATION)},
         ),
         ValueError,
         "trained on the same classes",
@@ -696,7 +731,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"train=\['quantizer'\] trains nothing",
     ),
-    "train_an_absent_head": (lambda: build(CrossEntropy, train=["head"]), ValueError, "trains nothing"),
+    "train_an_absent_head": (
+        lambda: build(CrossEntropy, train=["head"]),
+        ValueError,
+        "train names 'head', which this network lacks",
+    ),
     "train_behind_the_last_term": (
         lambda: build(HeadDistillation, train=["tail"]),
         ValueError,
@@ -710,7 +749,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "train_an_unknown_part": (
         lambda: build(CrossEntropy, train=["decodr"]),
         ValueError,
-        "train names 'decodr', but the parts are .*Did you mean 'decoder'",
+        "train names 'decodr', which this network lacks: its parts are .*Did you mean 'decoder'",
     ),
     "train_a_string": (
         lambda: build(CrossEntropy, train="decoder"),
@@ -718,22 +757,22 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         r"list of parts, got the string 'decoder'; write train=\[decoder\]",
     ),
     "extra_term_of_the_methods_name": (
-        lambda: build(CrossEntropy, extra_terms={"cross_entropy": LabelTerm(nn.CrossEntropyLoss())}),
+        lambda: build(CrossEntropy, extra_terms={"cross_entropy": Term(nn.CrossEntropyLoss(), LABELS)}),
         ValueError,
         "extra_terms names 'cross_entropy', which is the method's own term",
     ),
     "extra_term_of_a_layers_name": (
-        lambda: build(GeneralizedHeadDistillation, extra_terms={"head/layer2": LabelTerm(nn.CrossEntropyLoss())}),
+        lambda: build(GeneralizedHeadDistillation, extra_terms={"head/layer2": Term(nn.CrossEntropyLoss(), LABELS)}),
         ValueError,
         "extra_terms names 'head/layer2'; a term's name is one word",
     ),
     "extra_term_of_the_sums_name": (
-        lambda: build(CrossEntropy, extra_terms={"loss": LabelTerm(nn.CrossEntropyLoss())}),
+        lambda: build(CrossEntropy, extra_terms={"loss": Term(nn.CrossEntropyLoss(), LABELS)}),
         ValueError,
         "extra_terms names 'loss'.*but not loss",
     ),
-    "negative_weight": (lambda: LabelTerm(nn.CrossEntropyLoss(), weight=-0.5), ValueError, "at least 0, got -0.5"),
-    "infinite_weight": (lambda: LabelTerm(nn.CrossEntropyLoss(), float("inf")), ValueError, "at least 0, got inf"),
+    "negative_weight": (lambda: Term(nn.CrossEntropyLoss(), LABELS, weight=-0.5), ValueError, "at least 0, got -0.5"),
+    "infinite_weight": (lambda: Term(nn.CrossEntropyLoss(), LABELS, float("inf")), ValueError, "at least 0, got inf"),
     "negative_beta": (lambda: build(Entropic, beta=-1.0), ValueError, "at least 0, got -1.0"),
     "reconstruction_without_a_head": (
         lambda: build(Reconstruction, {}),
@@ -741,26 +780,37 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         r"split\.form=insert, or method=head_distillation",
     ),
     "extra_reconstruction_without_a_head": (
-        lambda: build(CrossEntropy, extra_terms={"r": ReconstructionTerm(ReconstructionLoss(), "layer2")}),
+        lambda: build(
+            CrossEntropy, extra_terms={"r": Term(ReconstructionLoss(), ["student/layer2", "student/layer2/input"])}
+        ),
         CutError,
-        r"no feature 'head'.*split\.form=insert",
+        "no output 'layer2/input'.*form insert keeps",
     ),
     "reconstruction_without_a_bottleneck": (lambda: build(Reconstruction, NONE), ValueError, "trains nothing"),
-    "entropic_without_a_prior": (lambda: build(Entropic, {}), CutError, "no feature 'likelihoods'.*codec=entropy"),
+    "entropic_without_a_prior": (
+        lambda: build(Entropic, {}),
+        CutError,
+        "no output 'layer2/likelihoods'.*codec=entropy",
+    ),
     "rate_without_a_prior": (
-        lambda: build(CrossEntropy, extra_terms={"rate": RateTerm(RateLoss(64), 0.1)}),
+        lambda: build(CrossEntropy, extra_terms={"rate": Term(RateLoss(64), ["student/layer2/likelihoods"], 0.1)}),
         CutError,
         "codec=entropy",
     ),
     "vib_without_variance": (
         lambda: build(InformationBottleneck, {}),
         CutError,
-        r"no feature 'mean'.*bottleneck\.variance=learned",
+        "no output 'layer2/mean'.*variance='learned'",
     ),
     "whole_network": (
-        lambda: CrossEntropy(backbone(), ["a", "b"], torch.optim.SGD, objective=nn.CrossEntropyLoss()),
+        lambda: CrossEntropy(backbone(), loss=nn.CrossEntropyLoss()),
         TypeError,
-        "CrossEntropy trains a SplitNetwork, got CifarResNet",
+        "CrossEntropy trains a StagedNetwork, got CifarResNet",
+    ),
+    "network_without_a_bottleneck": (
+        lambda: HeadDistillation(whole_network(), loss=HeadDistillationLoss(), others=teacher()),
+        ValueError,
+        r"HeadDistillation trains a bottleneck, which this network lacks; set split\.at",
     ),
 }
 
@@ -773,7 +823,7 @@ def test_bad_input_is_told_before_training(case: str) -> None:
 
 
 def test_head_distillation_does_not_mind_a_teacher_of_other_classes() -> None:
-    task, logged = build(HeadDistillation, teacher=teacher(backbone(classes=5))), Logged()
+    task, logged = build(HeadDistillation, others=teacher(backbone(classes=5))), Logged()
     fit(task, [logged], epochs=1, limit_train_batches=1)
     assert logged.losses()[0] > 0
 
@@ -786,14 +836,6 @@ def test_a_prior_that_no_rate_teaches_is_refused() -> None:
 
 def test_codes_without_a_measured_range_are_not_tested_in_silence() -> None:
     task = build(CrossEntropy, {"codec": {"bits": 4}})
-    with pytest.raises(ValueError, match=r"codec\.range=observed is measured in training"):
+    with pytest.raises(ValueError, match="range=observed is measured in training"):
         evaluate(task)
     assert evaluate(build(CrossEntropy, {"codec": {"bits": 4, "range": "sample"}}))["test/payload_bytes"] > 0
-
-
-def test_a_layer_with_the_name_of_an_output_is_refused() -> None:
-    network = nn.Sequential()
-    network.add_module("head", nn.Conv2d(1, 4, 3))
-    network.add_module("pool", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)))
-    with pytest.raises(ValueError, match="'head' names an output of every split network"):
-        SplitNetwork(network, "head", torch.randn(2, 1, 8, 8))

@@ -93,6 +93,8 @@ def test_the_run_is_found_behind_another_logger(tmp_path):
 class Constant(pl.LightningModule):
     """Says class 3 of everything, more surely the brighter the image."""
 
+    class_names = tuple("abcdefghij")
+
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
@@ -111,8 +113,7 @@ def test_the_prediction_table_holds_at_every_precision(precision):
     trainer = pl.Trainer(accelerator="cpu", precision=precision, logger=False)
     task = Constant().to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
     table = prediction_table(SimpleNamespace(datamodule=data, precision_plugin=trainer.precision_plugin), task, 7)
-    batch = data.sample_batch("test", 7)
-    images, labels = batch["images"], batch["labels"]
+    images, labels = data.sample_batch("test", 7).values()
     assert [row[1] for row in table.data] == [data.class_names[i] for i in labels]
     assert [row[2] for row in table.data] == [data.class_names[3]] * 7
     assert [row[4] for row in table.data] == (labels == 3).tolist()

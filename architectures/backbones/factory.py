@@ -22,7 +22,7 @@ from torch import nn
 from cleave.architectures.backbones.surgery import find_classifier, replace_classifier, use_grey_input
 from cleave.architectures.backbones.weights import WeightsError, load_weights
 from cleave.architectures.backbones.zoo import CIFAR_NETWORKS
-from cleave.architectures.naming import did_you_mean
+from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.deployment.runtime.preprocess import ImageInput
 
 logger = logging.getLogger(__name__)
@@ -139,8 +139,7 @@ def _check_arguments(
 ) -> None:
     if source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}.{did_you_mean(source, SOURCES)}")
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-        raise ValueError(f"num_classes must be an integer of at least 2, got {num_classes!r}")
+    whole_number("num_classes", num_classes, 2)
     if in_channels not in (1, 3):
         raise ValueError(f"in_channels must be 3 (RGB) or 1 (grey), got {in_channels!r}")
     if pretrained and weights is not None:

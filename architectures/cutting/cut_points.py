@@ -117,8 +117,8 @@ def cut_points(backbone: nn.Module, sample: Tensor) -> list[CutPoint]:
     the backbone's output are.
 
     Args:
-        backbone: Network whose ``forward`` takes one batch of images.
-        sample: Images (B, C, H, W) on the backbone's device; the first one is measured.
+        backbone: Network whose ``forward`` takes one tensor, a batch.
+        sample: A batch (B, …) on the backbone's device, images or token ids; the first sample is measured.
 
     Returns:
         The points, each of which ``cut`` accepts; none where several tensors pass everywhere

@@ -96,9 +96,13 @@ class DimTracker(TorchDispatchMode):
         super().__init__()
         self._dims: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def start(self, images: Tensor) -> None:
-        """Say that a tensor holds images (B, C, H, W)."""
-        self._dims[images] = tuple(_dim(axis, n) for axis, n in zip("NCHW", images.shape, strict=False))
+    def start(self, batch: Tensor) -> None:
+        """Say what a network's input holds: images (B, C, H, W), vectors (B, C) or token ids (B, L); else unknown."""
+        axes: Sequence[str | None] = "NCHW" if batch.ndim == 4 else "NC" if batch.ndim == 2 else "N"
+        if not batch.is_floating_point() and batch.ndim == 2:
+            axes = "NT"
+        axes = [*axes, *[None] * (batch.ndim - len(axes))]
+        self._dims[batch] = tuple(_dim(axis, n) for axis, n in zip(axes, batch.shape, strict=True))
 
     def get(self, tensor: Any) -> Dims | None:
         """Return what is known of a tensor's dimensions."""
@@ -195,6 +199,14 @@ def _layer_norm(
     return (*(_dim(None, n) for n in out.shape[:-1]), _dim("C", out.shape[-1]))
 
 
+def _embedding(
+    tracker: DimTracker, _known: list[Dims | None], args: Sequence[Any], _k: dict[str, Any], out: Tensor
+) -> Dims | None:
+    """Rows of a table for ids: a dimension of channels behind those of the ids."""
+    ids = tracker.get(args[1])
+    return (*ids, _dim("C", out.shape[-1])) if ids is not None else None
+
+
 def _permute(
     _t: DimTracker, known: list[Dims | None], args: Sequence[Any], _k: dict[str, Any], _o: Tensor
 ) -> Dims | None:
@@ -254,6 +266,7 @@ _RULES: dict[Any, Rule] = {
         (aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention), _attention
     ),
     **dict.fromkeys((aten._native_multi_head_attention, aten.stack, aten.im2col, aten.unfold), _forget),
+    aten.embedding: _embedding,
     aten.native_layer_norm: _layer_norm,
     aten.permute: _permute,
     **dict.fromkeys((aten.transpose, aten.t), _transpose),

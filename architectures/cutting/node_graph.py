@@ -23,7 +23,7 @@ class GraphNode:
     Attributes:
         name: ``layer1.0.conv1`` for a layer, ``layer1.0/add`` for an operation in the forward of ``layer1.0``, with
             ``:2`` behind it for the second of that name.
-        inputs: Names of the nodes whose values it takes; ``input`` is the batch of images.
+        inputs: Names of the nodes whose values it takes; ``input`` is the batch.
         shape: Shape of its value for a batch of one, ``None`` where that is no tensor (a size, a list of tensors).
         bytes: Bytes of its value for one sample in float32; 0 where it is no tensor.
         macs: Its own multiply-accumulates for one sample.
@@ -40,7 +40,7 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class NodeGraph:
-    """A backbone's nodes in the order of execution; what does not depend on the images belongs to no node.
+    """A backbone's nodes in the order of execution; what does not depend on the input belongs to no node.
 
     Attributes:
         nodes: All nodes; every part of a partition is a set of their names.
@@ -51,7 +51,7 @@ class NodeGraph:
     outputs: tuple[str, ...]
 
     def edges(self) -> list[tuple[str, str, int]]:
-        """List (producer, consumer, bytes of one sample's value); the images come from ``input`` with 0 bytes."""
+        """List (producer, consumer, bytes of one sample's value); the batch comes from ``input`` with 0 bytes."""
         size = {node.name: node.bytes for node in self.nodes}
         return [(source, node.name, size.get(source, 0)) for node in self.nodes for source in node.inputs]
 
@@ -63,9 +63,9 @@ class Partition(nn.Module):
     a tuple. The last part returns what the backbone returns.
 
     Attributes:
-        inputs: For every part the names of the values it takes; ``input`` is the batch of images.
+        inputs: For every part the names of the values it takes; ``input`` is the batch.
         outputs: For every part but the last the names of the values that later parts take.
-        image_shape: Shape of the images (C, H, W) it is bound to, where sizes that the backbone computes from them
+        input_shape: Per-sample shape of the input it is bound to, where sizes that the backbone computes from it
             would pass between parts; ``None`` where it is bound to none.
     """
 
@@ -77,15 +77,15 @@ class Partition(nn.Module):
             self.add_module(f"part{i}", part)
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        self.image_shape: tuple[int, ...] | None = None
+        self.input_shape: tuple[int, ...] | None = None
 
     def forward(self, x: Tensor) -> Any:
-        """Run all parts in order: what the backbone returns for images (B, C, H, W)."""
+        """Run all parts in order: what the backbone returns for a batch (B, …)."""
         return self.run(x)
 
     def run(self, x: Tensor, *, isolated: bool = False) -> Any:
         """Run all parts; ``isolated`` gives each its own copy of what it takes, as if they ran on several machines."""
-        check_size(x, self.image_shape)
+        check_size(x, self.input_shape)
         values: dict[str, Any] = {INPUT: x}
         result: Any = x
         for part, inputs, outputs in zip(self.children(), self.inputs, (*self.outputs, ()), strict=True):
@@ -99,7 +99,7 @@ def trace_graph(backbone: nn.Module, sample: Tensor, depth: int | None = None) -
     """Read a backbone's graph with what every node costs and sends, for a planner to divide.
 
     Args:
-        backbone: Network whose ``forward`` takes one batch of images.
+        backbone: Network whose ``forward`` takes one tensor, a batch.
         sample: Images (B, C, H, W) on the backbone's device; the first one is measured.
         depth: 0 keeps the backbone's children whole, 1 opens them, 2 opens what they hold, and so on; ``None`` opens
             all that can be.
@@ -134,7 +134,7 @@ def partition(
     sample in both modes, sharing tensors and isolated from each other: results and buffers must be equal in every bit.
 
     Args:
-        backbone: Network whose ``forward`` takes one batch of images.
+        backbone: Network whose ``forward`` takes one tensor, a batch.
         node_sets: For every part the names of its nodes as :func:`trace_graph` lists them. Together they hold each node
             once, and a part takes values from earlier parts only.
         sample: Images (B, C, H, W) on the backbone's device; one is enough.
@@ -162,7 +162,7 @@ def partition(
         ]
         network = Partition(parts, inputs, outputs)
         if any(part.sized for some in slices.values() for part in some):
-            network.image_shape = tuple(sample.shape[1:])
+            network.input_shape = tuple(sample.shape[1:])
         for training in (False, True):
             reference.check(network, network.run, training)
             reference.check(network, lambda x: network.run(x, isolated=True), training)

@@ -24,7 +24,7 @@ class Slice:
         graph: The part.
         inputs: The nodes of the whole whose values it takes from earlier parts.
         outputs: The nodes whose values it gives to later ones.
-        sized: Whether sizes that follow from the image's are written into it as numbers.
+        sized: Whether sizes that follow from the input's are written into it as numbers.
     """
 
     graph: fx.Graph
@@ -195,14 +195,14 @@ class Reference:
     def __init__(self, backbone: nn.Module, sample: Tensor, rewind: Callable[[], None]) -> None:
         if not isinstance(sample, Tensor) or sample.ndim < 2 or not len(sample):
             got = f"shape {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample).__name__
-            raise CutError(f"sample is a batch of images, a tensor (B, C, H, W) with B at least 1; got {got}.")
+            raise CutError(f"sample is a batch, one tensor (B, …) with B at least 1; got {got}.")
         self.backbone = backbone
         self.rewind = rewind
-        # BatchNorm refuses to train on a single value per channel; two batch sizes tell sizes of images from those of
+        # BatchNorm refuses to train on a single value per channel; two batch sizes tell sizes of inputs from those of
         # batches.
         pair = sample if len(sample) > 1 else torch.cat([sample, sample.flip(-1)])
         self.samples = {False: sample[:1], True: pair}
-        self.batch = {training: len(images) for training, images in self.samples.items()}
+        self.batch = {training: len(batch) for training, batch in self.samples.items()}
         self.expected = {}
         for training in (False, True):
             try:
@@ -257,7 +257,7 @@ class Observing(fx.Interpreter):
 
 
 def fold_sizes(traces: Mapping[bool, Trace], values: Mapping[bool, dict[str, Any]], batch: Mapping[bool, int]) -> None:
-    """Note which values need not pass a cut: nothing, the batch size, and what follows from the image's size alone.
+    """Note which values need not pass a cut: nothing, the batch size, and what follows from the input's size alone.
 
     Many forwards read ``B, C, H, W = x.shape`` at the start and use it to the end; a mask that is built on demand
     (NaFlexViT) is recorded like a tensor even where there is none. The two modes saw different batch sizes.
@@ -282,14 +282,14 @@ def _plain(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def check_size(images: Tensor, expected: tuple[int, ...] | None) -> None:
-    """Refuse images of another size than that which was written into the parts.
+def check_size(inputs: Tensor, expected: tuple[int, ...] | None) -> None:
+    """Refuse inputs of another size than that which was written into the parts.
 
     Raises:
         CutError: The shape differs from ``expected``, unless that is ``None``.
     """
-    if expected is not None and tuple(images.shape[1:]) != expected:
+    if expected is not None and tuple(inputs.shape[1:]) != expected:
         raise CutError(
-            f"the network was cut for images of shape {expected}, from which it computes sizes that pass the cuts; got "
-            f"{tuple(images.shape[1:])}. Cut it again with a sample of that shape."
+            f"the network was cut for inputs of shape {expected}, from which it computes sizes that pass the cuts; got "
+            f"{tuple(inputs.shape[1:])}. Cut it again with a sample of that shape."
         )

@@ -56,7 +56,7 @@ class Stages(nn.Module):
     Attributes:
         names: The cut names in the order of execution.
         layouts: Layout of each cut's feature: ``NCHW``, ``NHWC``, ``NLC``, ``NC`` or ``other``.
-        image_shape: Shape of the images (C, H, W) it is bound to, where sizes that the backbone computes from them
+        input_shape: Per-sample shape of the input it is bound to, where sizes that the backbone computes from it
             would pass a cut (XCiT, MViT); ``None`` where it is bound to none.
     """
 
@@ -66,12 +66,12 @@ class Stages(nn.Module):
             self.add_module(f"stage{i}", stage)
         self.names = tuple(names)
         self.layouts: tuple[str, ...] = ("other",) * len(self.names)
-        self.image_shape: tuple[int, ...] | None = None
-        self._altered = [False] * len(self.names)
+        self.input_shape: tuple[int, ...] | None = None
+        self._altered = [False] * len(stages)
 
     def forward(self, x: Tensor) -> Any:
-        """Run all stages: what the backbone returns for images (B, C, H, W)."""
-        check_size(x, self.image_shape)
+        """Run all stages: what the backbone returns for a batch (B, …)."""
+        check_size(x, self.input_shape)
         for stage in self:
             x = stage(x)
         return x
@@ -80,16 +80,16 @@ class Stages(nn.Module):
         """Return the features at some cuts, running no further than the last of them.
 
         Args:
-            x: Images (B, C, H, W).
+            x: A batch (B, …).
             at: Names of cuts, in any order; ``logits`` for the output of the last stage.
 
         Returns:
             The feature at each name asked for, in the order of execution. No later in-place layer alters them.
 
         Raises:
-            CutError: A name is not among the cuts, or the stages are bound to images of another shape.
+            CutError: A name is not among the cuts, or the stages are bound to inputs of another shape.
         """
-        check_size(x, self.image_shape)
+        check_size(x, self.input_shape)
         wanted = _names(at)
         known = self.names if LOGITS in self.names else (*self.names, LOGITS)
         for name in wanted:
@@ -110,7 +110,7 @@ class Stages(nn.Module):
 
     def alters(self, index: int) -> bool:
         """Whether stage ``index`` alters its input in place."""
-        return index > 0 and self._altered[index - 1]
+        return self._altered[index]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile every stage by itself, with the arguments of ``torch.compile``, so that ``features`` gains too."""
@@ -137,16 +137,16 @@ def cut(backbone: nn.Module, at: Iterable[str], sample: Tensor) -> Stages:
     or move one without the other, cut a deep copy. Each mode of the backbone is traced, so dropout, drop-path and
     BatchNorm behave as they do in it. A layer that a cut lies in is opened: what its own forward does follows the mode
     of the stage, while the layers it calls follow their own. Sizes that would pass a cut are no obstacle: that of the
-    batch is read anew, and those of the image are written into the stages, which then take images of the sample's size.
+    batch is read anew, and those of the input are written into the stages, which then take inputs of the sample's size.
 
     The stages are checked against the backbone on the sample, in eval and in training mode: results and buffers must be
     equal in every bit. The check leaves buffers, modes and random generators as they were.
 
     Args:
-        backbone: Network whose ``forward`` takes one batch of images; further arguments keep their defaults.
+        backbone: Network whose ``forward`` takes one tensor, a batch; further arguments keep their defaults.
         at: Names of layers (as in ``named_modules``) in the order of execution. One that is called several times stands
             for its last call.
-        sample: Images (B, C, H, W) on the backbone's device; one is enough.
+        sample: A batch (B, …) on the backbone's device, images or token ids; one sample is enough.
 
     Returns:
         One stage more than there are names, in the backbone's modes.
@@ -227,7 +227,7 @@ def _build(reference: Reference, names: Sequence[str], traces: dict[bool, Trace]
     ]
     cut_up = Stages(stages, names)
     if any(part.sized for parts in slices.values() for part in parts):
-        cut_up.image_shape = tuple(reference.samples[False].shape[1:])
+        cut_up.input_shape = tuple(reference.samples[False].shape[1:])
     return cut_up
 
 
@@ -277,14 +277,13 @@ def _check(stages: Stages, reference: Reference) -> None:
         seen = []
         channels.start(x)
         for i, stage in enumerate(stages):
+            if not isinstance(x, Tensor):
+                raise CutError(f"layer {stages.names[i - 1]!r} returns a {type(x).__name__}, not one tensor.")
+            seen.append((x, x._version))
             x = stage(x)
-            if i < len(stages.names):
-                if not isinstance(x, Tensor):
-                    raise CutError(f"layer {stages.names[i]!r} returns a {type(x).__name__}, not one tensor.")
-                seen.append((x, x._version))
         stages._altered = [a or f._version != v for a, (f, v) in zip(stages._altered, seen, strict=True)]
         if not stages[0].training:
-            stages.layouts = tuple(layout_of(feature, channels, batch) for feature, _ in seen)
+            stages.layouts = tuple(layout_of(feature, channels, batch) for feature, _ in seen[1:])
         return x
 
     batch = reference.batch[False]

@@ -65,7 +65,7 @@ class Trace:
 
     @property
     def input(self) -> fx.Node:
-        """The node of the images."""
+        """The node of the input."""
         return next(iter(self.graph.nodes))
 
     def stays(self, node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,9 @@ class Bottleneck(Insert):
                 "quantise",
                 ("z",),
                 ("sent",),
-                () if self.has_prior else ("quantizer",),  # in training it adds noise, of which nothing is learned
+                # In training a prior adds noise, of which nothing is learned.
+                () if self.has_prior else ("quantizer",),
+                noisy_with=("quantizer",) if self.has_prior else (),
                 linked="deliver",
             ),
         ]
@@ -112,7 +114,8 @@ class Bottleneck(Insert):
 
     def deliver(self, z: Tensor, link: Link) -> Tensor:
         """Return what a link delivers of a representation, de-quantised: the way of real bytes."""
-        return self.receive(link(self.at, self.codec, self.send(z)))
+        delivered = link(self.at, self.codec, self.send(z))
+        return self.receive({name: tensor.to(z.device) for name, tensor in delivered.items()})
 
     def judge(self, sent: Tensor) -> Tensor:
         """Return the probability of each element under the learned prior."""
@@ -193,10 +196,8 @@ class Bottleneck(Insert):
         return dict(zip(codec.sends, sent if isinstance(sent, tuple) else (sent,), strict=True))
 
     def receive(self, delivered: Mapping[str, Tensor]) -> Tensor:
-        """De-quantise what ``codec.decode`` delivers, on the device of the decoder."""
-        weight = next(self.parameters(), next(self.buffers(), None))
-        tensors = delivered.values() if weight is None else [tensor.to(weight.device) for tensor in delivered.values()]
-        return self.quantizer.receive(*tensors)
+        """De-quantise what ``codec.decode`` delivers, on the device where it is."""
+        return self.quantizer.receive(*delivered.values())
 
     def check_measured(self) -> None:
         """Refuse codes whose range nobody has measured.
@@ -239,9 +240,13 @@ class Bottleneck(Insert):
                 "float; choose 2 to 16"
             )
         self.quantizer = self.quantizer.with_bits(bits)
+        if self.widths:
+            self.select(bits)  # what stands behind may run on what was decoded before
 
     def calibrate(self, representations: Iterable[Tensor], bits: int, method: str = "mse") -> tuple[float, float]:
         """Give a bottleneck that was trained in float codes of some width, their range chosen on what it makes.
+
+        Codes that it has already keep their coding and the widths that they were trained for.
 
         Args:
             representations: Representations (B, *shape) each.
@@ -250,11 +255,26 @@ class Bottleneck(Insert):
 
         Returns:
             The range (low, high).
+
+        Raises:
+            ValueError: ``bits`` or ``method`` is out of range, there is nothing to measure, or a learned prior codes it.
         """
-        low, high = calibrate_range(representations, bits, method)
-        weight = next(self.parameters(), torch.empty(0))
-        self.quantizer = UniformQuantizer(bits).to(weight.device).train(self.training)
-        self.quantizer.set_range(low, high)
+        if self.has_prior:
+            self.quantizer.with_bits(bits)
+        device = torch.device("cpu")
+
+        def measured() -> Iterator[Tensor]:
+            nonlocal device
+            for z in representations:
+                device = z.device
+                yield z
+
+        low, high = calibrate_range(measured(), bits, method)
+        old = self.quantizer if isinstance(self.quantizer, UniformQuantizer) else UniformQuantizer(bits)
+        quantizer = UniformQuantizer(bits, coding=old.coding, quality=old.quality)
+        quantizer.widths = old.widths
+        quantizer.set_range(low, high)
+        self.quantizer = quantizer.to(device).train(self.training)
         if self.channel is not None:
             self.channel.check(self.quantizer)
         return low, high

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cleave.architectures.naming import whole_number
 from cleave.deployment import check_bits
 
 METHODS = ("mse", "minmax", "percentile")
@@ -85,8 +86,7 @@ def _check(bits: int, method: str, percentile: float | None, samples: int) -> No
         raise ValueError(f"percentile={percentile} has no meaning for method={method!r}; leave it out")
     if percentile is not None and not 50 < percentile <= 100:
         raise ValueError(f"percentile must be above 50 and at most 100, got {percentile}")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
-        raise ValueError(f"samples must be a whole number of at least 2, got {samples!r}")
+    whole_number("samples", samples, 2)
 
 
 def _collect(values: Iterable[Tensor], samples: int) -> tuple[_Values, float, float]:
@@ -107,7 +107,7 @@ def _collect(values: Iterable[Tensor], samples: int) -> tuple[_Values, float, fl
             chosen = np.argpartition(keys, samples)[:samples]
             kept, keys = kept[chosen], keys[chosen]
     if not len(kept):
-        raise ValueError("calibration needs at least one batch; raise batches or check the data")
+        raise ValueError("calibration needs at least one batch, got none; give more batches or check the data")
     if low == high:
         raise ValueError(f"the representation is {low:g} everywhere: its encoder is dead, and there is no range for it")
     return kept, low, high

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cleave.architectures.inserts.quantizer import Quantizer, UniformQuantizer
-from cleave.architectures.naming import did_you_mean
+from cleave.architectures.naming import did_you_mean, whole_number
 
 WHEN = ("train", "eval", "always", "never")
 _FLOAT_BITS = 32
@@ -128,8 +128,8 @@ class PacketLoss(Channel):
                 f"packet_bytes and packet_elements: give one of the two, got {packet_bytes} and {packet_elements}"
             )
         for name, value in (("packet_bytes", packet_bytes), ("packet_elements", packet_elements)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if value is not None:
+                whole_number(name, value)
         for name, flag in (("interleave", interleave), ("rescale", rescale)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} must be true or false, got {flag!r}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cleave.architectures.inserts.gaussian import make_gaussian
+from cleave.architectures.naming import whole_number
 
 MAP_LAYOUTS = ("NCHW", "NHWC")
 VECTOR_LAYOUTS = ("NLC", "NC")
@@ -154,8 +155,7 @@ def _check(
         ("depth", depth, 0),
         ("kernel", kernel, 1),
     ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        whole_number(name, value, least)
     if kernel % 2 == 0:
         raise ValueError(f"kernel must be odd, got {kernel}; use {kernel - 1} or {kernel + 1}")
 

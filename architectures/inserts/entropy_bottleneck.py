@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cleave.architectures.naming import whole_number
 from cleave.deployment import CodecError, EntropyCodec
 from cleave.deployment.codecs.entropy_codec import MAX_SYMBOLS
 
@@ -85,12 +86,13 @@ class EntropyBottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.filters = tuple(filters) if isinstance(filters, Sequence) and not isinstance(filters, str) else ()
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"channels must be a whole number of at least 1, got {channels!r}")
+        whole_number("channels", channels)
         if isinstance(axis, bool) or axis not in (0, -1):
             raise ValueError(f"axis must be 0 (channels first) or -1 (channels last), got {axis!r}")
-        if not self.filters or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.filters):
-            raise ValueError(f"filters must be whole numbers of at least 1, got {filters!r}")
+        if not self.filters:
+            raise ValueError(f"filters must be a list of whole numbers, got {filters!r}")
+        for number, filter_width in enumerate(self.filters):
+            whole_number(f"filters[{number}]", filter_width)
         if isinstance(init_scale, bool) or not isinstance(init_scale, int | float) or not 0.1 <= init_scale < math.inf:
             raise ValueError(f"init_scale must be a number of at least 0.1, got {init_scale!r}")
         self.channels, self.axis = channels, axis

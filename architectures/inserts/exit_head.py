@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from cleave.architectures.inserts.coders import MAP_LAYOUTS, VECTOR_LAYOUTS, Permute, conv_block
 from cleave.architectures.inserts.insert import IN, Half, Halves, Insert, Step
+from cleave.architectures.naming import whole_number
 
 POOLINGS = ("average", "max", "mix")
 
@@ -184,11 +185,9 @@ def _check(pooling: str, grid: int, size: int | None, convs: int, width: int | N
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     for name, value, least in (("grid", grid, 1), ("size", size, 1), ("convs", convs, 0), ("width", width, 1)):
-        if value is None and name in ("size", "width"):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if value is not None or name not in ("size", "width"):
+            whole_number(name, value, least)
     if convs > 2:
         raise ValueError(f"convs must be 0, 1 or 2, got {convs}; a deeper exit is better placed later")
-    if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel must be an odd whole number, got {kernel!r}")
+    if whole_number("kernel", kernel) % 2 == 0:
+        raise ValueError(f"kernel must be odd, got {kernel}; use {kernel - 1} or {kernel + 1}")

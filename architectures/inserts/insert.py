@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from cleave.deployment import Codec
 
 IN, OUT = "in", "out"
+# What a network itself gives under the name of a cut.
+_TAKEN = frozenset({IN, OUT, "input", "answer"})
+# Parts of a network that are no insert's.
+_PARTS = frozenset({"backbone", "head", "middle", "tail", "ensemble", "terms"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Step:
         kind: What costs are listed as, such as ``encoder``; ``None`` costs nothing worth counting.
         late: Run behind all stages, as the classifiers of exits are.
         random: Draws random numbers in some mode, so that its result cannot be stored.
+        noisy_with: Parts that make it draw random numbers while they learn, though it uses none of their parameters.
         selective: Also takes ``wanted``, the names that somebody asks for, so that it need not make the others.
         linked: Name of the method that takes its place where what is sent goes through real bytes.
     """
@@ -43,6 +48,7 @@ class Step:
     kind: str | None = None
     late: bool = False
     random: bool = False
+    noisy_with: tuple[str, ...] = ()
     selective: bool = False
     linked: str | None = None
 
@@ -120,3 +126,39 @@ class Insert(nn.Module):
     def halves(self) -> Halves:
         """Return its sides as they are exported; here the insert itself, which sends nothing."""
         return Halves(Half(self, (IN,), (OUT, *self.emits) if self.passes else self.emits))
+
+
+def check_inserts(cut: str, inserts: Sequence[Insert]) -> None:
+    """Refuse inserts that cannot stand at one cut together.
+
+    Raises:
+        TypeError: One is no insert, or states no kind.
+        ValueError: Two have one kind, emit one name or call a part the same, or a name means something else.
+    """
+    for insert in inserts:
+        if not isinstance(insert, Insert) or not isinstance(getattr(insert, "kind", None), str):
+            raise TypeError(
+                f"what stands at {cut!r} must be an Insert with a kind, got {type(insert).__name__}; derive it from "
+                'Insert and state kind = "name"'
+            )
+        if not insert.passes and not insert.emits:
+            raise ValueError(f"the {insert.kind} at {cut!r} passes nothing on and emits nothing; state what it emits")
+        for name in insert.emits:
+            if name in _TAKEN or "/" in name or name.startswith(":"):
+                raise ValueError(
+                    f"the {insert.kind} at {cut!r} emits {name!r}, which means something else at a cut; name it otherwise"
+                )
+        for part in insert.parts():
+            if part in _PARTS:
+                raise ValueError(
+                    f"the {insert.kind} at {cut!r} has a part {part!r}, which means something else in a network; name it "
+                    "otherwise"
+                )
+    for what, groups in (
+        ("are called", [[insert.kind] for insert in inserts]),
+        ("emit", [insert.emits for insert in inserts]),
+        ("have a part", [insert.parts() for insert in inserts]),
+    ):
+        names = [name for group in groups for name in group]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two inserts at {cut!r} {what} {repeated[0]!r}; name one of them otherwise")

@@ -23,7 +23,7 @@ def recalibrate_batchnorm(network: nn.Module, part: nn.Module, batches: Iterable
     Args:
         network: Network whose forward pass feeds the part.
         part: Module inside ``network`` whose BatchNorm layers are measured again.
-        batches: Normalised images (B, C, H, W); each B at least 2.
+        batches: Inputs of the network (B, …); each B at least 2.
 
     Returns:
         The number of BatchNorm layers measured; 0 changes nothing and reads no batch.
@@ -43,12 +43,12 @@ def recalibrate_batchnorm(network: nn.Module, part: nn.Module, batches: Iterable
                 layer.reset_running_stats()
                 layer.momentum = None
                 layer.train()
-            for images in batches:
-                network(images)
+            for batch in batches:
+                network(batch)
                 seen += 1
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
     if not seen:
-        raise ValueError("recalibration needs at least one batch; raise recalibrate.batches or check the data")
+        raise ValueError("recalibration needs at least one batch, got none; give more batches or check the data")
     return len(layers)

@@ -58,14 +58,13 @@ def exit_logits(exits: Sequence[ExitSpec]) -> list[str]:
     return [LOGITS if item is exits[-1] else f"{item.name}/{LOGITS}" for item in exits]
 
 
-def check_exits(exits: Sequence[ExitSpec], policy: ExitPolicy | None, outputs: Sequence[str], route: Route) -> None:
-    """Check exits and policy against a route.
+def check_exits(exits: Sequence[ExitSpec], policy: ExitPolicy | None, outputs: Sequence[str]) -> None:
+    """Check exits, policy and outputs against each other.
 
     Args:
         exits: In the order in which they are reached; empty where there are none.
         policy: Who decides there, or nobody.
         outputs: Names of the network's outputs.
-        route: The partitions and their edges.
 
     Raises:
         BundleError: They do not fit.
@@ -78,7 +77,15 @@ def check_exits(exits: Sequence[ExitSpec], policy: ExitPolicy | None, outputs: S
         raise BundleError(f"exits answer with {LOGITS} alone, but the network's outputs are {', '.join(outputs)}")
     if policy is not None:
         check_policy(policy, exits)
-    _check_order(exits, route)
+    names = [item.name for item in exits]
+    if len(set(names)) < len(names):
+        raise BundleError(f"each exit needs a name of its own, got {', '.join(names)}")
+
+
+def check_places(exits: Sequence[ExitSpec], route: Route) -> None:
+    """Raise :class:`BundleError` unless exits stand where the route leads, and each emits its logits."""
+    if exits:
+        _check_order(exits, route)
     for item, logits in zip(exits, exit_logits(exits), strict=True):
         part = route.by_name[item.partition]
         if logits not in part.outputs:
@@ -148,9 +155,6 @@ def read_policy(path: str | Path) -> ExitPolicy:
 
 def _check_order(exits: Sequence[ExitSpec], route: Route) -> None:
     """Check that who leaves at an exit is still awaited by all that runs behind it, and by nobody else."""
-    names = [item.name for item in exits]
-    if len(set(names)) < len(names):
-        raise BundleError(f"each exit needs a name of its own, got {', '.join(names)}")
     if unknown := [item for item in exits if item.partition not in route.by_name]:
         raise BundleError(f"the exit {unknown[0].name} stands behind {unknown[0].partition}, which is no partition")
     places = [route.order.index(item.partition) for item in exits]

@@ -87,8 +87,8 @@ class Policy(Evaluator):
     """What an exit policy makes of the exits, in testing.
 
     ``policy/acc``, the mean MACs ``policy/macs`` and their share of the backbone's, ``policy/share/NAME`` of the
-    samples that leave at each exit, and where something is sent ``policy/payload_bytes``, the mean over all samples, of which
-    those that leave before a bottleneck send nothing there.
+    samples that leave at each exit, and where something is sent ``policy/payload_bytes``, the mean over all samples, of
+    which those that leave before a bottleneck send nothing there.
 
     Args:
         answers: Holds the policy.

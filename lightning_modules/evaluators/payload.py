@@ -126,5 +126,5 @@ def _estimated(passed: Passed) -> Tensor:
     found = []
     for cut, bottleneck in passed.network.bottlenecks.items():
         if bottleneck.has_prior:
-            found.append(bottleneck.quantizer.estimated_bits(passed.sent[cut]["codes"]) / 8)  # type: ignore[union-attr, operator]
+            found.append(bottleneck.quantizer.estimated_bits(passed.sent[cut]["codes"]) / 8)  # type: ignore[operator]
     return torch.stack(found).sum(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -32,7 +32,7 @@ class ExitsJoint(Task):
         ValueError: The weights do not fit the exits, or leave nothing of ``train`` to learn.
     """
 
-    trains = ("backbone", "bottleneck", "exits")
+    trains: ClassVar[tuple[str, ...]] = ("backbone", "bottleneck", "exits")
 
     def __init__(
         self,

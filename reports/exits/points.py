@@ -9,7 +9,7 @@ from typing import Any
 
 from cleave.architectures import StagedNetwork
 from cleave.deployment import ExitPolicy
-from cleave.lightning_modules.exits import network_policy
+from cleave.lightning_modules.evaluators import network_policy
 from cleave.planning import (
     Calibrated,
     budgeted_batch,

@@ -19,7 +19,8 @@ from cleave.architectures.partitions import network_partitions
 from cleave.datamodules import Digits, ImageDataModule
 from cleave.datamodules.sources import FileSource
 from cleave.deployment import Bundle, ExitPolicy, OutputSpec, check_parts, export_bundle, read_policy
-from cleave.lightning_modules import Measured, network_policy
+from cleave.lightning_modules import Measured
+from cleave.lightning_modules.evaluators import network_policy
 from cleave.reports.rates.results import Point
 from cleave.reports.terminal import console, table
 from cleave.scripts.assembly.building import plain
@@ -67,7 +68,14 @@ def chosen_exits(network: StagedNetwork, data: ImageDataModule, config: DictConf
         policy = None if settings is None else network_policy(network, settings)
     exits = Exits(policy, given.get("placements"))
     found = network_partitions(network, data.input, exits.placements, exits.policy)
-    check_parts(found.parts, found.edges, outputs_of(network, data), found.exits, exits.policy)
+    check_parts(
+        found.parts,
+        found.edges,
+        input=data.input,
+        outputs=outputs_of(network, data),
+        exits=found.exits,
+        policy=exits.policy,
+    )
     return exits
 
 

@@ -130,8 +130,10 @@ def step_config(cfg: DictConfig, name: str) -> DictConfig:
         cfg.paths.checkpoints = str(Path(cfg.paths.checkpoints) / name)
         for key in KNOWN:
             if settings.get(key) is not None:
-                # Before interpolations are resolved: callbacks watch what the step's training says.
-                cfg[key] = settings[key] if cfg.get(key) is None else OmegaConf.merge(cfg[key], settings[key])
+                # Before interpolations are resolved: callbacks watch what the step's training says. A method is taken
+                # whole: what another one would take means nothing to it.
+                whole = key == "method" or cfg.get(key) is None
+                cfg[key] = settings[key] if whole else OmegaConf.merge(cfg[key], settings[key])
         config = OmegaConf.create(plain(cfg))
         config.step = name
         config.steps = {str(n): in_words(OmegaConf.select(cfg, f"steps.{n}.method._target_")) for n in cfg.steps}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cleave.architectures.inserts.bottleneck import build_bottleneck
+from cleave.architectures.inserts.coders import build_bottleneck
 
 
 def run(source, target, layout, **settings):
@@ -62,13 +62,13 @@ def test_building_leaves_no_trace_of_the_probe():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"channels": 0}, "bottleneck.channels"),
-        ({"channels": 1.5}, "bottleneck.channels"),
+        ({"channels": 0}, "channels must be a whole number of at least"),
+        ({"channels": 1.5}, "channels must be a whole number of at least"),
         ({"kernel": 4}, "use 3 or 5"),
-        ({"stride": 0}, "bottleneck.stride"),
+        ({"stride": 0}, "stride must be a whole number of at least"),
         ({"stride": 64}, "use at most 32"),
-        ({"width": 0}, "bottleneck.width"),
-        ({"depth": -1}, "bottleneck.depth"),
+        ({"width": 0}, "width must be a whole number of at least"),
+        ({"depth": -1}, "depth must be a whole number of at least"),
         ({"form": "swap"}, "replace, insert"),
     ],
 )
@@ -78,7 +78,7 @@ def test_bad_arguments_are_named(settings, named):
 
 
 def test_what_a_layout_cannot_have_is_refused():
-    with pytest.raises(ValueError, match=r"split\.form=insert"):
+    with pytest.raises(ValueError, match="form=insert"):
         build_bottleneck((3, 224, 224), (197, 192), "NLC")
     with pytest.raises(ValueError, match="stride=2 has no meaning"):
         build_bottleneck((197, 192), (197, 192), "NLC", form="insert", stride=2)
