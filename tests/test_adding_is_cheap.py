@@ -1,4 +1,4 @@
-"""A new insert, a new term and a new evaluator in one short file: trained, tested, exported and run with exits and a bottleneck."""
+"""A new insert, a new term and a new evaluator in one short file, with exits and a bottleneck."""
 
 import functools
 import math
@@ -64,7 +64,12 @@ def test_a_new_insert_a_new_term_and_a_new_evaluator(tmp_path):
     terms = {"exits": exits, "noise": Term(NoiseReward(), of=["student/layer2/deviation"], weight=0.1)}
     training = Training(optimizer=functools.partial(torch.optim.AdamW, lr=1e-2))
     task = Task(network, terms, training=training, evaluators=[Deviation()])
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, limit_train_batches=4, limit_val_batches=1, **quiet)
     trainer.fit(task, datamodule=data)
     assert trainer.test(task, datamodule=data, verbose=False)[0]["test/deviation"] > 0.1

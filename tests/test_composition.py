@@ -1,4 +1,4 @@
-"""Everything composes: exits, codes, links, forms and objectives, each pair of them trained, tested, resumed, exported and run."""
+"""Everything composes: exits, codes, links, forms and objectives, each pair of them from training to a bundle."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def exported(checkpoint: Path, bundle: Path, *options: str) -> Path:
     given = [f"ckpt_path={checkpoint}", f"bundle={bundle}", "trainer=cpu", "+trainer.enable_progress_bar=false"]
-    return export(compose_config("export", [*given, "+trainer.limit_test_batches=1", *options], bundle.parent / "export"))
+    return export(
+        compose_config("export", [*given, "+trainer.limit_test_batches=1", *options], bundle.parent / "export")
+    )
 
 
 @pytest.mark.untraced

@@ -1,4 +1,4 @@
-"""Room for other tasks: per-pixel classes on the digits, with a loss and an evaluator of this file and no other change."""
+"""Room for other tasks: per-pixel classes on the digits, with a loss and an evaluator of this file alone."""
 
 import functools
 
@@ -81,7 +81,12 @@ def test_a_dense_network_trains_is_exported_and_runs(tmp_path):
     terms = {"pixels": Term(PixelCrossEntropy(), of=["student/logits", "mask"])}
     task = Task(network, terms, training=training, evaluators=[MeanIoU()])
     assert task.monitor == "val/iou"
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = pl.Trainer(accelerator="cpu", max_epochs=3, **quiet)
     before = pl.Trainer(accelerator="cpu", **quiet).validate(task, datamodule=data, verbose=False)[0]["val/iou"]
     trainer.fit(task, datamodule=data)

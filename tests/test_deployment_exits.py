@@ -67,6 +67,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "cascade_in_tiers": ({"placements": TIERS, "cascade": True}, "margin"),
     "cascade_and_ensemble_in_tiers": ({"placements": TIERS, "cascade": True, "split": "layer1"}, "ensemble"),
     "returning": ({"placements": RETURNING}, "ensemble"),
+    "ensemble_waits_at_home": ({"placements": RETURNING, "exits": ("layer1", "final")}, "ensemble"),
 }
 Made = Callable[[str], tuple[Bundle, list[Part], ExitPolicy]]
 
@@ -142,7 +143,14 @@ def test_each_sample_leaves_where_the_module_says_with_its_answer_and_its_bytes(
 
 @pytest.mark.parametrize(
     "name",
-    ["patience_in_tiers", "ensemble_in_tiers", "cascade_in_tiers", "returning", "ensemble_past_a_placement"],
+    [
+        "patience_in_tiers",
+        "ensemble_in_tiers",
+        "cascade_in_tiers",
+        "returning",
+        "ensemble_past_a_placement",
+        "ensemble_waits_at_home",
+    ],
 )
 def test_placements_change_bytes_alone(made: Made, name: str, tmp_path: Path) -> None:
     bundle, _, policy = made(name)
@@ -170,6 +178,7 @@ def test_what_a_policy_must_know_is_sent_as_float32_and_counted(made: Made) -> N
     assert {len(x) for x in result.payloads["layer2/log_p"]} == {0, 4 * 2 * len(CLASSES)}
     result = Pipeline(made("ensemble_past_a_placement")[0]).run(batch)
     assert [key for key in result.payloads if "/" in key] == ["layer1/log_p@edge", "layer1/log_p@cloud"]
+    assert list(Pipeline(made("ensemble_waits_at_home")[0]).run(batch).payloads) == ["layer1", "layer2"]
     result = Pipeline(made("cascade_in_tiers")[0]).run(batch)
     assert {len(x) for x in result.payloads["layer1/logits"]} == {0, 4 * len(CLASSES)}
     none = Pipeline(made("patience_in_tiers")[0], policy=build_policy("confidence", 0.9, exits=3)).run(batch)

@@ -124,6 +124,8 @@ def state_crossings(policy: ExitPolicy | None, exits: Sequence[ExitSpec], classe
     for index, (item, following) in enumerate(itertools.pairwise(exits)):
         if index >= last:
             break
+        if route.by_name[item.partition].placement == route.by_name[following.partition].placement:
+            continue  # it stays there, wherever the samples go in between
         state = policy.state_behind(index, classes)
         for edge in route.path(item.partition, following.partition):
             source, target = (route.by_name[end].placement for end in (edge.producer, edge.consumer))

@@ -161,7 +161,7 @@ def _configure_input(data: ImageDataModule, base: Restored | None, backbone: Bac
 def _teacher(
     cfg: DictConfig, data: ImageDataModule, base: Restored | None, pretrained: nn.Module | None, cuts: Sequence[str]
 ) -> Frozen | None:
-    """Return the network that can teach: that of ``teacher.ckpt_path``, or else the base, or the pretrained backbone."""
+    """Return the network that can teach: that of ``teacher.ckpt_path``, or else the base or the pretrained backbone."""
     if cfg.teacher.ckpt_path is not None:
         return _other_teacher(cfg, data, cuts)
     if base is not None:

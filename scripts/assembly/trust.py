@@ -8,7 +8,8 @@ from typing import Any
 
 from hydra.utils import get_object
 
-# A class by its own name, at the end of lower-case modules; and the functions that make backbones, encoders and quantisers.
+# A class by its own name, at the end of lower-case modules; and the functions that make backbones, encoders and
+# quantisers.
 ROOMS = ("architectures", "datamodules", "lightning_modules", "losses")
 OURS = re.compile(rf"cleave\.({'|'.join(ROOMS)})(\.[a-z]\w*)*\.[A-Z]\w*")
 TORCH = re.compile(r"torch\.(optim(\.lr_scheduler)?\.[A-Z]\w*|nn\.[A-Z]\w*Loss)")
@@ -36,7 +37,11 @@ def check_targets(config: Any, path: str, trusted: bool) -> None:
     if trusted:
         return
     for target in targets(config):
-        if target not in FACTORIES and not TORCH.fullmatch(target) and not (OURS.fullmatch(target) and _is_ours(target)):
+        if (
+            target not in FACTORIES
+            and not TORCH.fullmatch(target)
+            and not (OURS.fullmatch(target) and _is_ours(target))
+        ):
             raise ValueError(
                 f"the checkpoint {path} names {target}, which is not part of Cleave; if you know where the file comes "
                 "from, add trust_checkpoint=true to run that code"
