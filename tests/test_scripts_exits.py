@@ -51,7 +51,7 @@ def test_each_method_trains_tests_and_is_rebuilt_from_its_checkpoint(
         assert value == pytest.approx(metrics[name], abs=1e-6), name
 
 
-def test_zero_time_waste_runs_its_three_steps_on_one_store_of_features(tmp_path: Path, teacher_file: Path) -> None:
+def test_zero_time_waste_runs_its_three_steps_on_stored_features(tmp_path: Path, teacher_file: Path) -> None:
     cache = [f"feature_cache.directory={tmp_path / 'cache'}", "data.augment=none"]
     use = ["feature_cache.use=true"]
     chosen = ["experiment=zero_time_waste", EXITS, f"base.ckpt_path={teacher_file}", "exits.policy.thresholds=0.5"]
@@ -67,16 +67,17 @@ def test_zero_time_waste_runs_its_three_steps_on_one_store_of_features(tmp_path:
     assert moved("backbone", "exits") <= exits
     assert {name.split(".")[0] for name in moved("backbone", "exits")} == {"at:layer1", "at:layer2"}
     assert moved("exits", "ensemble") == {name for name in states["exits"] if name.startswith("ensemble.")}
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    # The backbone's features for the exits, and what the exits make of them for the ensembles.
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
     ("overrides", "error", "words"),
     [
         (["exits.at=[layr1]"], ValueError, "no layer 'layr1'.*Did you mean 'layer1'"),
-        ([], ValueError, "no exits; give exits.at or exits.count"),
+        ([], ValueError, "no exits; build it with exits.at or exits.count"),
         ([EXITS, "exits.count=2"], ValueError, "either exits.at or exits.count"),
-        ([EXITS, "exits.at=layer1"], ValueError, r"exits\.at is a list .*exits\.at=\[layer1\]"),
+        ([EXITS, "exits.at=layer1"], ValueError, r"exits\.at is a list .*exits\.at=\['layer1'\]"),
         ([EXITS, "exits.policy.thresholds=1.5"], ValueError, "1.5"),
         ([EXITS, "method.loss.weights=[1,1]"], ValueError, "weights has 2 numbers"),
         ([EXITS, "feature_cache.use=true"], ValueError, "no frozen part"),

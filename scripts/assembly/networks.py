@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,18 @@ from cleave.deployment import ImageInput
 
 NETWORK = ("backbone", "split", "bottleneck", "codec", "channel", "exits", "inserts")
 """The groups that describe a network; a checkpoint's are all it takes to build it again."""
+ARGUMENTS = {
+    "exits_count": "exits.count",
+    "exit_head": "exits.head",
+    "bottleneck_at": "bottleneck.at",
+    "codec_at": "codec.at",
+    "exits": "exits.at",
+    "split": "split.at",
+    "form": "split.form",
+    "ensemble": "exits.ensemble",
+    "cascade": "exits.cascade",
+}
+"""Keys of a config by the arguments of :func:`~cleave.architectures.staged_network` that are called otherwise."""
 
 
 def build_network(
@@ -90,7 +103,7 @@ def sample_of(image_input: ImageInput) -> Tensor:
 
 
 class keyed:  # noqa: N801 used as a verb: `with keyed("codec", cfg):`
-    """Put the config key before an argument's name in the message of a mistake.
+    """Put config keys for the names of arguments in the message of a mistake.
 
     Args:
         key: The group of the config.
@@ -105,11 +118,22 @@ class keyed:  # noqa: N801 used as a verb: `with keyed("codec", cfg):`
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Raise the mistake again under its key."""
-        if isinstance(error, ValueError | TypeError) and self.names:
-            message = str(error)
-            first = message.split("=")[0].split(" ")[0]
-            if first in self.names:
-                raise type(error)(f"{self.key}.{message}") from error
+        if not isinstance(error, ValueError | TypeError) or error.args != (str(error),):
+            return
+        message = str(error)
+        if re.split("[= ]", message, maxsplit=1)[0] in self.names:
+            message = f"{self.key}.{message}"
+        if (message := in_config_words(message)) != str(error):
+            raise type(error)(message) from error
+
+
+def in_config_words(message: str) -> str:
+    """Return a message about arguments of a network's builder with the keys by which a config says them."""
+    for argument, key in ARGUMENTS.items():
+        # Some of them are words of the language, too.
+        place = "" if "_" in argument else r"(?==| or exits\.| names | is a )"
+        message = re.sub(rf"(?<![\w.'\"])\b{argument}\b{place}", key, message)
+    return message
 
 
 def _without_at(group: DictConfig) -> DictConfig:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cleave.architectures import StagedNetwork
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import FLOAT_BITS, ImageInput, check_bits
-from cleave.lightning_modules.callbacks.metadata import KEY, SCHEMA
+from cleave.lightning_modules.callbacks.metadata import KEY, read_metadata
 from cleave.scripts.assembly.networks import NETWORK, build_network, keyed
 from cleave.scripts.assembly.trust import check_targets
 
@@ -100,7 +100,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is truncated, damaged, or was not written by Cleave.
+        ValueError: The file is truncated, damaged, or was not written by this version of Cleave.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}; train.py prints the path of what it saved")
@@ -113,11 +113,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             + (f"it holds what weights_only=True refuses ({error})" if whole else "it is truncated or no checkpoint")
             + "; use another save, such as last.ckpt beside it"
         ) from error
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint or checkpoint[KEY].get("schema") != SCHEMA:
-        raise ValueError(
-            f"{path} was not written by this version of Cleave's train.py: its network cannot be rebuilt from it; "
-            "weights from elsewhere go in by backbone.weights=FILE"
-        )
+    read_metadata(checkpoint, str(path))
     return checkpoint
 
 
