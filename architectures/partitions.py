@@ -179,15 +179,16 @@ class _Results(nn.Module):
 def _halves(network: StagedNetwork, insert: Insert, cut: str, at: str, goes_on: str) -> list[Piece]:
     device, codec, server = insert.halves()
     is_exit = not insert.passes and LOGITS in insert.emits
+    # What a codec makes of a tensor has the tensor's name before a dot.
+    coded = {} if codec is None else _coded(cut, codec)
 
-    def piece(half: Half, costs: tuple[str, ...], codec: Codec | None = None) -> Piece:
-        # What a codec makes of a tensor has the tensor's name before a dot.
-        own = {} if insert.halves().codec is None else _coded(cut, insert.halves().codec)
-        full = [tuple(own.get(n, qualified(n, cut, at, goes_on)) for n in names) for names in (half.needs, half.gives)]
-        # Whatever an insert does to its input, another may still read it.
-        return Piece(
-            half.module, full[0], full[1], cut, costs, codec, is_exit, alters=network.alters_input(cut, insert)
+    def piece(half: Half, costs: tuple[str, ...], sends: Codec | None = None) -> Piece:
+        needs, gives = (
+            tuple(coded.get(name, qualified(name, cut, at, goes_on)) for name in names)
+            for names in (half.needs, half.gives)
         )
+        alters = network.alters_input(cut, insert)  # another may still read what it takes
+        return Piece(half.module, needs, gives, cut, costs, sends, is_exit, alters)
 
     if codec is None or server is None:
         kinds = tuple(dict.fromkeys(step.kind for step in insert.steps() if step.kind is not None))
