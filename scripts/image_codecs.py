@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from cleave.architectures import SplitNetwork
 from cleave.architectures.naming import did_you_mean
 from cleave.datamodules import ImageDataModule
-from cleave.deployment import ImageCodec, image_codec, zstd_bytes
+from cleave.deployment import zstd_bytes
+from cleave.deployment.codecs.image_codecs import ImageCodec, image_codec
 from cleave.reports.rates.results import RESULTS, Point, write_results
 from cleave.reports.terminal import console, next_command, table
 from cleave.scripts.assembly.restoring import restore, restore_data

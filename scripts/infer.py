@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cleave.datamodules import Digits
 from cleave.datamodules.image_folder import EXTENSIONS
-from cleave.deployment import Pipeline, Result, exit_shares, load_bundle, read_policy
+from cleave.deployment import ImageInput, Pipeline, Result, exit_shares, load_bundle, read_policy
 from cleave.reports.terminal import console, table
 from cleave.scripts.assembly.terminal import CONF, friendly, start
 
@@ -24,6 +24,9 @@ def infer(cfg: DictConfig) -> list[str]:
     if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={cfg.device}: torch finds no CUDA device here; use device=cpu")
     bundle = load_bundle(cfg.bundle, device=cfg.device)
+    if [output.kind for output in bundle.manifest.outputs] != ["logits"]:
+        found = ", ".join(f"{output.name} ({output.kind})" for output in bundle.manifest.outputs)
+        raise ValueError(f"bundle={cfg.bundle} answers with {found}; infer.py names classes, so run it by Pipeline")
     file = cfg.exits.policy_file
     pipeline = Pipeline(bundle, bits=cfg.bits, policy=None if file is None else read_policy(file))
     known = bundle.manifest.exits
@@ -42,7 +45,8 @@ def infer(cfg: DictConfig) -> list[str]:
         lengths += result.payload_bytes
         exits = [] if result.exits is None else result.exits.tolist()
         left += exits
-        confidences, indices = (values.tolist() for values in result.logits.softmax(1).max(1))
+        (logits,) = result.outputs.values()
+        confidences, indices = (values.tolist() for values in logits.softmax(1).max(1))
         for i, name in enumerate(names):
             predicted.append(bundle.class_names[indices[i]])
             where = (known[exits[i]].name,) if exits else ()
@@ -50,7 +54,7 @@ def infer(cfg: DictConfig) -> list[str]:
             rows.append((*row, *where))
     header = ("image", "prediction", "label", "confidence", "payload bytes", *(("exit",) if known else ()))
     table(f"{len(rows)} images through {cfg.bundle}", rows, header)
-    if not all(pipeline.local):
+    if pipeline.crossings:
         console.print(f"Payload: {length_words(lengths)}. {width_words(pipeline)}", soft_wrap=True, highlight=False)
     exits_summary(pipeline, left, lengths)
     per_image = [(part, f"{1000 * spent / len(rows):.3f}") for part, spent in seconds.items()]
@@ -84,19 +88,20 @@ def length_words(lengths: Sequence[int]) -> str:
 
 def width_words(pipeline: Pipeline) -> str:
     """Say at which widths the codes were sent, and how to ask for another."""
-    widths = [codec.bits for codec in pipeline.codecs if codec.levels]
+    widths = [codec.bits for codec in pipeline.codecs.values() if codec.levels]
     if not widths:
         return "There is no other width."
     return f"Codes of {' and '.join(map(str, widths))} bits; another width: add bits={4 if 4 not in widths else 8}"
 
 
 def timings(pipeline: Pipeline, result: Result) -> Iterator[tuple[str, float]]:
-    """Seconds of each partition, and of the codec after it where something is sent, in the order of the route."""
-    for i, (name, spent) in enumerate(result.part_seconds.items()):
+    """Seconds of each partition, and of what is packed and unpacked behind it, in the order of the route."""
+    for name, spent in result.part_seconds.items():
         yield f"{name} partition", spent
-        if i < len(pipeline.local) and not pipeline.local[i]:
-            yield f"pack after {name}", result.encode_seconds[i]
-            yield f"unpack after {name}", result.decode_seconds[i]
+        sent = [key for key, crossing in pipeline.crossings.items() if crossing.producer == name]
+        if sent:
+            yield f"pack after {name}", sum(result.encode_seconds[key] for key in sent)
+            yield f"unpack after {name}", sum(result.decode_seconds[key] for key in sent)
 
 
 def batches(cfg: DictConfig, pipeline: Pipeline) -> Iterator[tuple[list[str], Tensor, list[str]]]:
@@ -108,7 +113,7 @@ def batches(cfg: DictConfig, pipeline: Pipeline) -> Iterator[tuple[list[str], Te
     size = cfg.batch_size
     if cfg.input == "digits":
         data = Digits()
-        data.configure_input(pipeline.bundle.input)
+        data.configure_input(image_input(pipeline))
         images, labels = data.sample_images("test", cfg.limit or 10**6)
         for start in range(0, len(images), size):
             some = range(start, min(start + size, len(images)))
@@ -122,6 +127,16 @@ def batches(cfg: DictConfig, pipeline: Pipeline) -> Iterator[tuple[list[str], Te
         images = torch.stack([pipeline.preprocess(file) for file in some_files])
         names = [str(file.relative_to(folder)) if folder.is_dir() else file.name for file in some_files]
         yield names, images, [""] * len(some_files)
+
+
+def image_input(pipeline: Pipeline) -> ImageInput:
+    """Return how images become the bundle's input; ValueError where it takes none."""
+    found = pipeline.bundle.input
+    if not isinstance(found, ImageInput):
+        raise ValueError(
+            f"this bundle takes {found.name}, {found.dtype} {list(found.shape)}, so infer.py cannot read it"
+        )
+    return found
 
 
 def image_files(path: Path) -> list[Path]:

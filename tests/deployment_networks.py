@@ -240,8 +240,8 @@ class Layer(nn.Module):
     def __init__(self, first=False, head=True, cascade=False, received=False, sent=False):
         super().__init__()
         self.first, self.cascade, self.received, self.sent = first, cascade, received, sent
-        self.layer = nn.Conv2d(1 if first else 4, 4, 3, padding=1)
-        self.head = nn.Linear(4 + (len(CLASSES) if cascade else 0), len(CLASSES)) if head else None
+        self.layer = nn.Conv2d(1 if first else 4, 4, 3, padding=1, bias=False)
+        self.head = nn.Linear(4 + (len(CLASSES) if cascade else 0), len(CLASSES), bias=False) if head else None
 
     def forward(self, *tensors):
         tensors = list(tensors)
@@ -297,8 +297,10 @@ def exit_parts(placements=("device",) * 3, cascade=False, split=None, seed=0, ex
 
 
 def exit_images(count=6, seed=0):
+    """Noise of differing brightness, so that the exits have something to tell apart."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, *EXIT_INPUT.shape), dtype=torch.uint8, generator=generator)
+    noise = torch.rand(count, *EXIT_INPUT.shape, generator=generator)
+    return (255 * noise * torch.rand(count, 1, 1, 1, generator=generator)).to(torch.uint8)
 
 
 @torch.no_grad()

@@ -367,3 +367,42 @@ def test_frequencies_of_the_extremes(size):
 def test_what_are_no_probabilities_is_refused(probabilities):
     with pytest.raises(CodecError, match="probabilities must be 1 to 4096 values"):
         integer_frequencies(probabilities)
+
+
+# --- the format, as docs/bundle.md describes it -------------------------------------------------------------------
+
+
+def decoded_by_the_document(lows, frequencies, count, bitstream):
+    """The decoder of docs/bundle.md, in whole numbers."""
+    most = 2**64 - 1
+    data = bitstream + bytes(-len(bitstream) % 4 + 8)
+    words = [int.from_bytes(data[i : i + 4], "big") for i in range(0, len(data), 4)]
+    point, position, low, width, found = words[0] << 32 | words[1], 2, 0, most, []
+    for least, table in zip(lows, frequencies, strict=True):
+        scale = (2**24 - len(table)) / 65536
+        edges = [*(int(sum(table[:s]) * scale) + s for s in range(len(table))), 2**24]
+        for _ in range(count):
+            symbol = 0
+            if len(table) > 1:
+                step = width >> 24
+                place = (point - low & most) // step
+                symbol = max(s for s in range(len(table)) if edges[s] <= place)
+                low, width = low + step * edges[symbol] & most, step * (edges[symbol + 1] - edges[symbol])
+                if width < 2**32:
+                    low, width, point = low << 32 & most, width << 32, point << 32 & most
+                    point, position = point | (words[position] if position < len(words) else 0), position + 1
+            found.append(least + symbol)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_payloads_are_those_of_the_document(seed):
+    generator = np.random.default_rng(seed)
+    sizes, lows = generator.integers(1, 40, 3).tolist(), tuple(generator.integers(-20, 5, 3).tolist())
+    tables = tuple(integer_frequencies(generator.dirichlet(np.full(size, 0.3))) for size in sizes)
+    codec = EntropyCodec((3, 4, 5), lows, tables)
+    draws = [generator.choice(n, p=np.array(t) / 65536, size=20) for n, t in zip(sizes, tables, strict=True)]
+    codes = np.stack([low + draw for low, draw in zip(lows, draws, strict=True)]).astype(np.int32)
+    (payload,) = codec.encode({"codes": torch.from_numpy(codes.reshape(1, 3, 4, 5))})
+    assert decoded_by_the_document(lows, tables, 20, payload[:-4]) == codes.ravel().tolist()
+    assert payload[-4:] == zlib.crc32(payload[:-4] + codes.astype("<i4").tobytes()).to_bytes(4, "big")

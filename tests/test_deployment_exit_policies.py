@@ -100,6 +100,39 @@ def test_a_sample_leaves_on_the_right_side_of_its_exits_threshold_and_on_it(kind
     assert leaves[3].all()
 
 
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_a_policy_says_which_thresholds_there_are(kind):
+    policy = build_policy(kind, None, exits=E)
+    scores, certainties = (of(logits_of()).double() for of in (policy.scores, policy.certainties))
+    # At the certainty of a sample as the threshold of an exit, it leaves there, and who is as certain.
+    if policy.per_exit:
+        assert policy.candidates() is None
+        chosen = [certainties[0, 2].item(), math.inf, certainties[2, 1].item()]
+        found = policy.with_certainties(chosen)
+        assert found.thresholds == (scores[0, 2].item(), None, scores[2, 1].item())
+        assert [found.threshold_words(exit) for exit in (1, 3)] == ["", ""]
+        assert found.threshold_words(0) == f"{scores[0, 2].item():g}"
+        leaves = torch.stack([decision.leave for decision in run(found, logits_of())])
+        for exit in (0, 2):
+            assert torch.equal(leaves[exit], certainties[exit] >= chosen[exit])
+    else:
+        assert list(policy.candidates()) == [1, 2, 3]
+        found = policy.with_certainties([2.0] * 3)
+        assert found.thresholds == (2, 2, 2)
+        assert found.threshold_words(0) == "2"
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_a_policy_says_what_the_next_exit_must_know(kind):
+    policy = build_policy(kind, None, exits=E)
+    for exit, decision in enumerate(run(policy, logits_of(torch.float32))[:-1]):
+        known = policy.state_behind(exit, C)
+        assert {name: (x.shape[1:], x.dtype) for name, x in known.items()} == {
+            name: (x.shape[1:], x.dtype) for name, x in decision.state.items()
+        }
+        assert bool(known) == policy.carries
+
+
 @pytest.mark.parametrize("patience", [1, 2, 3])
 def test_patience_leaves_after_so_many_agreements(patience):
     # Three classes, so that both agreement and change are common.

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cleave.datamodules import Digits
-from cleave.deployment import JPEGCodec
+from cleave.deployment.codecs.image_codecs import JPEGCodec
 from cleave.reports.rates.results import Point, read_results
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore

@@ -64,7 +64,7 @@ def test_each_stage_has_checkpoints_of_its_own_with_its_own_settings(whole):
         for name in ("best", "last"):
             config = read_checkpoint(whole / f"checkpoints/{stage}/{name}.ckpt")["cleave"]["config"]
             assert (config["stage"], " → ".join(config["stages"].values())) == (stage, LABEL)
-            assert config["method"]["_target_"] == f"lightning_modules.{method}"
+            assert config["method"]["_target_"] == f"cleave.lightning_modules.{method}"
 
 
 def test_the_steps_of_all_loggers_go_on_and_every_row_names_its_stage(whole):
@@ -359,7 +359,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole, tmp_path, teacher_file):
             "method=recipe", *objectives, finetune)  # fmt: skip
     refused("is of a run without stages, but this run is the recipe head, finetune",
             "experiment=bottlefit", "compare={layer2: 1.0}", f"ckpt_path={teacher_file}")  # fmt: skip
-    refused(r"made by method\._target_=lightning_modules\.Classification, but here it is .*\.HeadDistillation",
+    refused(r"made by method\._target_=cleave\.lightning_modules\.Classification, but here it is .*\.HeadDistillation",
             "method=head_distillation", f"ckpt_path={teacher_file}")  # fmt: skip
 
 

@@ -1,10 +1,13 @@
-"""JSON with one spelling per value, so that a digest covers every byte."""
+"""JSON with one spelling per value, so that a digest covers every byte, and with the keys that are expected."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
+
+from .files import BundleError
 
 
 def dump(values: Any) -> bytes:
@@ -39,6 +42,27 @@ def parse(content: bytes) -> Any:
         raise ValueError(f"it is not UTF-8: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error}") from None
+
+
+def typed(values: Any, where: str, **types: Any) -> dict[str, Any]:
+    """Return ``values`` if it is an object with exactly these keys and types; :class:`BundleError` otherwise."""
+    if not isinstance(values, Mapping):
+        raise BundleError(f"{where} must be an object, got {type(values).__name__}")
+    if missing := types.keys() - values.keys():
+        raise BundleError(f"{where} lacks {', '.join(sorted(missing))}")
+    if unknown := values.keys() - types.keys():
+        raise BundleError(f"{where} has the unknown keys {', '.join(sorted(unknown))}; known are {', '.join(types)}")
+    for key, kind in types.items():
+        if not isinstance(values[key], kind) or isinstance(values[key], bool):
+            raise BundleError(f"{where}: {key} has the wrong type, {type(values[key]).__name__}")
+    return dict(values)
+
+
+def all_of(values: list[Any], kind: type, where: str) -> list[Any]:
+    """Return ``values`` if each is of one type; :class:`BundleError` otherwise."""
+    if wrong := [value for value in values if not isinstance(value, kind)]:
+        raise BundleError(f"{where} has an entry of the wrong type: {wrong[0]!r}")
+    return values
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ..codecs.codec import Codec, codec_from_dict
+from .canonical_json import typed
 from .files import BundleError
-from .typed_json import typed
 
 
 class Signature(NamedTuple):

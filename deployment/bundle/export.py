@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..exits.policy import ExitPolicy
-from ..exits.specs import ExitSpec, check_exits
+from ..exits.specs import ExitSpec, check_exits, check_places
 from ..runtime.inputs import Input
 from ..runtime.walk import Walk, walk_all
 from .data_dependence import data_dependent_lines
@@ -154,9 +154,10 @@ def check_parts(
         raise BundleError(f"each placement needs one spelling, whatever the case, got {', '.join(sorted(places))}")
     if not outputs:
         raise BundleError("outputs is empty: say what the network is for")
+    check_exits(exits, policy, [output.name for output in outputs])
     results = route_results(outputs, exits)
     route = Route(tuple(part.signature for part in parts), tuple(edges), input.name, results)
-    check_exits(exits, policy, [output.name for output in outputs], route)
+    check_places(exits, route)
     return route
 
 

@@ -10,15 +10,14 @@ from typing import Any
 
 from ..exits.policies import policy_from_dict
 from ..exits.policy import ExitPolicy
-from ..exits.specs import ExitSpec, check_exits, exit_logits
+from ..exits.specs import ExitSpec, check_exits, check_places, exit_logits
 from ..naming import did_you_mean
 from ..runtime.inputs import Input, input_from_dict, input_to_dict
-from .canonical_json import digest, dump, parse
+from .canonical_json import digest, dump, parse, typed
 from .edges import Edge, repeated
 from .files import BundleError, FileEntry, read_file
 from .route import Route
 from .specs import OutputSpec, PartitionSpec, TensorSpec
-from .typed_json import typed
 
 SCHEMA = 3
 MANIFEST = "manifest.json"
@@ -62,7 +61,8 @@ class Manifest:
         entries = [*self.samples.values(), *(partition.file for partition in self.partitions)]
         if twice := repeated([MANIFEST, *(entry.file for entry in entries)]):
             raise BundleError(f"the file {', '.join(twice)} appears twice")
-        check_exits(self.exits, self.policy, [output.name for output in self.outputs], self.route)
+        check_exits(self.exits, self.policy, [output.name for output in self.outputs])
+        check_places(self.exits, self.route)
         if self.samples.keys() != set(self.route.placements):
             found = ", ".join(self.samples)
             raise BundleError(f"each placement, {', '.join(self.route.placements)}, has one sample file, got {found}")

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..checks import is_whole
 from ..naming import did_you_mean
 from ..runtime.inputs import DTYPES
+from .canonical_json import all_of, typed
 from .edges import Signature, repeated
 from .files import BundleError, FileEntry, check_name
 from .torchscript import FORMAT
-from .typed_json import all_of, typed
 
 OUTPUT_KINDS = ("logits", "map", "boxes", "tokens", "tensor")
 

@@ -40,6 +40,7 @@ class SparseCodec(CodesCodec):
         ValueError: An argument is out of range; the message names it and its value.
 
     Example:
+        >>> import torch
         >>> codec = SparseCodec(shape=(8,), bits=4, low=0.0, high=1.5)
         >>> codes = torch.tensor([[0, 0, 0, 15, 0, 0, 0, 1]], dtype=torch.int32)
         >>> (payload,) = codec.encode({"codes": codes, "low": torch.zeros(1), "high": torch.full((1,), 1.5)})
@@ -108,6 +109,7 @@ class ZstdCodec(Codec):
         ValueError: ``inner`` is no codec, or itself of this kind; ``level`` is out of range.
 
     Example:
+        >>> import torch
         >>> codec = ZstdCodec(UniformCodec(shape=(100,), bits=8, low=0.0, high=1.0))
         >>> sent = {"codes": torch.zeros(1, 100).int(), "low": torch.zeros(1), "high": torch.ones(1)}
         >>> len(codec.inner.encode(sent)[0]), len(codec.encode(sent)[0])

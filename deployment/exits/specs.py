@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle.canonical_json import parse
+from ..bundle.canonical_json import parse, typed
 from ..bundle.edges import Crossing
 from ..bundle.files import BundleError
 from ..bundle.route import Route
-from ..bundle.typed_json import typed
 from ..codecs.codec import FloatCodec
 from .policies import policy_from_dict
 from .policy import ExitPolicy
@@ -58,14 +57,13 @@ def exit_logits(exits: Sequence[ExitSpec]) -> list[str]:
     return [LOGITS if item is exits[-1] else f"{item.name}/{LOGITS}" for item in exits]
 
 
-def check_exits(exits: Sequence[ExitSpec], policy: ExitPolicy | None, outputs: Sequence[str], route: Route) -> None:
-    """Check exits and policy against a route.
+def check_exits(exits: Sequence[ExitSpec], policy: ExitPolicy | None, outputs: Sequence[str]) -> None:
+    """Check exits, policy and outputs against each other.
 
     Args:
         exits: In the order in which they are reached; empty where there are none.
         policy: Who decides there, or nobody.
         outputs: Names of the network's outputs.
-        route: The partitions and their edges.
 
     Raises:
         BundleError: They do not fit.
@@ -78,7 +76,15 @@ def check_exits(exits: Sequence[ExitSpec], policy: ExitPolicy | None, outputs: S
         raise BundleError(f"exits answer with {LOGITS} alone, but the network's outputs are {', '.join(outputs)}")
     if policy is not None:
         check_policy(policy, exits)
-    _check_order(exits, route)
+    names = [item.name for item in exits]
+    if len(set(names)) < len(names):
+        raise BundleError(f"each exit needs a name of its own, got {', '.join(names)}")
+
+
+def check_places(exits: Sequence[ExitSpec], route: Route) -> None:
+    """Raise :class:`BundleError` unless exits stand where the route leads, and each emits its logits."""
+    if exits:
+        _check_order(exits, route)
     for item, logits in zip(exits, exit_logits(exits), strict=True):
         part = route.by_name[item.partition]
         if logits not in part.outputs:
@@ -117,6 +123,8 @@ def state_crossings(policy: ExitPolicy | None, exits: Sequence[ExitSpec], classe
     for index, (item, following) in enumerate(itertools.pairwise(exits)):
         if index >= last:
             break
+        if route.by_name[item.partition].placement == route.by_name[following.partition].placement:
+            continue  # it stays there, wherever the samples go in between
         state = policy.state_behind(index, classes)
         for edge in route.path(item.partition, following.partition):
             source, target = (route.by_name[end].placement for end in (edge.producer, edge.consumer))
@@ -148,9 +156,6 @@ def read_policy(path: str | Path) -> ExitPolicy:
 
 def _check_order(exits: Sequence[ExitSpec], route: Route) -> None:
     """Check that who leaves at an exit is still awaited by all that runs behind it, and by nobody else."""
-    names = [item.name for item in exits]
-    if len(set(names)) < len(names):
-        raise BundleError(f"each exit needs a name of its own, got {', '.join(names)}")
     if unknown := [item for item in exits if item.partition not in route.by_name]:
         raise BundleError(f"the exit {unknown[0].name} stands behind {unknown[0].partition}, which is no partition")
     places = [route.order.index(item.partition) for item in exits]

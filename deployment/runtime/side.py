@@ -94,7 +94,14 @@ class Side:
         self.route = manifest.route.with_bits(bits).with_codecs(codecs or {})
         self.policy = manifest.policy if policy is None else policy
         self.states = state_crossings(self.policy, manifest.exits, len(bundle.class_names), self.route)
+        self.examples = self._state_examples()
         self._visits: dict[Hashable, Visit] = {}
+
+    def _state_examples(self) -> list[dict[str, Tensor]]:
+        """Return the policy's state behind each early exit where it is sent, in its own shapes and types."""
+        if self.policy is None or not self.states:
+            return []
+        return [self.policy.state_behind(exit, len(self.bundle.class_names)) for exit in range(self.policy.exits - 1)]
 
     @property
     def waiting(self) -> tuple[Hashable, ...]:
@@ -121,13 +128,16 @@ class Side:
         """
         if isinstance(arrived, Tensor):
             arrived = Message(tuple(range(len(arrived))), {self.route.input: arrived})
-        visit = self._visits.pop(request, None) or Visit()
+        visit = self._visits.get(request) or Visit()
         walk = _Running(self)
+        # What cannot be taken in is refused before anything that waits is touched.
         walk.outcome.messages = walk.step(visit, arrived)
-        if not walk.finished(visit):
+        if walk.finished(visit):
+            self.forget(request)
+        else:
             self._visits[request] = visit
             if len(self._visits) > self.limit:
-                del self._visits[next(iter(self._visits))]
+                self.forget(next(iter(self._visits)))
         return walk.outcome
 
 
@@ -137,6 +147,7 @@ class _Running(Walk):
     def __init__(self, side: Side) -> None:
         super().__init__(side.route, side.placement, side.states)
         self.bundle, self.policy, self.outcome = side.bundle, side.policy, Outcome()
+        self.examples = side.examples
         manifest = side.bundle.manifest
         self.results = [output.name for output in manifest.outputs]
         self.last = len(manifest.exits) - 1
@@ -171,7 +182,7 @@ class _Running(Walk):
 
     def _decide(self, visit: Visit, policy: ExitPolicy, exit: int, logits: Tensor) -> None:
         batch, classes = logits.shape
-        state = _restored(visit.state, policy, exit, logits) if exit else policy.start(batch, classes, logits)
+        state = self._restored(visit.state, exit, logits) if exit else policy.start(batch, classes, logits)
         answer, leave, visit.state = policy.decide(exit, logits, state)
         gone = leave.nonzero().squeeze(1).tolist()
         if not gone:
@@ -180,6 +191,16 @@ class _Running(Walk):
         rows = visit.rows or ()
         self._answer([rows[place] for place in gone], left, [exit] * len(gone))
         visit.keep((~leave).nonzero().squeeze(1).tolist())
+
+    def _restored(self, state: Mapping[str, Tensor], exit: int, logits: Tensor) -> dict[str, Tensor]:
+        """Return the state behind the exit before, which may have come as float32, in the policy's own types."""
+        if not self.examples:
+            return dict(state)
+        examples = self.examples[exit - 1]
+        return {
+            name: value.reshape(len(value), *examples[name].shape[1:]).to(logits.device, examples[name].dtype)
+            for name, value in state.items()
+        }
 
     def _answer(self, rows: Sequence[int], outputs: Mapping[str, Tensor], exits: Sequence[int]) -> None:
         """Note answers, those of samples that left here before among them."""
@@ -195,14 +216,3 @@ class _Running(Walk):
         if self.bundle.device.type == "cuda":
             torch.cuda.synchronize(self.bundle.device)
         return time.perf_counter()
-
-
-def _restored(state: Mapping[str, Tensor], policy: ExitPolicy, exit: int, logits: Tensor) -> dict[str, Tensor]:
-    """Return the state behind the exit before, which may have come as float32, in the policy's own types."""
-    if not state:
-        return {}
-    examples = policy.state_behind(exit - 1, logits.shape[1])
-    return {
-        name: value.reshape(len(value), *examples[name].shape[1:]).to(logits.device, examples[name].dtype)
-        for name, value in state.items()
-    }

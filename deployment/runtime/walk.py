@@ -133,6 +133,8 @@ class Walk(abc.ABC):
                 known = [*([self.route.input] if self.placement == self.route.entry else ()), *self.coming]
                 raise BundleError(f"nothing on {self.placement} takes {name}; it takes {', '.join(known)}")
             crossing = self.coming[name]
+            if len(payload) != len(message.rows) and isinstance(payload, list):
+                raise BundleError(f"{name} has {len(payload)} payloads for {len(message.rows)} samples")
             delivered = self.receive(crossing, payload)
             if crossing.state is not None:
                 state[crossing.state] = delivered[crossing.codec.delivers[0]]

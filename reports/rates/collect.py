@@ -67,7 +67,7 @@ def bundle_values(file: Path) -> list[dict[str, Any]]:
         ValueError: The manifest is damaged, or its config is not one of train.py.
     """
     manifest = read_manifest(file.parent)
-    device, config = manifest.partition(manifest.route[0]), manifest.config
+    device, config = manifest.partition(manifest.route.order[0]), manifest.config
     cost = {"encoder": {"macs": device.macs or 0, "params": device.params}}
     try:
         # The config is that of a recipe's last stage, which knows the others by their names.
