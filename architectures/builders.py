@@ -184,8 +184,9 @@ def multi_exit_network(
         codec: Settings of the quantiser.
         channel: The link.
     """
-    if (at is None) == (count is None):
-        raise ValueError(f"give either at or count, the exits' layers or their number; got at={at} and count={count}")
+    _check_exits(at, count, "at", "count")
+    if at is None and count is None:
+        raise ValueError("give either at or count, the exits' layers or their number; got none of them")
     if split is None and any(each is not None for each in (bottleneck, codec, channel)):
         raise ValueError("bottleneck, codec and channel stand at a split; give split, or leave them None")
     return staged_network(
@@ -257,22 +258,27 @@ def in_order(backbone: nn.Module, names: Sequence[str], sample: Tensor) -> list[
 
 def _exit_cuts(backbone: nn.Module, sample: Tensor, at: Sequence[str] | None, count: int | None) -> list[str]:
     """Return the layers that get an exit."""
-    if at is not None and count is not None:
-        raise ValueError(f"give either exits or exits_count, got {at} and {count}")
+    _check_exits(at, count, "exits", "exits_count")
     if count is not None:
-        whole_number("exits_count", count)
         points = cut_points(backbone, sample)
         return spread([point for point in points if point.name not in RESERVED], count)
+    return list(at or ())
+
+
+def _check_exits(at: Sequence[str] | None, count: int | None, layers: str, number: str) -> None:
+    """Check what says where exits stand, under the names of the two arguments."""
+    if at is not None and count is not None:
+        raise ValueError(f"give either {layers} or {number}, got {at} and {count}")
+    if count is not None:
+        whole_number(number, count)
     if at is None:
-        return []
+        return
     if isinstance(at, str) or not at:
-        raise ValueError(f"exits is a list of at least one layer, got {at!r}; write exits=['layer1']")
-    at = list(at)
-    if repeated := [name for name in at if at.count(name) > 1]:
-        raise CutError(f"exits names {repeated[0]!r} twice; each layer takes one exit")
+        raise ValueError(f"{layers} is a list of at least one layer, got {at!r}; write {layers}=['layer1']")
+    if repeated := [name for name in at if list(at).count(name) > 1]:
+        raise CutError(f"{layers} names {repeated[0]!r} twice; each layer takes one exit")
     if taken := [name for name in at if name in (FINAL, LOGITS)]:
-        raise CutError(f"exits names {taken[0]!r}: the backbone's own classifier is the last exit already")
-    return at
+        raise CutError(f"{layers} names {taken[0]!r}: the backbone's own classifier is the last exit already")
 
 
 def _exit(

@@ -212,7 +212,7 @@ class StagedNetwork(NamedOutputs):
         Args:
             policy: Counts its own work as well, where it is not negligible.
         """
-        classes = self.shapes[LOGITS][0]
+        classes = self.shapes.get(LOGITS, (0,))[0]
         return cumulative(self.costs(), lambda exit: 0 if policy is None else policy.macs(exit, classes))
 
     def cost_shares(self) -> list[float]:
@@ -233,8 +233,9 @@ class StagedNetwork(NamedOutputs):
             The answers (B, classes) and where each sample left (B,).
 
         Raises:
-            ValueError: The policy has another number of exits, or refuses the logits.
+            ValueError: The policy has another number of exits, or refuses the logits; or there are none to judge.
         """
+        self.check_names([LOGITS])
         if policy.exits != max(1, len(self.exits)):
             raise ValueError(f"the policy has {policy.exits} exits, the network {len(self.exits)}; both count the last")
         return leave_early(list(exit_steps(self)), {INPUT: inputs}, policy)
@@ -282,10 +283,12 @@ class StagedNetwork(NamedOutputs):
         Returns:
             The range (low, high).
         """
+        (bottleneck,) = self._bottlenecks_at(at, "a range")
         with evaluating(self), torch.no_grad():
-            (bottleneck,) = self._bottlenecks_at(at, "a range")
             representations = (self.outputs(batch, [f"{at}/z"])[f"{at}/z"] for batch in batches)
-            return bottleneck.calibrate(representations, bits, method)
+            found = bottleneck.calibrate(representations, bits, method)
+        bottleneck.quantizer.train(bottleneck.training)  # it may be a new one
+        return found
 
     def _bottlenecks_at(self, at: str | None, what: str) -> list[Bottleneck]:
         """Return one bottleneck, or all."""

@@ -101,7 +101,8 @@ def network_partitions(
     """Describe a network as partitions, the edges between them, and its exits.
 
     A partition ends at each exit and where a bottleneck sends. It is named for its placement where it is alone there,
-    else for the layer that it ends with: ``to_layer1`` … ``to_final``. A channel that disturbs a link is part of none.
+    else for the layer that it ends with: ``to_layer1`` … ``to_final``, ``behind_layer1`` for one more there. A channel
+    that disturbs a link is part of none.
 
     Args:
         network: The network, in eval mode.
@@ -177,22 +178,23 @@ class _Results(nn.Module):
 
 
 def _halves(network: StagedNetwork, insert: Insert, cut: str, at: str, goes_on: str) -> list[Piece]:
-    device, codec, server = insert.halves()
+    device, sends, server = insert.halves()
     is_exit = not insert.passes and LOGITS in insert.emits
+    # What a codec makes of a tensor has the tensor's name before a dot.
+    coded = {} if codec is None else _coded(cut, codec)
 
-    def piece(half: Half, costs: tuple[str, ...], codec: Codec | None = None) -> Piece:
-        # What a codec makes of a tensor has the tensor's name before a dot.
-        own = {} if insert.halves().codec is None else _coded(cut, insert.halves().codec)
-        full = [tuple(own.get(n, qualified(n, cut, at, goes_on)) for n in names) for names in (half.needs, half.gives)]
-        # Whatever an insert does to its input, another may still read it.
-        return Piece(
-            half.module, full[0], full[1], cut, costs, codec, is_exit, alters=network.alters_input(cut, insert)
+    def piece(half: Half, costs: tuple[str, ...], sends: Codec | None = None) -> Piece:
+        needs, gives = (
+            tuple(coded.get(name, qualified(name, cut, at, goes_on)) for name in names)
+            for names in (half.needs, half.gives)
         )
+        alters = network.alters_input(cut, insert)  # another may still read what it takes
+        return Piece(half.module, needs, gives, cut, costs, sends, is_exit, alters)
 
-    if codec is None or server is None:
+    if sends is None or server is None:
         kinds = tuple(dict.fromkeys(step.kind for step in insert.steps() if step.kind is not None))
         return [piece(device, kinds)]
-    return [piece(device, ("encoder",), codec), piece(server, ("decoder",))]
+    return [piece(device, ("encoder",), sends), piece(server, ("decoder",))]
 
 
 def _coded(cut: str, codec: Codec) -> dict[str, str]:
@@ -265,7 +267,9 @@ def _names(groups: Sequence[Sequence[Piece]], places: Sequence[str], exits: bool
         return ["whole"]
     if not exits and len(set(places)) == len(places):
         return list(places)
-    return [f"to_{group[-1].cut}" for group in groups]
+    ends = [group[-1].cut for group in groups]
+    # A second partition ends at a cut where an exit reads what a bottleneck there has sent.
+    return [f"behind_{end}" if end in ends[:number] else f"to_{end}" for number, end in enumerate(ends)]
 
 
 def _edges(

@@ -82,8 +82,8 @@ def in_order_of(names: Sequence[str], result: Any) -> Tensor | tuple[Tensor, ...
     found = result_names(result)
     if found != tuple(names):
         raise CutError(
-            f"the backbone returned {', '.join(found)} now, but {', '.join(names)} when the network was built; "
-            "wrap it so that it returns the same in training and in eval mode"
+            f"the backbone returned {', '.join(found)} now, but {', '.join(names)} when the network was built; wrap it "
+            "so that it returns the same in training and in eval mode"
         )
     values = tuple(result.values()) if isinstance(result, Mapping) else tuple(result)
     return values[0] if len(values) == 1 else values

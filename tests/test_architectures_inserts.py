@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cleave.architectures import Insert, Stages, StagedNetwork, cut, staged_network
+from cleave.architectures import Insert, StagedNetwork, Stages, cut, staged_network
 
 from .tiny_networks import CODERS, CODES, SAMPLE, Noise, Tiny, batch
 

@@ -101,9 +101,7 @@ def test_exits_classify_behind_all_stages_in_their_order() -> None:
 def test_what_is_given_is_not_computed_again(network: Any) -> None:
     found = network.outputs(batch(), network.emits)
     ran: list[str] = []
-    hooks = [
-        stage.register_forward_hook(lambda *_, i=i: ran.append(str(i))) for i, stage in enumerate(network.stages)
-    ]
+    hooks = [stage.register_forward_hook(lambda *_, i=i: ran.append(str(i))) for i, stage in enumerate(network.stages)]
     try:
         for i, name in enumerate(network.cuts):
             ran.clear()

@@ -152,7 +152,8 @@ def test_what_frozen_parts_give_is_stored_once_and_for_all(network: StagedNetwor
 @pytest.mark.parametrize(
     ("kind", "names", "train", "stored"),
     [
-        ("exits", ["layer1/logits", "layer2/logits", "logits"], ["exits"], ("layer1/reduced", "layer2/reduced", "logits")),
+        ("exits", ["layer1/logits", "layer2/logits"], ["exits"], ("layer1/reduced", "layer2/reduced")),
+        ("exits", ["layer1/logits", "logits"], ["exits"], ("layer1/reduced", "logits")),
         ("exits", ["logits"], ["backbone"], ("images",)),
         ("insert", ["layer1", "layer1/input"], ["bottleneck"], ("layer1/input",)),
         ("replace", ["layer1"], ["encoder"], ("images",)),
@@ -286,7 +287,7 @@ def test_bits_belong_to_one_bottleneck_or_to_all() -> None:
         ("no bottleneck at 'layer'", lambda: built.bits("layer")),
         ("bits=4 has no meaning: this network is not split", lambda: family("exits").set_bits(4)),
         ("a channel has no meaning: this network is not split", lambda: family("exits").set_channel(_channel())),
-        ("a range has no meaning: this network is not split", lambda: family("exits").calibrate([batch()], "layer1", 4)),
+        ("a range has no meaning: this network is not split", lambda: family("exits").calibrate([], "layer1", 4)),
     ):
         with pytest.raises(ValueError, match=words):
             call()

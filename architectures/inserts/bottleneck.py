@@ -257,7 +257,7 @@ class Bottleneck(Insert):
             The range (low, high).
 
         Raises:
-            ValueError: ``bits`` or ``method`` is out of range, nothing is to be measured, or a learned prior codes it.
+            ValueError: ``bits`` or ``method`` is out of range, nothing is there to measure, or a prior codes it.
         """
         if self.has_prior:
             self.quantizer.with_bits(bits)

@@ -146,14 +146,14 @@ def check_inserts(cut: str, inserts: Sequence[Insert]) -> None:
         for name in insert.emits:
             if name in _TAKEN or "/" in name or name.startswith(":"):
                 raise ValueError(
-                    f"the {insert.kind} at {cut!r} emits {name!r}, which means something else at a cut; name it "
+                    f"the {insert.kind} at {cut!r} emits {name!r}, which means something else at a cut; call it "
                     "otherwise"
                 )
         for part in insert.parts():
             if part in _PARTS:
                 raise ValueError(
-                    f"the {insert.kind} at {cut!r} has a part {part!r}, which means something else in a network; "
-                    "name it otherwise"
+                    f"the {insert.kind} at {cut!r} has a part {part!r}, which means something else in a network; call "
+                    "it otherwise"
                 )
     for what, groups in (
         ("are called", [[insert.kind] for insert in inserts]),
