@@ -15,6 +15,8 @@ from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.train import train
 
+from .training_helpers import numbers
+
 QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]
 SPLIT = ["method=cross_entropy", "backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8"]
 SPLIT += ["split.at=layer2", "bottleneck.channels=4", "bottleneck.width=8", "trainer.max_epochs=4"]
@@ -107,7 +109,9 @@ def test_a_calibrated_network_is_exported_as_it_was_evaluated(in_float, tmp_path
     found = measure(checkpoint, tmp_path / "evaluate", *settings)
     assert f"Next: python scripts/export.py ckpt_path={checkpoint} codec.bits=4" in capsys.readouterr().out
     manifest = load_bundle(write(checkpoint, tmp_path, *settings)).manifest
-    assert manifest.metrics == pytest.approx(found, abs=1e-6)
+    assert numbers(manifest.metrics) == pytest.approx(found, abs=1e-6)
+    (point,) = collect([tmp_path / "bundle"])
+    assert (point.accuracy, point.payload_bytes, point.bits) == (found["test/acc"], 32, 4)
     assert accuracy(tmp_path / "bundle") == pytest.approx(found["test/acc"], abs=1e-6)
     assert manifest.route.codecs["layer2"].bits == 4
     assert manifest.config["codec"]["bits"] == 4
@@ -188,9 +192,9 @@ def test_a_bundle_is_measured_over_a_perfect_link(over_a_lossy_link, tmp_path):
     perfect = measure(checkpoint, tmp_path, "channel=perfect")
     assert [point.method for point in collect([tmp_path])] == ["Cross entropy, perfect link"]
     assert perfect["test/acc"] > metrics["test/acc"]
-    assert load_bundle(write(checkpoint, tmp_path)).manifest.metrics == pytest.approx(perfect, abs=1e-6)
+    assert numbers(load_bundle(write(checkpoint, tmp_path)).manifest.metrics) == pytest.approx(perfect, abs=1e-6)
     assert accuracy(tmp_path / "bundle") == pytest.approx(perfect["test/acc"], abs=1e-6)
-    written_at_once = load_bundle(checkpoint.parents[1] / "bundle").manifest.metrics
+    written_at_once = numbers(load_bundle(checkpoint.parents[1] / "bundle").manifest.metrics)
     assert written_at_once == pytest.approx(perfect, abs=1e-6)
 
 

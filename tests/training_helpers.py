@@ -94,6 +94,11 @@ def run_script(name: str, *overrides: str, folder: Path, code: int = 0, timeout:
     return told
 
 
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """A manifest's metrics without the points that compare.py reads there."""
+    return {name: value for name, value in metrics.items() if name != "points"}
+
+
 def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 

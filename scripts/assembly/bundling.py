@@ -15,10 +15,21 @@ from torch import Tensor
 from cleave.architectures import StagedNetwork, recalibrate_batchnorm
 from cleave.architectures.inserts.calibration import METHODS
 from cleave.architectures.naming import did_you_mean
-from cleave.architectures.partitions import network_partitions
+from cleave.architectures.outputs import LOGITS
+from cleave.architectures.partitions import Partitions, network_partitions
 from cleave.datamodules import Digits, ImageDataModule
 from cleave.datamodules.sources import FileSource
-from cleave.deployment import Bundle, ExitPolicy, OutputSpec, check_parts, export_bundle, read_policy
+from cleave.deployment import (
+    Bundle,
+    ExitPolicy,
+    ExitSpec,
+    OutputSpec,
+    Route,
+    check_parts,
+    export_bundle,
+    read_policy,
+)
+from cleave.deployment.exits.specs import state_crossings
 from cleave.lightning_modules import Measured
 from cleave.lightning_modules.evaluators import network_policy
 from cleave.reports.rates.results import Point
@@ -67,16 +78,13 @@ def chosen_exits(network: StagedNetwork, data: ImageDataModule, config: DictConf
         settings = plain(own) if own is not None else {"kind": "ensemble"} if network.ensemble is not None else None
         policy = None if settings is None else network_policy(network, settings)
     exits = Exits(policy, given.get("placements"))
-    found = network_partitions(network, data.input, exits.placements, exits.policy)
-    check_parts(
-        found.parts,
-        found.edges,
-        input=data.input,
-        outputs=outputs_of(network, data),
-        exits=found.exits,
-        policy=exits.policy,
-    )
+    _route(network, data, network_partitions(network, data.input, exits.placements, exits.policy), exits.policy)
     return exits
+
+
+def _route(network: StagedNetwork, data: ImageDataModule, found: Partitions, policy: ExitPolicy | None) -> Route:
+    outputs = outputs_of(network, data)
+    return check_parts(found.parts, found.edges, input=data.input, outputs=outputs, exits=found.exits, policy=policy)
 
 
 def outputs_of(network: StagedNetwork, data: ImageDataModule) -> list[OutputSpec]:
@@ -117,9 +125,10 @@ def write_bundle(
     network, exits = network.cpu().float().eval(), exits or Exits()
     accuracies = measured.exits if measured else None
     found = network_partitions(network, data.input, exits.placements, exits.policy, accuracies)
-    described: dict[str, Any] = all_edges(
-        {name: float(value) for name, value in metrics.items()}, network, found, measured
-    )
+    described: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
+    if measured is not None:
+        route = _route(network, data, found, exits.policy)
+        described = all_sent(described, network, measured, route, found.exits, exits.policy)
     if points and points[0].kind == "run":
         described["points"] = [dataclasses.asdict(point) for point in points]
     bundle = export_bundle(
@@ -139,32 +148,36 @@ def write_bundle(
     return directory
 
 
-def all_edges(
-    metrics: dict[str, float], network: StagedNetwork, found: Any, measured: Measured | None
+def all_sent(
+    metrics: Mapping[str, float],
+    network: StagedNetwork,
+    measured: Measured,
+    route: Route,
+    exits: Sequence[ExitSpec],
+    policy: ExitPolicy | None,
 ) -> dict[str, float]:
-    """Return what was measured with the bytes of every edge between placements, of which testing knows bottlenecks'.
+    """Return what was measured with the bytes of all that is sent, of which testing knows bottlenecks' codes alone.
 
-    All others send as many bytes of each sample that goes on there.
+    Features, and what a policy must know of exits before, are as many bytes of each sample that goes on there.
     """
-    metrics = dict(metrics)
-    if measured is None:
-        return metrics
-    places = {part.name: part.placement for part in found.parts}
-    order = list(places)
-    for edge in found.edges:
-        if places[edge.producer] == places[edge.consumer]:
+    found, order = dict(metrics), list(route.order)
+    states = state_crossings(policy, exits, network.shapes[LOGITS][0], route) if exits else []
+    for crossing in (*route.crossings, *states):
+        if crossing.tensor in network.bottlenecks:
             continue
-        sent = sum(4.0 * math.prod(t.codec.shape) for t in edge.transfers if t.tensor not in network.bottlenecks)
-        if not sent:
-            continue
-        metrics.pop("test/payload_zstd_bytes", None)  # of the bottlenecks' bytes alone
-        metrics["test/payload_bytes"] = metrics.get("test/payload_bytes", 0.0) + sent
+        length = 4.0 * math.prod(crossing.codec.shape)
+        found.pop("test/payload_zstd_bytes", None)  # of the bottlenecks' bytes alone
+        found["test/payload_bytes"] = found.get("test/payload_bytes", 0.0) + length
         if measured.policy is not None:
-            behind = [spec.name for spec in found.exits if order.index(spec.partition) > order.index(edge.producer)]
-            going = sum(measured.policy.shares[name] for name in behind)
-            known = metrics.get("test/policy/payload_bytes", 0.0)
-            metrics["test/policy/payload_bytes"] = known + sent * going
-    return metrics
+            place = order.index(crossing.producer)
+            left = [item.name for item in exits if order.index(item.partition) <= place]
+            known = found.get("test/policy/payload_bytes", 0.0)
+            going = 1.0 - sum(measured.policy.shares[name] for name in left)
+            found["test/policy/payload_bytes"] = known + length * going
+    for of in ("input", "feature", "file"):
+        if (name := f"test/payload_to_{of}") in found:
+            found[name] *= found["test/payload_bytes"] / metrics["test/payload_bytes"]
+    return found
 
 
 def bundle_table(bundle: Bundle, directory: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cleave.architectures import Channel, StagedNetwork, staged_network
 from cleave.deployment import ImageInput
+from cleave.scripts.assembly.terminal import unwrapped
 
 NETWORK = ("backbone", "split", "bottleneck", "codec", "channel", "exits", "inserts")
 """The groups that describe a network; a checkpoint's are all it takes to build it again."""
@@ -118,13 +119,16 @@ class keyed:  # noqa: N801 used as a verb: `with keyed("codec", cfg):`
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Raise the mistake again under its key."""
-        if not isinstance(error, ValueError | TypeError) or error.args != (str(error),):
+        if error is None:
             return
-        message = str(error)
+        mistake = unwrapped(error)
+        message = str(mistake)
+        if not isinstance(mistake, ValueError | TypeError) or mistake.args != (message,):
+            return
         if re.split("[= ]", message, maxsplit=1)[0] in self.names:
             message = f"{self.key}.{message}"
-        if (message := in_config_words(message)) != str(error):
-            raise type(error)(message) from error
+        if (message := in_config_words(message)) != str(mistake):
+            raise type(mistake)(message) from mistake
 
 
 def in_config_words(message: str) -> str:
