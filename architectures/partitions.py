@@ -178,7 +178,7 @@ class _Results(nn.Module):
 
 
 def _halves(network: StagedNetwork, insert: Insert, cut: str, at: str, goes_on: str) -> list[Piece]:
-    device, sends, server = insert.halves()
+    device, codec, server = insert.halves()
     is_exit = not insert.passes and LOGITS in insert.emits
     # What a codec makes of a tensor has the tensor's name before a dot.
     coded = {} if codec is None else _coded(cut, codec)
@@ -191,10 +191,10 @@ def _halves(network: StagedNetwork, insert: Insert, cut: str, at: str, goes_on: 
         alters = network.alters_input(cut, insert)  # another may still read what it takes
         return Piece(half.module, needs, gives, cut, costs, sends, is_exit, alters)
 
-    if sends is None or server is None:
+    if codec is None or server is None:
         kinds = tuple(dict.fromkeys(step.kind for step in insert.steps() if step.kind is not None))
         return [piece(device, kinds)]
-    return [piece(device, ("encoder",), sends), piece(server, ("decoder",))]
+    return [piece(device, ("encoder",), codec), piece(server, ("decoder",))]
 
 
 def _coded(cut: str, codec: Codec) -> dict[str, str]:
