@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint format clean
+.PHONY: help install demo test test-full lint types format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -31,8 +31,11 @@ test: $(READY)  ## run the tests with coverage (about 10 minutes on two cores)
 test-full: $(READY)  ## run every test, the slow ones included
 	$(PYTEST)
 
-lint: $(READY)  ## check style and types
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy $(ROOMS)
+lint: types  ## check style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(READY)  ## check types
+	$(BIN)/mypy $(addprefix -p cleave.,$(ROOMS))
 
 format: $(READY)  ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

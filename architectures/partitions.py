@@ -15,7 +15,7 @@ from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d, selec
 from cleave.architectures.network import StagedNetwork
 from cleave.architectures.normalize import Normalize
 from cleave.architectures.outputs import FINAL, INPUT, LOGITS, qualified
-from cleave.deployment import Codec, Edge, ExitPolicy, ExitSpec, FloatCodec, ImageInput, Part, Transfer
+from cleave.deployment import Codec, Edge, ExitPolicy, ExitSpec, FloatCodec, ImageInput, Input, Part, Transfer
 
 DEVICE, EDGE, SERVER = "device", "edge", "server"
 _READY = ":input"
@@ -93,7 +93,7 @@ class Partitions(NamedTuple):
 
 def network_partitions(
     network: StagedNetwork,
-    input: ImageInput | None = None,  # noqa: A002
+    input: Input | None = None,  # noqa: A002
     placements: Sequence[str] | None = None,
     policy: ExitPolicy | None = None,
     accuracies: Mapping[str, float] | None = None,
@@ -101,12 +101,13 @@ def network_partitions(
     """Describe a network as partitions, the edges between them, and its exits.
 
     A partition ends at each exit and where a bottleneck sends. It is named for its placement where it is alone there,
-    else for the layer that it ends with: ``to_layer1`` … ``to_final``, ``behind_layer1`` for one more there. A channel
-    that disturbs a link is part of none.
+    else for the layer that it ends with: ``to_layer1`` … ``to_final``, and ``to_layer1_sent`` where what is sent there
+    is read by an exit. A channel that disturbs a link is part of none.
 
     Args:
         network: The network, in eval mode.
-        input: The images that it takes; the first partition normalises by it. ``None``: it takes its input as it is.
+        input: What it takes; the first partition normalises images by it. ``None``: it takes its input as it is, under
+            the name ``images``.
         placements: Where each partition runs, free names; ``None``: the first up to where something is sent on the
             ``device``, those behind the last on the ``server``, and what stands between on an ``edge``.
         policy: Counts its own work at each exit, where it is not negligible.
@@ -134,16 +135,17 @@ def network_partitions(
         macs = sum(costs.get((piece.cut, kind), 0) for piece in group for kind in piece.costs)
         module = PartitionModule(group, inputs, outputs, levels)
         parts.append(Part(names[index], places[index], module, inputs, outputs, macs))
-        edges += _edges(network, groups, index, inputs, names, places, codecs, supplied)
+        own = [name for name in inputs if name not in supplied and name != (INPUT if input is None else input.name)]
+        edges += _edges(network, groups, index, own, names, places, codecs)
     return Partitions(parts, edges, _exits(network, groups, parts, policy, accuracies or {}))
 
 
-def _pieces(network: StagedNetwork, input: ImageInput | None) -> list[Piece]:  # noqa: A002
+def _pieces(network: StagedNetwork, input: Input | None) -> list[Piece]:  # noqa: A002
     """Return what a sample meets on its way, in order."""
     pieces: list[Piece] = []
-    at = INPUT
-    if input is not None:
-        pieces.append(Piece(Normalize(input), (INPUT,), (_READY,), network.cuts[0] if network.cuts else FINAL))
+    at = INPUT if input is None else input.name
+    if isinstance(input, ImageInput):
+        pieces.append(Piece(Normalize(input), (at,), (_READY,), network.cuts[0] if network.cuts else FINAL))
         at = _READY
     for i, cut in enumerate(network.cuts):
         if not (network.replaced and i == 0):
@@ -178,7 +180,7 @@ class _Results(nn.Module):
 
 
 def _halves(network: StagedNetwork, insert: Insert, cut: str, at: str, goes_on: str) -> list[Piece]:
-    device, sends, server = insert.halves()
+    device, codec, server = insert.halves()
     is_exit = not insert.passes and LOGITS in insert.emits
     # What a codec makes of a tensor has the tensor's name before a dot.
     coded = {} if codec is None else _coded(cut, codec)
@@ -191,10 +193,10 @@ def _halves(network: StagedNetwork, insert: Insert, cut: str, at: str, goes_on: 
         alters = network.alters_input(cut, insert)  # another may still read what it takes
         return Piece(half.module, needs, gives, cut, costs, sends, is_exit, alters)
 
-    if sends is None or server is None:
+    if codec is None or server is None:
         kinds = tuple(dict.fromkeys(step.kind for step in insert.steps() if step.kind is not None))
         return [piece(device, kinds)]
-    return [piece(device, ("encoder",), sends), piece(server, ("decoder",))]
+    return [piece(device, ("encoder",), codec), piece(server, ("decoder",))]
 
 
 def _coded(cut: str, codec: Codec) -> dict[str, str]:
@@ -268,8 +270,8 @@ def _names(groups: Sequence[Sequence[Piece]], places: Sequence[str], exits: bool
     if not exits and len(set(places)) == len(places):
         return list(places)
     ends = [group[-1].cut for group in groups]
-    # A second partition ends at a cut where an exit reads what a bottleneck there has sent.
-    return [f"behind_{end}" if end in ends[:number] else f"to_{end}" for number, end in enumerate(ends)]
+    # Where the head is replaced, the exit at the split stands behind what was sent: two partitions end at that cut.
+    return [f"to_{end}{'_sent' if end in ends[index + 1 :] else ''}" for index, end in enumerate(ends)]
 
 
 def _edges(
@@ -280,15 +282,12 @@ def _edges(
     names: Sequence[str],
     places: Sequence[str],
     codecs: Mapping[str, Codec],
-    supplied: Iterable[str],
 ) -> list[Edge]:
     """Return the edges that end at a partition, one for each that it takes something of."""
     coded = {name: cut for cut, codec in codecs.items() for name in codec.delivered(cut).values()}
     made_by = {name: i for i, group in enumerate(groups[:index]) for piece in group for name in piece.gives}
     sources: dict[int, dict[str, Transfer]] = {}
     for name in inputs:
-        if name == INPUT or name in supplied:
-            continue
         tensor = coded.get(name, name)
         maker = made_by[name]
         if tensor in codecs:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from cleave.datamodules import Digits
-from cleave.deployment import Pipeline, Result, load_bundle
+from cleave.deployment import ImageInput, Pipeline, Result, load_bundle
 from cleave.reports.terminal import console, next_command, table
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.bundling import parity_words
@@ -62,7 +62,8 @@ def run_bundle(bundle: Path) -> tuple[Result, float]:
     """Run a bundle over all test images; return what it gave and its accuracy."""
     loaded = load_bundle(bundle)
     data = Digits()
-    data.configure_input(loaded.input)
+    if isinstance(loaded.input, ImageInput):
+        data.configure_input(loaded.input)
     data.setup("test")
     batch = data.sample_batch("test", 10**6)
     result = Pipeline(loaded).run(batch["images"])

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from cleave.architectures.inserts.entropy_bottleneck import LIKELIHOOD_BOUND, TAIL_MASS, EntropyBottleneck
-from cleave.deployment import EntropyCodec, Part, Pipeline, export_bundle
+from cleave.deployment import Edge, EntropyCodec, Part, Pipeline, Transfer, export_bundle
 from cleave.deployment.bundle.data_dependence import data_dependent_lines
 from cleave.deployment.codecs.entropy_codec import CHECK_BYTES, MAX_SYMBOLS, TOTAL
 
-from .deployment_networks import CLASSES, INPUT, SHAPE, Encoder, Server, images
+from .deployment_networks import INPUT, OUTPUTS, SHAPE, Encoder, Server, images
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -373,11 +373,13 @@ def bundle(tmp_path_factory):
     torch.manual_seed(0)
     device, server = Device().eval(), Receiver().eval()
     parts = [
-        Part("head", "device", device, ("images",), ("codes",)),
-        Part("tail", "server", server, ("codes",), ("logits",)),
+        Part("head", "device", device, ("images",), ("cut.codes",)),
+        Part("tail", "server", server, ("cut.codes",), ("logits",)),
     ]
     directory = tmp_path_factory.mktemp("entropy") / "bundle"
-    return export_bundle(directory, parts, [device.prior.codec(SHAPE)], INPUT, CLASSES, images()), device, server
+    edges = [Edge("head", "tail", (Transfer("cut", device.prior.codec(SHAPE)),))]
+    bundle = export_bundle(directory, parts, edges, input=INPUT, outputs=OUTPUTS, images=images())
+    return bundle, device, server
 
 
 def test_encode_is_traced_and_steers_by_no_value():
@@ -402,7 +404,7 @@ def test_a_bundle_with_a_prior_passes_the_gate_and_tests_itself(bundle):
         codes = device(batch)
         torch.testing.assert_close(result.logits, server(codes), rtol=1e-5, atol=1e-5)
     assert len(codes.unique()) > 8
-    assert result.payloads[0] == device.prior.codec(SHAPE).encode({"codes": codes})
+    assert result.payloads["cut"] == device.prior.codec(SHAPE).encode({"codes": codes})
     assert len(set(result.payload_bytes)) > 1
     loaded.self_test()
     assert loaded.manifest.parity["codes_differing"] <= 1e-4
@@ -422,8 +424,8 @@ import deployment
 assert deployment.__file__.startswith({alone!r})
 bundle = deployment.load_bundle({bundle!r})
 bundle.self_test()
-result = deployment.Pipeline(bundle).run(bundle.sample["images"])
-print(json.dumps([payload.hex() for payload in result.payloads[0]]))
+result = deployment.Pipeline(bundle).run(bundle.samples["device"]["images"])
+print(json.dumps([payload.hex() for payload in result.payloads["cut"]]))
 """
 
 
@@ -438,8 +440,8 @@ def test_a_bundle_with_a_prior_runs_with_deployment_alone(tmp_path, bundle):
     )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
-    codes = loaded.sample["head.codes"]
-    assert found == [payload.hex() for payload in loaded.manifest.codecs[0].encode({"codes": codes})]
+    codes = loaded.samples["device"]["cut.codes"]
+    assert found == [payload.hex() for payload in loaded.manifest.route.codecs["cut"].encode({"codes": codes})]
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------

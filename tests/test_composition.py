@@ -18,6 +18,8 @@ from cleave.scripts.train import train
 TERM = "_target_: cleave.lightning_modules.Term"
 EXITS = f"{{{TERM}, loss: {{_target_: cleave.losses.JointExitLoss}}, of: [student/exits, labels, progress]}}"
 EXTRA = f"{{{TERM}, weight: 0.1, loss: {{_target_: torch.nn.MSELoss}}, of: [student/layer3, teacher/layer3]}}"
+RATE_LOSS = "{_target_: cleave.losses.RateLoss, pixels: 64}"
+RATE = f"{{{TERM}, weight: 0.01, loss: {RATE_LOSS}, of: [student/layer2/likelihoods]}}"
 TRAINED = {
     "kd": ["method=knowledge_distillation"],
     "hnd": ["method=head_distillation", "method.train=[bottleneck,exits]"],
@@ -31,7 +33,7 @@ TRAINED = {
 }
 CODES = {
     "uniform": ["codec.bits=4"],
-    "prior": ["codec=entropy"],
+    "prior": ["codec=entropy", f"+method.extra_terms.rate={RATE}"],  # a prior learns from a rate alone
     "widths": ["codec.bits=4", "codec.widths=[2,4]"],
     "stochastic": ["codec.bits=4", "bottleneck.variance=learned"],
 }

@@ -123,7 +123,7 @@ def layers_of(methods: Sequence[DictConfig], cfg: DictConfig, owner: str = "stud
     """Return the layers that the terms of all steps read of a network, before there is one."""
     split = plain_value(cfg.split.at)
     splits = [] if split is None else [split] if isinstance(split, str) else split
-    found = (get_class(method._target_).layers(splits, plain(method), owner) for method in methods)  # type: ignore[attr-defined]
+    found = (get_class(method._target_).layers(splits, plain(method), owner) for method in methods)
     return list(dict.fromkeys(layer for layers in found for layer in layers))
 
 
