@@ -57,6 +57,7 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
     backbone = instantiate(config.backbone, num_classes=len(metadata["class_names"])).network
     network = build_network(config, backbone, image_input, [*config.get("cuts", []), *cuts])
     load_strictly(network, network_state(checkpoint), f"the checkpoint {path}")
+    network.eval()  # in training a width that was not trained is refused
     if bits is not None and not network.bottlenecks:
         raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
     other_bits = False
@@ -68,7 +69,7 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
                 network.set_bits(bits, cut)  # else `bundling.recalibrate` finds a range first
         config.codec.bits = bits
         other_bits = True
-    return Restored(config, network.eval(), image_input, metadata["class_names"], file_sha256(path), other_bits)
+    return Restored(config, network, image_input, metadata["class_names"], file_sha256(path), other_bits)
 
 
 def restore_data(restored: Restored, overrides: DictConfig) -> ImageDataModule:
