@@ -180,7 +180,7 @@ class StagedNetwork(NamedOutputs):
         return network_parts(self)
 
     def resolve(self, train: Sequence[str]) -> tuple[str, ...]:
-        """Return the parts that ``train`` names; see :func:`~cleave.architectures.network.train_parts.resolve_parts`."""
+        """Return the parts that ``train`` names; see ``resolve_parts``."""
         return resolve_parts(self, train)
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
