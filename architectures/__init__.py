@@ -15,7 +15,6 @@ from cleave.architectures.cutting import (
     spread,
     trace_graph,
 )
-from cleave.architectures.ensemble import GeometricEnsemble
 from cleave.architectures.inserts.bottleneck import Bottleneck
 from cleave.architectures.inserts.calibration import calibrate_range
 from cleave.architectures.inserts.channels import BitErrors, Channel, GaussianNoise, PacketLoss
@@ -29,7 +28,8 @@ from cleave.architectures.inserts.quantizer import UniformQuantizer, Unquantized
 from cleave.architectures.inserts.recalibrate import recalibrate_batchnorm
 from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d, select, switchable
 from cleave.architectures.macs import count_macs, count_params
-from cleave.architectures.network import StagedNetwork
+from cleave.architectures.network.ensemble import GeometricEnsemble
+from cleave.architectures.network.staged import StagedNetwork
 
 __all__ = [
     "Backbone",

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from cleave.architectures.cutting.cut_points import cut_points, spread
 from cleave.architectures.cutting.stages import LOGITS, CutError, Stages, cut
-from cleave.architectures.ensemble import GeometricEnsemble
 from cleave.architectures.inserts.bottleneck import Bottleneck
 from cleave.architectures.inserts.channels import Channel
 from cleave.architectures.inserts.codecs import uniform_codec
@@ -20,8 +19,9 @@ from cleave.architectures.inserts.exit_head import ExitHead
 from cleave.architectures.inserts.insert import Insert
 from cleave.architectures.modes import evaluating
 from cleave.architectures.naming import did_you_mean, whole_number
-from cleave.architectures.network import StagedNetwork
-from cleave.architectures.outputs import FINAL, RESERVED
+from cleave.architectures.network.ensemble import GeometricEnsemble
+from cleave.architectures.network.outputs import FINAL, RESERVED
+from cleave.architectures.network.staged import StagedNetwork
 
 REPLACE, INSERT, NONE = "replace", "insert", "none"
 Settings = Mapping[str, Any] | Callable[..., Any] | None

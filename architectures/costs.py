@@ -11,10 +11,10 @@ import torch
 from cleave.architectures.inserts.insert import Insert
 from cleave.architectures.macs import count_params, counting_macs
 from cleave.architectures.modes import evaluating
-from cleave.architectures.outputs import FINAL, INPUT, Op
+from cleave.architectures.network.outputs import FINAL, INPUT, Op
 
 if TYPE_CHECKING:
-    from cleave.architectures.network import StagedNetwork
+    from cleave.architectures.network.staged import StagedNetwork
 
 STAGE, EXIT = "stage", "exit"
 

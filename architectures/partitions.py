@@ -12,9 +12,9 @@ from cleave.architectures.costs import STAGE
 from cleave.architectures.inserts.bottleneck import LEVELS
 from cleave.architectures.inserts.insert import Half, Insert
 from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d, select
-from cleave.architectures.network import StagedNetwork
+from cleave.architectures.network.outputs import FINAL, INPUT, LOGITS, qualified
+from cleave.architectures.network.staged import StagedNetwork
 from cleave.architectures.normalize import Normalize
-from cleave.architectures.outputs import FINAL, INPUT, LOGITS, qualified
 from cleave.deployment import Codec, Edge, ExitPolicy, ExitSpec, FloatCodec, ImageInput, Input, Part, Transfer
 
 DEVICE, EDGE, SERVER = "device", "edge", "server"

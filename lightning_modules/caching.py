@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cleave.architectures import StagedNetwork
-from cleave.architectures.outputs import INPUT, plan
+from cleave.architectures.network.outputs import INPUT, plan
 from cleave.lightning_modules.term import STUDENT
 
 

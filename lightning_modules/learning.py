@@ -10,7 +10,7 @@ from torch import nn
 
 from cleave.architectures import StagedNetwork
 from cleave.architectures.naming import did_you_mean
-from cleave.architectures.train_parts import part_names
+from cleave.architectures.network.train_parts import part_names
 from cleave.lightning_modules import privates
 from cleave.lightning_modules.term import STUDENT, Term
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cleave.architectures import ExitHead, StagedNetwork, Step, staged_network
-from cleave.architectures.early_exits import in_sequence
-from cleave.architectures.outputs import plan
+from cleave.architectures.network.early_exits import in_sequence
+from cleave.architectures.network.outputs import plan
 from cleave.deployment import ExitPolicy, build_policy, offline
 
 from .tiny_networks import CLASSES, EXITS, SAMPLE, Tiny, batch, family

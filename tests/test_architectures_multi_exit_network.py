@@ -20,7 +20,7 @@ from cleave.architectures import (
     spread,
     staged_network,
 )
-from cleave.architectures.equilibrium import scale_gradient
+from cleave.architectures.network.equilibrium import scale_gradient
 from cleave.deployment import build_policy
 
 SAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -239,9 +239,9 @@ class Bottleneck(Insert):
                 f"bits={bits}: this bottleneck was trained for widths={list(self.widths)} and has no BatchNorm for "
                 "float; choose 2 to 16"
             )
-        self.quantizer = self.quantizer.with_bits(bits)
         if self.widths:
-            self.select(bits)  # what stands behind may run on what was decoded before
+            self.select(bits)  # what stands behind may run on what was decoded before; in training it may refuse
+        self.quantizer = self.quantizer.with_bits(bits)
 
     def calibrate(self, representations: Iterable[Tensor], bits: int, method: str = "mse") -> tuple[float, float]:
         """Give a bottleneck that was trained in float codes of some width, their range chosen on what it makes.

@@ -61,7 +61,10 @@ def measured_points(run: Run, measured: Measured | None, network: StagedNetwork)
     first = network.cuts.index(next(iter(network.bottlenecks)))
     device = set(network.cuts[: first + 1])
     costs = [cost for cost in network.costs() if cost.name in device and cost.kind != "decoder"]
-    parts: dict[str, Any] = {"encoder_macs": sum(cost.macs for cost in costs), "encoder_params": sum(cost.params for cost in costs)}
+    parts: dict[str, Any] = {
+        "encoder_macs": sum(cost.macs for cost in costs),
+        "encoder_params": sum(cost.params for cost in costs),
+    }
     found = []
     for width in measured.widths:
         policy = measured.policy if len(measured.widths) == 1 else None

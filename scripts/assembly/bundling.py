@@ -15,7 +15,7 @@ from torch import Tensor
 from cleave.architectures import StagedNetwork, recalibrate_batchnorm
 from cleave.architectures.inserts.calibration import METHODS
 from cleave.architectures.naming import did_you_mean
-from cleave.architectures.outputs import LOGITS
+from cleave.architectures.network.outputs import LOGITS
 from cleave.architectures.partitions import Partitions, network_partitions
 from cleave.datamodules import Digits, ImageDataModule
 from cleave.datamodules.sources import FileSource

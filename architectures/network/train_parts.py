@@ -10,7 +10,7 @@ from torch import nn
 from cleave.architectures.naming import did_you_mean
 
 if TYPE_CHECKING:
-    from cleave.architectures.network import StagedNetwork
+    from cleave.architectures.network.staged import StagedNetwork
 
 BACKBONE, HEAD, MIDDLE, TAIL = "backbone", "head", "middle", "tail"
 BOTTLENECK = ("encoder", "quantizer", "decoder")

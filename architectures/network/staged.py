@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from cleave.architectures.costs import Cost, cumulative, measure_costs
 from cleave.architectures.cutting.stages import CutError, Stages
-from cleave.architectures.early_exits import exit_steps
-from cleave.architectures.equilibrium import Branch
 from cleave.architectures.inserts.bottleneck import Bottleneck
 from cleave.architectures.inserts.channels import Channel
 from cleave.architectures.inserts.insert import Insert, check_inserts
 from cleave.architectures.macs import count_macs
 from cleave.architectures.modes import evaluating
-from cleave.architectures.named_outputs import NamedOutputs
-from cleave.architectures.outputs import (
+from cleave.architectures.network.early_exits import exit_steps
+from cleave.architectures.network.equilibrium import Branch
+from cleave.architectures.network.named_outputs import NamedOutputs
+from cleave.architectures.network.outputs import (
     ANSWER,
     FINAL,
     INPUT,
@@ -30,9 +30,9 @@ from cleave.architectures.outputs import (
     child_name,
     network_ops,
 )
-from cleave.architectures.probe import in_order_of, probe
-from cleave.architectures.state_names import collapse_names, public_name
-from cleave.architectures.train_parts import network_parts, resolve_parts, stage_parts
+from cleave.architectures.network.probe import in_order_of, probe
+from cleave.architectures.network.state_names import collapse_names, public_name
+from cleave.architectures.network.train_parts import network_parts, resolve_parts, stage_parts
 from cleave.deployment import Exited, ExitPolicy, leave_early
 
 
@@ -180,7 +180,7 @@ class StagedNetwork(NamedOutputs):
         return network_parts(self)
 
     def resolve(self, train: Sequence[str]) -> tuple[str, ...]:
-        """Return the parts that ``train`` names; see :func:`~cleave.architectures.train_parts.resolve_parts`."""
+        """Return the parts that ``train`` names; see ``resolve_parts``."""
         return resolve_parts(self, train)
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from cleave.architectures.inserts.insert import IN, OUT, Insert, Step
-from cleave.architectures.train_parts import ENSEMBLE, stage_parts
+from cleave.architectures.network.train_parts import ENSEMBLE, stage_parts
 
 if TYPE_CHECKING:
-    from cleave.architectures.network import StagedNetwork
+    from cleave.architectures.network.staged import StagedNetwork
 
 INPUT, LOGITS, ANSWER, FINAL = "images", "logits", "answer", "final"
 RESERVED = frozenset({INPUT, "labels", "progress", LOGITS, ANSWER, FINAL})

@@ -11,7 +11,7 @@ from cleave.architectures.cutting.slicing import check_size
 from cleave.architectures.cutting.stages import CutError, Stages
 from cleave.architectures.inserts.bottleneck import Link
 from cleave.architectures.naming import did_you_mean
-from cleave.architectures.outputs import ANSWER, INPUT, LOGITS, Op, plan, read_by
+from cleave.architectures.network.outputs import ANSWER, INPUT, LOGITS, Op, plan, read_by
 
 EXITS, ANSWERS = "exits", "answers"
 _HINTS = {

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from cleave.architectures.outputs import LOGITS, Op, plan, read_by
+from cleave.architectures.network.outputs import LOGITS, Op, plan, read_by
 
 if TYPE_CHECKING:
-    from cleave.architectures.network import StagedNetwork
+    from cleave.architectures.network.staged import StagedNetwork
 
 Step = Callable[[dict[str, Tensor]], tuple[Tensor | None, dict[str, Tensor]]]
 

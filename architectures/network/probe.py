@@ -10,10 +10,10 @@ from torch import Tensor
 
 from cleave.architectures.cutting.stages import CutError
 from cleave.architectures.modes import evaluating
-from cleave.architectures.outputs import INPUT, LOGITS, Op, network_ops
+from cleave.architectures.network.outputs import INPUT, LOGITS, Op, network_ops
 
 if TYPE_CHECKING:
-    from cleave.architectures.network import StagedNetwork
+    from cleave.architectures.network.staged import StagedNetwork
 
 
 @torch.no_grad()
