@@ -31,6 +31,12 @@ DIGITS = ["data=digits", "data.image_size=8", "backbone.in_channels=1"]
 FINAL = ["+callbacks.final._target_=training_helpers.SaveFinal", "+callbacks.final.folder=${paths.output_dir}"]
 
 
+def python_path(*folders: Path) -> str:
+    """Some folders and those of this process's own PYTHONPATH, for a process that runs elsewhere."""
+    own = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.pathsep.join(map(str, [*folders, *(Path(folder).resolve() for folder in own)]))
+
+
 def small(network: str, **arguments: Any) -> list[str]:
     """Overrides that train a network of this file on digits."""
     chosen = ["backbone=custom", f"backbone.network._target_=training_helpers.{network}", *DIGITS]
@@ -72,7 +78,7 @@ def script(
         **env: Environment variables.
     """
     command = [str(ROOT / "scripts" / f"{name}.py"), *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **env}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": python_path(), **env}
     if fresh or sys.platform != "linux":
         command.insert(0, sys.executable)
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
@@ -87,7 +93,7 @@ def script(
 def run_script(name: str, *overrides: str, folder: Path, code: int = 0, timeout: int = 150, fresh: bool = False) -> str:
     """Run a script with ``folder`` as its output folder and return what it printed; see :func:`script`."""
     folders = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
-    path = str(ROOT / "tests")
+    path = python_path(ROOT / "tests")
     result = script(name, *overrides, *folders, cwd=folder.parent, timeout=timeout, fresh=fresh, PYTHONPATH=path)
     told = result.stdout + result.stderr
     assert result.returncode == code, f"exit status {result.returncode} instead of {code}:\n{told}"
@@ -117,7 +123,7 @@ def differences(one: Any, other: Any, at: str = "") -> list[str]:
 
 
 class KillAt(pl.Callback):
-    """Ends the process as the kernel's out-of-memory killer would, after a number of optimizer steps of all stages."""
+    """Ends the process as the kernel's out-of-memory killer would, after a number of optimizer steps of all fits."""
 
     def __init__(self, step: int) -> None:
         self.step = step
