@@ -69,7 +69,7 @@ def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None) -> 
         return Outcome(metrics, None)
     file = best or (None if cfg.train else cfg.ckpt_path)
     planned.trainer.test(planned.task, datamodule=parts.data, ckpt_path=file, weights_only=True, verbose=False)
-    return Outcome(metrics | planned.trainer.callback_metrics, planned.task.measured())
+    return Outcome(metrics | planned.trainer.callback_metrics, planned.task.measured(planned.trainer.callback_metrics))
 
 
 def log_setup(loggers: list[Any], resolved: dict[str, Any], parts: Assembly, fits: list[Fit]) -> None:

@@ -800,7 +800,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
             CrossEntropy, extra_terms={"r": Term(ReconstructionLoss(), ["student/layer2", "student/layer2/input"])}
         ),
         CutError,
-        "no output 'layer2/input'.*form insert keeps",
+        r"no output 'layer2/input'.*form='insert' keeps",
     ),
     "reconstruction_without_a_bottleneck": (lambda: build(Reconstruction, NONE), ValueError, "trains nothing"),
     "entropic_without_a_prior": (

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,14 @@ def test_weights_are_never_unpickled():
                     "pickle.loads",
                 ):
                     assert "weights_only=True" in ast.unparse(node), f"{file}:{node.lineno}"
+
+
+def test_every_list_of_rooms_is_this_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = project["tool"]["setuptools"]["packages"]
+    folders = [file.parent.relative_to(ROOT) for room in ROOMS for file in sorted((ROOT / room).rglob("__init__.py"))]
+    assert sorted(packages) == sorted(["cleave", "cleave.conf", *(".".join(("cleave", *f.parts)) for f in folders)])
+    assert sorted(project["tool"]["coverage"]["run"]["source"]) == sorted(ROOMS)
+    makefile = re.search(r"^ROOMS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert makefile is not None
+    assert makefile[1].split() == list(ROOMS)

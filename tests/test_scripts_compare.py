@@ -180,64 +180,35 @@ def test_keys_that_are_missing_are_null_and_unknown_ones_are_left_alone(tmp_path
     assert point == Point("hnd", "hnd", 0.8, 256)
 
 
-CONFIG = {
-    "method": {"_target_": "cleave.lightning_modules.HeadDistillation"},
-    "backbone": {"name": "resnet20"},
-    "split": {"at": "layer2"},
-    "bottleneck": {"channels": 4},
-    "codec": {"bits": 4},
-    "seed": 3,
-}
-TESTED = {"test/acc": 0.5, "test/payload_bytes": 32.0, "test/payload_zstd_bytes": 40.0}
-
-
-def test_a_bundle_gives_its_tested_accuracy_bytes_and_the_cost_of_its_device_partition(tmp_path):
-    head = make_bundle(tmp_path / "runs/bundle", config=CONFIG, metrics=TESTED).manifest.partition("head")
-    expected = Point(
-        method="Head distillation",
-        label="layer2, 4 channels, 4 bits",
-        accuracy=0.5,
-        payload_bytes=32.0,
-        payload_zstd_bytes=40.0,
-        encoder_macs=1728,
-        encoder_params=head.params,
-        bits=4,
-        seed=3,
-        backbone="resnet20",
-    )
-    assert head.params > 0
+def test_a_bundle_gives_the_points_that_its_export_measured(tmp_path):
+    points = [run(seed=3), dataclasses.replace(run(0.7, seed=3), bits=2)]
+    metrics = {"test/acc": 0.8, "points": [dataclasses.asdict(point) for point in points]}
+    make_bundle(tmp_path / "runs/bundle", metrics=metrics)
     for path in ("runs", "runs/bundle", "runs/bundle/manifest.json"):
-        assert collect([tmp_path / path]) == [expected]
+        assert collect([tmp_path / path]) == points
     results(tmp_path / "runs", run())  # the results of the run whose bundle this is say the same
     assert collect([tmp_path / "runs"]) == [run()]
 
 
-def test_a_bundle_of_several_widths_gives_a_point_for_each(tmp_path):
-    widths = {f"test/bits{b}/{k}": v for b in (4, 8) for k, v in (("acc", b / 10), ("payload_bytes", 8.0 * b))}
-    config = {**CONFIG, "stages": {"a": "Head distillation", "b": "Cross entropy"}}
-    make_bundle(tmp_path / "bundle", config=config, metrics=TESTED | widths)
-    found = [(p.method, p.bits, p.accuracy, p.payload_bytes) for p in collect([tmp_path / "bundle"])]
-    assert found == [(name := "Head distillation → Cross entropy", 4, 0.4, 32.0), (name, 8, 0.8, 64.0)]
-
-
 @pytest.mark.parametrize(
-    ("config", "metrics"),
+    ("metrics", "words"),
     [
-        ({}, TESTED),
-        ({**CONFIG, "split": None}, TESTED),
-        (CONFIG, {"test/payload_bytes": 32.0}),
-        (CONFIG, {**TESTED, "test/acc": 50.0}),
-        (CONFIG, {**TESTED, "test/payload_bytes": None}),
+        ({"points": "none"}, "metrics.points must be a list of points"),
+        ({"points": [3]}, "metrics.points must be a list of points"),
+        ({"points": [{"method": "hnd", "payload_bytes": 32.0}]}, "has no accuracy"),
+        ({"points": [{"method": "hnd", "accuracy": 50.0, "payload_bytes": 32.0}]}, "accuracy must be a number from 0"),
+        ({"points": [{"method": "hnd", "accuracy": 0.5}]}, "has no payload_bytes"),
+        ({}, "has no accuracy"),
     ],
 )
-def test_a_bundle_that_does_not_say_what_was_measured_is_named(tmp_path, config, metrics):
-    make_bundle(tmp_path / "bundle", config=config, metrics=metrics)
-    with pytest.raises(ValueError, match=r"bundle/manifest\.json: metrics and config do not say what was measured"):
+def test_a_bundle_that_does_not_say_what_was_measured_is_named(tmp_path, metrics, words):
+    make_bundle(tmp_path / "bundle", metrics=metrics)
+    with pytest.raises(ValueError, match=rf"bundle/manifest\.json: {words}"):
         collect([tmp_path / "bundle"])
 
 
 def test_an_unsplit_bundle_is_a_reference_and_no_point(tmp_path):
-    make_bundle(tmp_path / "bundle", "whole", config=CONFIG, metrics={"test/acc": 0.875})
+    make_bundle(tmp_path / "bundle", "whole", metrics={"test/acc": 0.875})
     assert reference_accuracy(f"{tmp_path}/bundle") == 0.875
     with pytest.raises(ValueError, match=r"manifest\.json: has no payload_bytes; .*reference=FILE"):
         collect([tmp_path / "bundle"])

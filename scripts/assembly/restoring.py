@@ -56,8 +56,7 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
     config.backbone.pretrained, config.backbone.weights = False, None
     backbone = instantiate(config.backbone, num_classes=len(metadata["class_names"])).network
     network = build_network(config, backbone, image_input, [*config.get("cuts", []), *cuts])
-    load_strictly(network, network_state(checkpoint), f"the checkpoint {path}")
-    network.eval()  # in training a width that was not trained is refused
+    load_strictly(network.eval(), network_state(checkpoint), f"the checkpoint {path}")
     if bits is not None and not network.bottlenecks:
         raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
     other_bits = False
