@@ -10,6 +10,7 @@ from torch import nn
 from cleave.architectures import StagedNetwork
 from cleave.lightning_modules.evaluators import Evaluator
 from cleave.lightning_modules.frozen import Frozen
+from cleave.lightning_modules.learning import check_network
 from cleave.lightning_modules.task import Task
 from cleave.lightning_modules.term import Term
 from cleave.lightning_modules.training import DEFAULT, Training
@@ -49,7 +50,8 @@ class ZeroTimeWaste(Task):
         training: Training = DEFAULT,
         feature_cache: Mapping[str, Any] | None = None,
     ) -> None:
-        if getattr(network, "ensemble", None) is None:
+        check_network(network, "ZeroTimeWaste")
+        if network.ensemble is None:
             raise ValueError("ZeroTimeWaste trains an ensemble, which this network lacks; set exits.ensemble=true")
         terms = {"exit": Term(loss, of=["student/answers", "labels"])}
         super().__init__(
