@@ -240,3 +240,21 @@ class PlainNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(self.pool(self.stem(x)))
+
+
+def quiet_trainer(**settings: Any) -> pl.Trainer:
+    """A trainer on the CPU that leaves nothing behind and prints nothing."""
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    return pl.Trainer(accelerator="cpu", **{**quiet, **settings})
+
+
+def bundle_outputs(network: Any, data: Any, folder: Path) -> tuple[Tensor, Tensor]:
+    """The logits of a classifier's bundle, and of the classifier itself, on some test images."""
+    from cleave.architectures.partitions import network_partitions
+    from cleave.deployment import OutputSpec, Pipeline, export_bundle
+
+    parts, edges, exits = network_partitions(network.eval(), data.input)
+    outputs = [OutputSpec("logits", "logits", network.shapes["logits"], tuple(data.class_names))]
+    images = data.sample_batch("test", 4)["images"]
+    bundle = export_bundle(folder, parts, edges, input=data.input, outputs=outputs, images=images, exits=exits)
+    return Pipeline(bundle).run(images).logits, network(data.input.normalize(images))
