@@ -47,7 +47,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if checkpoint:
         load_strictly(parts.network, network_state(checkpoint), f"the checkpoint {cfg.ckpt_path}")
         fitted = [Fitted(**before) for before in checkpoint[KEY].get("before", [])]
-    log_setup(loggers, plain(cfg), parts, fits)
+    # As the checkpoint holds it, unless that is of one step alone.
+    log_setup(loggers, plain(fits[0].step.config if cfg.steps is None else cfg), parts, fits)
     for planned in fits:
         fitted.append(fit(planned, parts, fitted) if cfg.train else only_tested(planned))
     outcome = perfect = tested(cfg, fits[-1], parts, fitted[-1].best)
