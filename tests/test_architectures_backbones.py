@@ -15,9 +15,6 @@ from cleave.architectures.backbones.zoo import CIFAR_NETWORKS, CifarResNet
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 420, 3), dtype=np.uint8))
 
 
-FACTORY = "cleave.architectures.backbones.factory"
-
-
 def run(backbone: Backbone, batch: int = 2) -> torch.Tensor:
     with torch.no_grad():
         return backbone.network.eval()(torch.randn(batch, *backbone.input.shape))
@@ -89,7 +86,7 @@ def test_timm_input_is_its_evaluation_transform(name):
 def test_timm_squash_without_crop_resizes_straight(monkeypatch):
     config = {"input_size": (3, 48, 48), "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}
     config |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    monkeypatch.setattr("cleave.architectures.backbones.factory.resolve_model_data_config", lambda network: config)
+    monkeypatch.setattr("cleave.architectures.backbones.inputs.resolve_model_data_config", lambda network: config)
     spec = create_backbone("timm", "resnet18", 3).input
     transform = timm.data.create_transform(**config, is_training=False)
     torch.testing.assert_close(spec.normalize(spec(PICTURE)), transform(PICTURE))
@@ -100,9 +97,9 @@ def test_timm_evaluation_without_counterpart_is_said(monkeypatch, caplog, config
     base = {"input_size": (3, 64, 64), "crop_pct": 0.9, "crop_mode": "center", "interpolation": "bicubic"}
     base |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     monkeypatch.setattr(
-        "cleave.architectures.backbones.factory.resolve_model_data_config", lambda network: base | config
+        "cleave.architectures.backbones.inputs.resolve_model_data_config", lambda network: base | config
     )
-    with caplog.at_level(logging.WARNING, logger="cleave.architectures.backbones.factory"):
+    with caplog.at_level(logging.WARNING, logger="cleave.architectures.backbones.inputs"):
         spec = create_backbone("timm", "resnet18", 3).input
     assert "timm evaluates resnet18 with" in caplog.text
     assert spec(PICTURE).shape == (3, 64, 64)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import logging
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,21 +14,16 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from timm.data import resolve_model_data_config
 from torch import nn
 
+from cleave.architectures.backbones.inputs import constructed_size, describe_input, override_input, timm_input
 from cleave.architectures.backbones.surgery import find_classifier, replace_classifier, use_grey_input
 from cleave.architectures.backbones.weights import WeightsError, load_weights
 from cleave.architectures.backbones.zoo import CIFAR_NETWORKS
 from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.deployment.runtime.preprocess import ImageInput
 
-logger = logging.getLogger(__name__)
-
 SOURCES = ("timm", "torchvision", "cifar", "custom")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-#: What the sources call the constructor argument that fixes a network's image size.
-SIZE_ARGUMENTS = ("img_size", "image_size", "input_size")
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of torchvision's GoogLeNet and Inception v3
 # torchvision's DenseNet files say "norm.1" where its modules say "norm1".
 DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
@@ -106,8 +99,8 @@ def create_backbone(
         backbone = _cifar(name, num_classes, in_channels, options)
     else:
         backbone = _custom(name, network, num_classes, in_channels, options, image_input)
-    overrides = {**_constructed_size(options), **(image_input or {})}
-    backbone = dataclasses.replace(backbone, input=_override(backbone.input, overrides, in_channels))
+    overrides = {**constructed_size(options), **(image_input or {})}
+    backbone = dataclasses.replace(backbone, input=override_input(backbone.input, overrides, in_channels))
     if source == "custom":
         _check_output(backbone, name, num_classes)
         last = find_classifier(backbone.network, num_classes)  # only now are lazy layers' shapes known
@@ -176,24 +169,7 @@ def _timm(name: str, num_classes: int, pretrained: bool, in_channels: int, optio
     classifier = (named,) if isinstance(named, str) else tuple(named or ())
     reset = _parameters(network, classifier) if pretrained and config["num_classes"] != num_classes else ()
     origin = f"timm {architecture}.{config['tag']}" if pretrained else None
-    return Backbone(network, _timm_input(name, network, in_channels), origin, reset, classifier)
-
-
-def _timm_input(name: str, network: nn.Module, in_channels: int) -> ImageInput:
-    """Translate timm's evaluation transform; what has no exact counterpart is logged."""
-    config = resolve_model_data_config(network)
-    height, width = config["input_size"][-2:]
-    fraction, mode = config["crop_pct"], config["crop_mode"]
-    resize: int | None = math.floor(max(height, width) / min(fraction, 1.0))
-    if mode != "center" and fraction == 1.0:
-        resize = None
-    if mode == "border" or fraction > 1.0 or (mode == "squash" and fraction < 1.0):
-        logger.warning(
-            "timm evaluates %s with crop_mode=%s and crop_pct=%s; pictures are resized to %s and cropped instead, "
-            "which may cost accuracy on pictures that are not square",
-            *(name, mode, fraction, resize or (height, width)),
-        )
-    return _input(height, width, in_channels, config["mean"], config["std"], resize, config["interpolation"])
+    return Backbone(network, timm_input(name, network, in_channels), origin, reset, classifier)
 
 
 def _torchvision(
@@ -226,7 +202,7 @@ def _torchvision(
         # These two may re-normalise ImageNet's statistics to 0.5 ± 0.5 in their forward; here the input says so.
         network.transform_input, mean, std = False, (0.5,) * 3, (0.5,) * 3
     (size,), (resize,) = preset.crop_size, preset.resize_size
-    spec = _input(size, size, in_channels, mean, std, resize, preset.interpolation.value)
+    spec = describe_input(size, size, in_channels, mean, std, resize, preset.interpolation.value)
     reset = _parameters(network, (classifier,)) if classes != num_classes else ()
     return Backbone(network, spec, f"torchvision {chosen}" if pretrained else None, reset, (classifier,))
 
@@ -256,7 +232,7 @@ def _cifar(name: str, num_classes: int, in_channels: int, options: dict[str, Any
     with _building("cifar", name, options):
         network = CIFAR_NETWORKS[name](num_classes=num_classes, in_channels=in_channels, **options)
     classifier = find_classifier(network, num_classes)
-    return Backbone(network, _input(32, 32, in_channels), classifier=(classifier,) if classifier else ())
+    return Backbone(network, describe_input(32, 32, in_channels), classifier=(classifier,) if classifier else ())
 
 
 def _custom(
@@ -282,7 +258,7 @@ def _custom(
         network = build(**options)
     if not isinstance(network, nn.Module):
         raise ValueError(f"custom backbone {name!r} must give an nn.Module, got {type(network).__name__}")
-    return Backbone(network.train(), _input(1, 1, in_channels))
+    return Backbone(network.train(), describe_input(1, 1, in_channels))
 
 
 def _import(name: str) -> Callable[..., nn.Module]:
@@ -331,46 +307,6 @@ def _building(source: str, name: str, options: Mapping[str, Any], download: bool
             f"({type(error).__name__}: {error}). Without network, give a local file by backbone.weights=FILE, or train "
             f"from random weights with backbone.pretrained=false"
         ) from error
-
-
-def _input(
-    height: int,
-    width: int,
-    in_channels: int,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    resize: int | None = None,
-    interpolation: str = "bilinear",
-) -> ImageInput:
-    """Describe an input; for grey images mean and standard deviation are averaged over the colours."""
-    if in_channels == 1:
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    mode = "L" if in_channels == 1 else "RGB"
-    return ImageInput(height, width, mode, tuple(mean), tuple(std), resize, interpolation)
-
-
-def _constructed_size(options: Mapping[str, Any]) -> dict[str, int]:
-    """Read the image size that a constructor was told to build for."""
-    size = next((options[key] for key in SIZE_ARGUMENTS if options.get(key)), None)
-    if size is None:
-        return {}
-    height, width = (size, size) if isinstance(size, int) else size
-    return {"height": height, "width": width}
-
-
-def _override(base: ImageInput, overrides: Mapping[str, Any], in_channels: int) -> ImageInput:
-    known = [field.name for field in dataclasses.fields(ImageInput)]
-    for key in overrides:
-        if key not in known:
-            raise ValueError(f"image_input has no field {key!r}.{did_you_mean(key, known)} Known: {', '.join(known)}")
-    values = dict(overrides)
-    if base.resize is not None and "resize" not in values:
-        side = max(values.get("height", base.height), values.get("width", base.width))
-        values["resize"] = round(base.resize * side / max(base.height, base.width))
-    spec = dataclasses.replace(base, **values)
-    if spec.channels != in_channels:
-        raise ValueError(f"image_input.color_mode={spec.color_mode!r} has {spec.channels} channels, not {in_channels}")
-    return spec
 
 
 def _parameters(network: nn.Module, modules: Sequence[str]) -> tuple[str, ...]:
