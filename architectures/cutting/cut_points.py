@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from cleave.architectures.cutting.layouts import DimTracker, layout_of
-from cleave.architectures.cutting.slicing import Observing, Reference, fold_sizes
+from cleave.architectures.cutting.reference import Reference
+from cleave.architectures.cutting.slicing import Run, fold_sizes, observe
+from cleave.architectures.cutting.stages import build, check
 from cleave.architectures.cutting.tracing import DEPTHS, CutError, Trace, first_line, preserved, single_crossings, trace
 from cleave.architectures.macs import MacCounter, counting_macs
 
@@ -47,7 +49,7 @@ class Measurement:
     params: int
 
 
-class Measuring(fx.Interpreter):
+class Measuring(Run):
     """Runs a graph node by node on one sample and measures each; see :func:`measure`."""
 
     def __init__(self, backbone: nn.Module, graph: fx.Graph, channels: DimTracker, counter: MacCounter) -> None:
@@ -97,24 +99,34 @@ def checked_trace(backbone: nn.Module, reference: Reference, depth: int | None =
     for level in reversed(DEPTHS[1:]) if depth is None else (depth,):
         try:
             traces = trace(backbone, [], level)
-            observed = {training: Observing(backbone, traced) for training, traced in traces.items()}
-            for training, observing in observed.items():
-                reference.check(backbone, observing.run, training)
-            values = {training: observing.values for training, observing in observed.items()}
-            fold_sizes(traces, values, reference.batch)
+            for training, traced in traces.items():
+                reference.check(backbone, Run(backbone, graph=traced.graph).run, training, traced.opened, learn=False)
+            fold_sizes(traces, observe(traces, reference), reference.batch)
         except Exception as error:
             failure = failure or error
             continue
         return traces
+    if isinstance(failure, CutError):
+        raise failure
     raise CutError(f"{type(backbone).__name__} cannot be traced: {first_line(failure)}") from failure
+
+
+def accepted(reference: Reference, names: Sequence[str], traces: dict[bool, Trace]) -> list[str]:
+    """Return those of some names at which stages equal the backbone, all of them at once if they do."""
+    try:
+        check(build(reference, names, traces), reference, traces[False].opened)
+    except Exception:
+        half = len(names) // 2
+        return [kept for part in (names[:half], names[half:]) if half for kept in accepted(reference, part, traces)]
+    return list(names)
 
 
 def cut_points(backbone: nn.Module, sample: Tensor) -> list[CutPoint]:
     """List every layer that a backbone can be cut after, in the order of execution.
 
-    The whole backbone is traced once in each mode, as deep as it can be, and the graphs are checked against it; nothing
-    is traced again for a candidate. Of several names of one tensor the outermost is listed, and neither identities nor
-    the backbone's output are.
+    The whole backbone is traced in each mode, as deep as it can be, and stages cut at all candidates together are
+    checked against it, as those of :func:`cut` are; nothing is traced again for one. Of several names of one tensor the
+    outermost is listed, and neither identities nor the backbone's output are.
 
     Args:
         backbone: Network whose ``forward`` takes one tensor, a batch.
@@ -128,9 +140,25 @@ def cut_points(backbone: nn.Module, sample: Tensor) -> list[CutPoint]:
         CutError: The backbone cannot be traced, or does not run on the sample.
     """
     with preserved(backbone) as rewind:
-        traces = checked_trace(backbone, Reference(backbone, sample, rewind))
+        reference = Reference(backbone, sample, rewind)
+        traces = checked_trace(backbone, reference)
         rewind()
         found = measure(backbone, traces[False], sample)
+        names = _candidates(backbone, traces, found)
+        kept = set(accepted(reference, list(names.values()), traces)) if names else set()
+    points = []
+    for node, name in names.items():
+        seen = found[node]
+        if name in kept and seen.shape is not None:
+            shape = seen.shape[1:] if seen.shape[0] == 1 else seen.shape
+            points.append(CutPoint(name, shape, seen.layout, 4 * seen.numel, seen.macs, seen.params))
+    return points
+
+
+def _candidates(
+    backbone: nn.Module, traces: dict[bool, Trace], found: dict[fx.Node, Measurement]
+) -> dict[fx.Node, str]:
+    """Nodes behind which they alone are used, in order, each with the name of the outermost layer that ends there."""
     single = {training: _single(traced) for training, traced in traces.items()}
     names: dict[fx.Node, str] = {}
     for name, node in traces[False].outputs.items():
@@ -141,14 +169,7 @@ def cut_points(backbone: nn.Module, sample: Tensor) -> list[CutPoint]:
         best = names.get(node)
         if best is None or name.count(".") < best.count("."):
             names[node] = name
-    points = []
-    for node in traces[False].graph.nodes:
-        if node in names:
-            seen = found[node]
-            assert seen.shape is not None
-            shape = seen.shape[1:] if seen.shape[0] == 1 else seen.shape
-            points.append(CutPoint(names[node], shape, seen.layout, 4 * seen.numel, seen.macs, seen.params))
-    return points
+    return {node: names[node] for node in traces[False].graph.nodes if node in names}
 
 
 def _single(traced: Trace) -> set[fx.Node]:

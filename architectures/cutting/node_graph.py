@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from cleave.architectures.cutting.cut_points import Measurement, checked_trace, measure
-from cleave.architectures.cutting.slicing import Reference, Slice, Stage, check_size, follow_modes, slice_graph
+from cleave.architectures.cutting.reference import Reference
+from cleave.architectures.cutting.slicing import Slice, Stage, check_size, follow_modes, slice_graph
 from cleave.architectures.cutting.tracing import CutError, Trace, preserved
 from cleave.architectures.naming import did_you_mean
 

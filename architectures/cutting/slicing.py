@@ -1,4 +1,4 @@
-"""Turning parts of a traced backbone into modules, and proving that these reproduce it."""
+"""Parts of a traced backbone as modules."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import hashlib
 import importlib
 import linecache
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from cleave.architectures.cutting.tracing import BATCH, CutError, Trace, first_line
+from cleave.architectures.cutting.contexts import Switching, with_blocks, within
+from cleave.architectures.cutting.proxies import written_by
+from cleave.architectures.cutting.reference import Reference
+from cleave.architectures.cutting.refusals import WAY_OUT
+from cleave.architectures.cutting.tracing import BATCH, CutError, Trace
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def slice_graph(trace: Trace, part_of: Mapping[fx.Node, int], count: int) -> lis
             raise CutError(
                 f"{trace.names[user]!r} in part {first} needs {trace.names[node]!r} of the later part {where[node]}."
             )
+    _check_state(trace, where)
     slices = []
     for part in range(count):
         inputs = tuple(node for node in order if part in used_in[node] and where.get(node, -1) < part)
@@ -69,12 +73,31 @@ def slice_graph(trace: Trace, part_of: Mapping[fx.Node, int], count: int) -> lis
     return slices
 
 
+def _check_state(trace: Trace, where: Mapping[fx.Node, int]) -> None:
+    """Refuse a parameter or buffer that one part alters and another reads: they may run on two machines."""
+    for node in trace.graph.nodes:
+        if (written := written_by(node)) is None or node not in where:
+            continue
+        sources, readers = [written], {where[node]}
+        while sources:
+            source = sources.pop()
+            if source.op == "get_attr":
+                readers |= {where[user] for user in source.users if user in where}
+            elif source in trace.constant or not source.all_input_nodes:
+                sources.extend(source.all_input_nodes)
+        if len(readers) > 1:
+            raise CutError(
+                f"{trace.names[node]!r} alters a parameter or buffer that another part reads. Keep in one place what "
+                f"reads and what alters it. {WAY_OUT}"
+            )
+
+
 def _copy_nodes(
     trace: Trace, members: list[fx.Node], inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...], *, last: bool
 ) -> Slice:
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {node: graph.placeholder(node.name) for node in inputs}
-    own = set(members)
+    own, switching = set(members), Switching(graph)
     sized = False
 
     def copy(node: fx.Node) -> Any:
@@ -82,7 +105,13 @@ def _copy_nodes(
         if node in copies:
             return copies[node]
         if node in own or node in trace.constant:
+            for source in node.all_input_nodes:
+                copy(source)
+            if node.op != "get_attr":
+                switching.to(node.meta.get("context", ()))
             copies[node] = graph.node_copy(node, copy)
+            # Its source would have fx wrap the function in every later trace of this process.
+            copies[node].meta.pop("is_wrapped", None)
         elif trace.folds[node] is BATCH:
             copies[node] = graph.call_method("size", (copies[inputs[0]], 0))
         else:
@@ -92,6 +121,7 @@ def _copy_nodes(
 
     for node in members:
         copy(node)
+    switching.to(())
     result = trace.result if last else outputs[0] if len(outputs) == 1 else outputs
     graph.output(fx.map_arg(result, copy))
     graph.lint()
@@ -103,7 +133,7 @@ class Program:
 
     def __init__(self, graph: fx.Graph) -> None:
         code = graph.python_code("self")
-        self.source = code.src
+        self.source = with_blocks(code.src)
         self.globals = dict(code.globals)
         self.build()
 
@@ -180,66 +210,16 @@ def follow_modes(stages: nn.Module, backbone: nn.Module) -> None:
             module.training = backbone.get_submodule(name).training
 
 
-class Reference:
-    """What a backbone returns on a sample in eval and in training mode, and what it leaves in its buffers.
+class Run(fx.Interpreter):
+    """Runs a graph node by node, each under the context that was recorded of it."""
 
-    Args:
-        backbone: The uncut network.
-        sample: Batch that its forward takes.
-        rewind: Resets buffers and generators, see :func:`cleave.architectures.cutting.tracing.preserved`.
-
-    Raises:
-        CutError: The backbone does not run on the sample.
-    """
-
-    def __init__(self, backbone: nn.Module, sample: Tensor, rewind: Callable[[], None]) -> None:
-        if not isinstance(sample, Tensor) or sample.ndim < 2 or not len(sample):
-            got = f"shape {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample).__name__
-            raise CutError(f"sample is a batch, one tensor (B, …) with B at least 1; got {got}.")
-        self.backbone = backbone
-        self.rewind = rewind
-        # BatchNorm refuses to train on a single value per channel; two batch sizes tell sizes of inputs from those of
-        # batches.
-        pair = sample if len(sample) > 1 else torch.cat([sample, sample.flip(-1)])
-        self.samples = {False: sample[:1], True: pair}
-        self.batch = {training: len(batch) for training, batch in self.samples.items()}
-        self.expected = {}
-        for training in (False, True):
-            try:
-                self.expected[training] = self.run(backbone, backbone, training)
-            except Exception as error:
-                mode = "training" if training else "eval"
-                raise CutError(
-                    f"{type(backbone).__name__} itself does not run in {mode} mode on a sample of shape "
-                    f"{tuple(self.samples[training].shape)}: {first_line(error)}"
-                ) from error
-
-    def run(self, network: nn.Module, forward: Callable[[Tensor], Any], training: bool) -> tuple[Any, list[Tensor]]:
-        """Run a forward in one mode from the same state; return its result and the backbone's buffers after it."""
-        for module in (*self.backbone.modules(), *network.modules()):
-            module.training = training
-        self.rewind()
-        result = forward(self.samples[training].clone())
-        return result, [buffer.clone() for buffer in self.backbone.buffers()]
-
-    def check(self, network: nn.Module, forward: Callable[[Tensor], Any], training: bool) -> None:
-        """Compare a forward with the backbone's in one mode.
-
-        Raises:
-            CutError: Results or buffers differ in any bit.
-        """
-        actual = self.run(network, forward, training)
-        try:
-            torch.testing.assert_close(actual, self.expected[training], rtol=0, atol=0, equal_nan=True)
-        except AssertionError as error:
-            mode = "training" if training else "eval"
-            raise CutError(
-                f"the traced parts do not reproduce {type(self.backbone).__name__} in {mode} mode: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        with within(n.meta.get("context", ())):
+            return super().run_node(n)
 
 
-class Observing(fx.Interpreter):
+class Observing(Run):
     """Runs a graph node by node and keeps the values that are no tensors."""
 
     def __init__(self, backbone: nn.Module, traced: Trace) -> None:
@@ -256,6 +236,16 @@ class Observing(fx.Interpreter):
         return value
 
 
+def observe(traces: Mapping[bool, Trace], reference: Reference) -> dict[bool, dict[str, Any]]:
+    """Run the graphs of both modes and return by the nodes' names the values that are no tensors."""
+    values = {}
+    for training, traced in traces.items():
+        observing = Observing(reference.backbone, traced)
+        reference.observe(observing.run, training)
+        values[training] = observing.values
+    return values
+
+
 def fold_sizes(traces: Mapping[bool, Trace], values: Mapping[bool, dict[str, Any]], batch: Mapping[bool, int]) -> None:
     """Note which values need not pass a cut: nothing, the batch size, and what follows from the input's size alone.
 
@@ -264,7 +254,7 @@ def fold_sizes(traces: Mapping[bool, Trace], values: Mapping[bool, dict[str, Any
 
     Args:
         traces: The backbone in both modes.
-        values: What :class:`Observing` kept in each, by the nodes' names.
+        values: What :func:`observe` saw in each.
         batch: Number of samples that each saw.
     """
     for training, traced in traces.items():

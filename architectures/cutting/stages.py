@@ -7,37 +7,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cleave.architectures.cutting.cut_points import CutPoint, cut_points, spread
 from cleave.architectures.cutting.layouts import DimTracker, layout_of
-from cleave.architectures.cutting.node_graph import GraphNode, NodeGraph, Partition, partition, trace_graph
+from cleave.architectures.cutting.patches import CHECKPOINT_WAY_OUT
+from cleave.architectures.cutting.reference import Reference
 from cleave.architectures.cutting.slicing import (
-    Observing,
-    Reference,
     Slice,
     Stage,
     check_size,
     fold_sizes,
     follow_modes,
+    observe,
     slice_graph,
 )
 from cleave.architectures.cutting.tracing import DEPTHS, CutError, Trace, crossing, first_line, preserved, trace
 from cleave.architectures.naming import did_you_mean
-
-__all__ = [
-    "LOGITS",
-    "CutError",
-    "CutPoint",
-    "GraphNode",
-    "NodeGraph",
-    "Partition",
-    "Stages",
-    "cut",
-    "cut_points",
-    "partition",
-    "spread",
-    "trace_graph",
-]
-
 
 LOGITS = "logits"
 """The name by which :meth:`Stages.features` knows the network's output."""
@@ -165,8 +148,9 @@ def cut(backbone: nn.Module, at: Iterable[str], sample: Tensor) -> Stages:
         while depths:
             depth = depths.pop(0)
             try:
-                stages = _build(reference, names, _trace(reference, names, depth))
-                _check(stages, reference)
+                traces = _trace(reference, names, depth)
+                stages = build(reference, names, traces)
+                check(stages, reference, traces[False].opened)
                 break
             except Exception as error:
                 # A reason in words is worth more than whatever broke inside a forward.
@@ -210,16 +194,12 @@ def _trace(reference: Reference, names: Sequence[str], depth: int) -> dict[bool,
     traces = trace(reference.backbone, names, depth)
     ends = [(traced, traced.outputs[name]) for traced in traces.values() for name in names if name in traced.outputs]
     if any(crossing(traced, node) != [node] for traced, node in ends):
-        values = {}
-        for training, traced in traces.items():
-            observing = Observing(reference.backbone, traced)
-            reference.check(reference.backbone, observing.run, training)
-            values[training] = observing.values
-        fold_sizes(traces, values, reference.batch)
+        fold_sizes(traces, observe(traces, reference), reference.batch)
     return traces
 
 
-def _build(reference: Reference, names: Sequence[str], traces: dict[bool, Trace]) -> Stages:
+def build(reference: Reference, names: Sequence[str], traces: dict[bool, Trace]) -> Stages:
+    """Make stages of a backbone's graphs; not checked yet."""
     backbone = reference.backbone
     slices = {training: _slice(backbone, names, traced) for training, traced in traces.items()}
     stages = [
@@ -238,6 +218,8 @@ def _slice(backbone: nn.Module, names: Sequence[str], traced: Trace) -> list[Sli
         if name in traced.returned:
             raise CutError(f"layer {name!r} returns a {traced.returned[name]}, not one tensor.")
         if name not in traced.outputs:
+            if (outer := next((each for each in _outside(name) if traced.checkpointed(each)), None)) is not None:
+                raise CutError(f"layer {name!r} lies in {outer!r}, which is checkpointed. {CHECKPOINT_WAY_OUT}")
             raise CutError(f"layer {name!r} is not called as a module in the forward of {type(backbone).__name__}.")
         ends.append(position[traced.outputs[name]])
     _check_order(names, ends)
@@ -260,6 +242,10 @@ def _slice(backbone: nn.Module, names: Sequence[str], traced: Trace) -> list[Sli
     return slice_graph(traced, part_of, len(names) + 1)
 
 
+def _outside(name: str) -> list[str]:
+    return [name[:i] for i, letter in enumerate(name) if letter == "."]
+
+
 def _check_order(names: Sequence[str], ends: Sequence[int]) -> None:
     for first, second, a, b in zip(names, names[1:], ends, ends[1:], strict=False):
         if a == b:
@@ -269,7 +255,7 @@ def _check_order(names: Sequence[str], ends: Sequence[int]) -> None:
         raise CutError(f"cuts {', '.join(names)} are out of order: the backbone runs them as {', '.join(right)}.")
 
 
-def _check(stages: Stages, reference: Reference) -> None:
+def check(stages: Stages, reference: Reference, opened: Sequence[str]) -> None:
     """Compare stages with the backbone; note layouts, and which features a later layer alters in place."""
     channels = DimTracker()
 
@@ -283,10 +269,9 @@ def _check(stages: Stages, reference: Reference) -> None:
             x = stage(x)
         stages._altered = [a or f._version != v for a, (f, v) in zip(stages._altered, seen, strict=True)]
         if not stages[0].training:
-            stages.layouts = tuple(layout_of(feature, channels, batch) for feature, _ in seen[1:])
+            stages.layouts = tuple(layout_of(feature, channels, batch=1) for feature, _ in seen[1:])
         return x
 
-    batch = reference.batch[False]
     with channels:
-        reference.check(stages, run, training=False)
-    reference.check(stages, run, training=True)
+        reference.check(stages, run, training=False, opened=opened)
+    reference.check(stages, run, training=True, opened=opened)
