@@ -227,11 +227,26 @@ def _cut(backbone: nn.Module, names: Sequence[str], sample: Tensor) -> tuple[Sta
     """
     if not names:
         return Stages([backbone], ()).train(), {LOGITS: None}
-    backbone = copy.deepcopy(backbone)
+    backbone = copy.deepcopy(unscripted(backbone))
     stages = cut(backbone, at=in_order(backbone, names, sample), sample=sample)
     with torch.no_grad(), evaluating(stages):
         features: dict[str, Any] = stages.features(sample[:1].clone(), at=[*names, LOGITS])
     return stages.train(), features
+
+
+def unscripted(backbone: nn.Module) -> nn.Module:
+    """Return a backbone, unless some of it is scripted.
+
+    Raises:
+        CutError: A layer is a ``torch.jit.ScriptModule``: a copy of it computes with weights that no optimizer reaches.
+    """
+    for name, layer in backbone.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise CutError(
+                f"layer {name!r} of {type(backbone).__name__} is scripted, and a copy of it would not learn; build it "
+                "without torch.jit"
+            )
+    return backbone
 
 
 def in_order(backbone: nn.Module, names: Sequence[str], sample: Tensor) -> list[str]:

@@ -1,19 +1,24 @@
-"""How many network families can be cut exactly: 103 of them, random weights, nothing downloaded.
+"""How many networks can be cut exactly: 103 families and 40 as users write them, random weights, nothing downloaded.
 
 Every family is cut at the points nearest to 25, 50 and 75 % of its MACs among all that ``cut_points`` lists. It passes
 if
 
 - the stages' output equals the backbone's in eval mode in every bit (NaN anywhere fails),
-- outputs, gradients and buffers are equal in training mode under one seed, with dropout and drop-path on where the
-  family has them, and weights perturbed so that layers initialised with zeros hide nothing,
+- outputs, gradients, buffers and the state of the random generators are equal in training mode under two seeds, with
+  dropout and drop-path on where the family has them, and weights perturbed so that layers initialised with zeros hide
+  nothing,
 - a deep copy and an unpickled copy of the stages give equal outputs,
 - the stages traced to TorchScript agree at another batch size,
 - ``cut_points`` takes at most 30 seconds on one core, its check included.
 
-The exit code is 0 if at least 102 of the 103 pass. One line a family is written as soon as it is known:
+Each network of ``user_networks.py`` passes if it is cut and equal in training mode under five seeds, or refused in the
+words that its file expects.
+
+The exit code is 0 if at least 102 of the 103 and all of the others pass. One line a network is written as soon as it is
+known:
 
     python benchmarks/cut_coverage.py
-    python benchmarks/cut_coverage.py --only resnet swin --jobs 2
+    python benchmarks/cut_coverage.py --only resnet swin user --jobs 2
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ import copy
 import gc
 import multiprocessing
 import pickle
+import random
+import re
 import sys
 import time
 import warnings
@@ -32,10 +39,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from user_networks import NETWORKS
 
 from cleave.architectures import CutError, CutPoint, Stages, count_macs, cut, cut_points, spread
 
@@ -72,14 +82,19 @@ def nearest(points: list[CutPoint], total: int) -> list[str]:
     return [points[i].name for i in sorted(picked)]
 
 
-def train_step(network: nn.Module, owner: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def train_step(network: nn.Module, owner: nn.Module, images: Tensor, seed: int) -> dict[str, Tensor]:
     """One forward and backward pass in training mode under one seed; results by name."""
-    network.train()
-    torch.manual_seed(1)
-    output = network(images)
-    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    network.train(), owner.train()
+    owner.zero_grad()
+    torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)  # noqa: NPY002 what networks draw from
+    leaf = images.clone().requires_grad_(images.is_floating_point())
+    outputs = [output for output in tree_leaves(network(leaf)) if output.requires_grad]
+    sum((output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum() for output in outputs).backward()
     gradients = {f"grad {name}": p.grad for name, p in owner.named_parameters() if p.grad is not None}
-    return {"output": output.detach(), **gradients, **{f"buffer {name}": b for name, b in owner.named_buffers()}}
+    gradients |= {} if leaf.grad is None else {"grad input": leaf.grad}
+    draws = {"draws": torch.get_rng_state(), "others": torch.tensor([random.random(), np.random.rand()])}  # noqa: NPY002
+    buffers = {f"buffer {name}": buffer.clone() for name, buffer in owner.named_buffers()}
+    return {f"output {i}": output.detach() for i, output in enumerate(outputs)} | gradients | buffers | draws
 
 
 def compare(label: str, actual: Any, expected: Any, tolerance: float = 0.0) -> None:
@@ -115,6 +130,8 @@ def check_script(stages: Stages, network: nn.Module, images: Tensor) -> None:
 
 def examine(source: str, name: str) -> tuple[str, str]:
     """Check one family; return ``passed``, ``refused`` or ``FAILED``, and a line of detail."""
+    if source == "user":
+        return examine_users(name)
     torch.set_num_threads(1)
     network, images = build(source, name)
     try:
@@ -129,7 +146,8 @@ def examine(source: str, name: str) -> tuple[str, str]:
         detail += f", cut in {time.process_time() - start:5.1f} s at {', '.join(names)}"
         check_eval(stages, network, images)
         pair = torch.cat([images, images.flip(-1)])
-        compare("train", train_step(stages, twin, pair), train_step(network, network, pair))
+        for seed in (1, 2):
+            compare("train", train_step(stages, twin, pair, seed), train_step(network, network, pair, seed))
         network.load_state_dict(twin.state_dict())
         check_script(stages, network, images)
         if seconds > SECONDS:
@@ -139,6 +157,29 @@ def examine(source: str, name: str) -> tuple[str, str]:
     except Exception as error:
         return "FAILED", f"{detail if 'detail' in locals() else ''}: {type(error).__name__}: {error}"
     return "passed", detail
+
+
+def examine_users(name: str) -> tuple[str, str]:
+    """Check one of the networks that are written as users write them."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    sample, twin = network.sample(), NETWORKS[name]()  # a copy of what is scripted would not learn
+    twin.load_state_dict(network.state_dict())
+    try:
+        stages = cut(twin, network.at, sample)
+    except CutError as refusal:
+        expected = network.refused is not None and re.search(network.refused, str(refusal))
+        return ("passed" if expected else "FAILED"), f"refused: {refusal}"
+    if network.refused is not None:
+        return "FAILED", "cut, though something of it is lost"
+    try:
+        for seed in range(5):
+            actual, wanted = train_step(stages, twin, sample, seed), train_step(network, network, sample, seed)
+            compare(f"seed {seed}", actual, wanted, tolerance=1e-6)
+    except AssertionError as error:
+        return "FAILED", str(error)
+    return "passed", f"cut at {', '.join(network.at)}, equal under five seeds"
 
 
 def results(models: list[tuple[str, str]], jobs: int) -> Iterator[tuple[str, str, str]]:
@@ -163,12 +204,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     options = parser.parse_args()
     lines = [line for line in options.models.read_text().splitlines() if line.strip()]
+    lines += [f"user {name}" for name in NETWORKS]
     chosen = [line.split() for line in lines if not options.only or any(text in line for text in options.only)]
     counts, slowest = {"passed": 0, "refused": 0, "FAILED": 0}, (0.0, "none")
     for i, (model, verdict, detail) in enumerate(results([(s, n) for s, n in chosen], options.jobs), start=1):
         counts[verdict] += 1
         print(f"{i:3d}/{len(chosen)} {verdict:7s} {model:40s} {detail}", flush=True)
-        if " s" in detail:
+        if "cut points in" in detail:
             slowest = max(slowest, (float(detail.split(" in ")[1].split()[0]), model))
     needed = len(chosen) - REFUSABLE * any("crossvit" in name for _, name in chosen)
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), f"of {len(chosen)}; {needed} needed")
