@@ -1,6 +1,6 @@
-"""A script that fits one method for ten steps on some processes, and writes down its weights and metrics.
+"""A script that fits methods for ten steps each on some processes, and writes down weights and metrics.
 
-    python distributed_methods.py METHOD PROCESSES FOLDER
+    python distributed_methods.py METHOD,METHOD PROCESSES FOLDER
 
 SyncBatchNorm has no CPU form, and what draws depends on the rank, so GroupNorm stands for BatchNorm and nothing draws.
 """
@@ -69,9 +69,14 @@ def build(method: str, classes: int) -> Task:
 
 
 def main() -> None:
-    method, processes, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    methods, processes, folder = sys.argv[1].split(","), int(sys.argv[2]), Path(sys.argv[3])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    for method in methods:
+        fit(method, processes, folder)
+
+
+def fit(method: str, processes: int, folder: Path) -> None:
     data = Digits(batch_size=GLOBAL_BATCH // processes, image_size=8)
     task = build(method, data.num_classes)
     trainer = pl.Trainer(
@@ -82,9 +87,9 @@ def main() -> None:
     trainer.fit(task, datamodule=data)
     trainer.validate(task, datamodule=data, verbose=False)
     if trainer.is_global_zero:
-        torch.save(task.state_dict(), folder / f"{processes}.pt")
+        torch.save(task.state_dict(), folder / f"{method}-{processes}.pt")
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        (folder / f"{processes}.json").write_text(json.dumps(metrics))
+        (folder / f"{method}-{processes}.json").write_text(json.dumps(metrics))
 
 
 if __name__ == "__main__":

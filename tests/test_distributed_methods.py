@@ -10,19 +10,31 @@ import torch
 
 from .training_helpers import ROOT
 
-
-def run(method, processes, folder):
-    command = [sys.executable, str(ROOT / "tests/distributed_methods.py"), method, str(processes), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    state = torch.load(folder / f"{processes}.pt", weights_only=True)
-    return state, json.loads((folder / f"{processes}.json").read_text())
+METHODS = ["cross_entropy", "head_distillation", "joint_exits", "learned_scale"]
 
 
-@pytest.mark.parametrize("method", ["cross_entropy", "head_distillation", "joint_exits", "learned_scale"])
-def test_two_processes_equal_one(method, tmp_path):
-    (one, metrics), (two, again) = run(method, 1, tmp_path), run(method, 2, tmp_path)
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The folder in which one process and two have trained each method; starting them takes longest."""
+    folder = tmp_path_factory.mktemp("distributed")
+    for processes in (1, 2):
+        command = [sys.executable, str(ROOT / "tests/distributed_methods.py"), ",".join(METHODS), str(processes)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=480, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def results(folder, method, processes):
+    state = torch.load(folder / f"{method}-{processes}.pt", weights_only=True)
+    return state, json.loads((folder / f"{method}-{processes}.json").read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one(method, ran):
+    (one, metrics), (two, again) = results(ran, method, 1), results(ran, method, 2)
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5, msg=lambda told, name=name: f"{name}: {told}")
