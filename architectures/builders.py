@@ -303,7 +303,10 @@ def _exit(
     logits = features[LOGITS]
     if not isinstance(logits, Tensor) or (logits.ndim != 2 and not callable(settings)):
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"exits classify, so the backbone must return logits (B, classes); got {got}")
+        raise ValueError(
+            f"exits classify, so the backbone must return logits (B, classes); got {got}; wrap it in a "
+            "module that returns them"
+        )
     if name == cuts[-1] and features[name].shape == logits.shape and torch.equal(features[name], logits):
         raise CutError(f"an exit at {name!r} stands behind the last layer, where nothing is left to save")
     shape, classes = tuple(features[name].shape[1:]), logits.shape[1]

@@ -242,6 +242,15 @@ class HookOnOpened(HookOnLayer):
     refused = "the forward of 'b' has a forward hook, which would no longer run"
 
 
+class KeepsItsMode(Plain):
+    refused = "the forward of KeepsItsMode has a train\\(\\) of its own, which would no longer run"
+
+    def train(self, mode: bool = True) -> KeepsItsMode:
+        super().train(mode)
+        self.a.eval()
+        return self
+
+
 class ScriptedFunction(Plain):
     refused = r"calls a scripted function"
 

@@ -39,9 +39,9 @@ class StageTracer(fx.Tracer):
     """Records a backbone's graph, opening a module only if a name lies inside it or it lies less deep than ``depth``.
 
     What timm and torchvision mark as not to be traced stays whole, and so do the layers of ``torch.nn``, modules with
-    hooks, functions with a backward of their own, and modules under ``torch.utils.checkpoint``. Optional arguments of
-    the backbone's ``forward`` keep their defaults instead of becoming inputs. Each step notes its line and what holds
-    around it: gradients, precision.
+    hooks or a ``train`` of their own, functions with a backward of their own, and modules under
+    ``torch.utils.checkpoint``. Optional arguments of the backbone's ``forward`` keep their defaults instead of becoming
+    inputs. Each step notes its line and what holds around it: gradients, precision.
     """
 
     def __init__(self, names: Sequence[str], depth: int, closed: Iterable[type] = ()) -> None:
@@ -67,7 +67,7 @@ class StageTracer(fx.Tracer):
         self.derived: dict[int, Tensor] = {}
         self.entered[""] = root
         self.found, self.grad = current(), torch.is_grad_enabled()
-        self._refuse_hooks("", root)
+        self._refuse_lost("", root)
         with functions_whole(self), Watching(self), no_inner_checkpoint(), assigned_buffers_refused():
             before = random_state()
             graph = super().trace(root, concrete_args)
@@ -78,7 +78,7 @@ class StageTracer(fx.Tracer):
         """Say whether a module stays whole."""
         if module_qualified_name in self.opened:
             return False
-        if type(m) in self.closed or type(m).__module__.startswith("torchvision.ops") or hooks_of(m):
+        if type(m) in self.closed or type(m).__module__.startswith("torchvision.ops") or lost_by_opening(m):
             return True
         return super().is_leaf_module(m, module_qualified_name) or module_qualified_name.count(".") >= self.depth
 
@@ -102,7 +102,7 @@ class StageTracer(fx.Tracer):
     def _checked(self, name: str, m: nn.Module, forward: Callable[..., Any], before: tuple[Any, ...]) -> Any:
         # Within super().call_module, so that what is raised is found to be this module's.
         def run(*args: Any, **kwargs: Any) -> Any:
-            self._refuse_hooks(name, m)
+            self._refuse_lost(name, m)
             value = forward(*args, **kwargs)
             self._refuse_draws(before)
             return value
@@ -198,13 +198,12 @@ class StageTracer(fx.Tracer):
         for each in held:
             self.outputs[str(each.target)] = node
 
-    def _refuse_hooks(self, name: str, module: nn.Module) -> None:
-        if found := hooks_of(module):
+    def _refuse_lost(self, name: str, module: nn.Module) -> None:
+        if lost := lost_by_opening(module):
+            place = f", or cut outside of {name!r}" if name else ""
             raise RefusalError(
-                f"has {found}, which would no longer run",
-                f"Remove it before cutting, put it on a layer that no cut lies in, or cut outside of {name!r}."
-                if name
-                else "Remove it before cutting, or put it on a layer that no cut lies in.",
+                f"has {lost}, which would no longer run",
+                f"Remove it before cutting, put it on a layer that no cut lies in{place}.",
             )
 
     def _refuse_draws(self, before: tuple[Any, ...]) -> None:
@@ -212,15 +211,17 @@ class StageTracer(fx.Tracer):
             raise FrozenDrawError("draws random numbers outside of torch or in place, which a cut would freeze")
 
 
-def hooks_of(module: nn.Module) -> str | None:
-    """Name a hook that a module has, if it has one."""
+def lost_by_opening(module: nn.Module) -> str | None:
+    """Name what a module does besides its forward, which would be lost if that alone were recorded."""
     kinds = {
         "_forward_pre_hooks": "a forward pre-hook",
         "_forward_hooks": "a forward hook",
         "_backward_pre_hooks": "a backward pre-hook",
         "_backward_hooks": "a backward hook",
     }
-    return next((words for kind, words in kinds.items() if getattr(module, kind)), None)
+    found = next((words for kind, words in kinds.items() if getattr(module, kind)), None)
+    # It keeps layers in eval mode, and stages would train them.
+    return found or ("a train() of its own" if type(module).train is not nn.Module.train else None)
 
 
 def user_line() -> tuple[str, int] | None:

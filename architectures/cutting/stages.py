@@ -122,8 +122,14 @@ def cut(backbone: nn.Module, at: Iterable[str], sample: Tensor) -> Stages:
     of the stage, while the layers it calls follow their own. Sizes that would pass a cut are no obstacle: that of the
     batch is read anew, and those of the input are written into the stages, which then take inputs of the sample's size.
 
-    The stages are checked against the backbone on the sample, in eval and in training mode: results and buffers must be
-    equal in every bit. The check leaves buffers, modes and random generators as they were.
+    In an opened forward a function with a backward of its own stays one step, and so does a layer under
+    ``torch.utils.checkpoint``; blocks without gradients or in mixed precision stay what they are, and random draws are
+    made anew. What a recording would freeze is refused: branches on values, sizes or draws, hooks, state that is kept
+    from call to call. Numbers and other plain attributes of its module are those at the time of the cut.
+
+    The stages are checked against the backbone on the sample, in eval and in training mode: results, buffers and the
+    random draws must be equal in every bit, and gradients to rounding. The check leaves buffers, gradients, modes and
+    random generators as they were.
 
     Args:
         backbone: Network whose ``forward`` takes one tensor, a batch; further arguments keep their defaults.
@@ -137,7 +143,7 @@ def cut(backbone: nn.Module, at: Iterable[str], sample: Tensor) -> Stages:
     Raises:
         CutError: A layer is unknown, unused, returns something else than one tensor, or is not all that passes from
             the layers before to those behind; names are out of order or given twice; the backbone does not run on
-            the sample or cannot be traced.
+            the sample; or its forward does what a cut would lose. The message names the line and what to change.
     """
     names = _names(at)
     _check_names(backbone, names)
