@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from cleave.architectures import CutError, cut, cut_points, partition, split_network, trace_graph
 from cleave.architectures.cutting.draws import random_state
 from cleave.architectures.cutting.recording import StageTracer
+from cleave.deployment.bundle.torchscript import load_torchscript, save_torchscript
 
 FILE = Path(__file__).parents[1] / "benchmarks/user_networks.py"
 spec = importlib.util.spec_from_file_location("user_networks", FILE)
@@ -238,6 +239,27 @@ def test_a_scripted_layer_is_refused_where_a_copy_is_trained():
     network, sample = build("ScriptedLayer")
     with pytest.raises(CutError, match="layer 'c' of ScriptedLayer is scripted, and a copy of it would not learn"):
         split_network(network, "b", sample, form="insert")
+
+
+class RoundLayer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return users.RoundFunction.apply(4 * x) / 4
+
+
+@pytest.mark.parametrize("at", ["0", "1"])
+def test_functions_with_a_backward_of_their_own_are_exported(at, tmp_path):
+    network, sample = build("GradientReversal")
+    network = nn.Sequential(network.a, RoundLayer(), network)
+    network[2].a = nn.Conv2d(8, 8, 1)
+    stages = cut(network, [at, "2.b"], sample).eval()
+    for i, stage in enumerate(stages):
+        with torch.no_grad():
+            save_torchscript(stage, [sample], tmp_path / "stage.pt")
+            expected = stage(sample)
+            torch.testing.assert_close(load_torchscript((tmp_path / "stage.pt").read_bytes())(sample), expected)
+        sample = expected
+        assert i < 3
+    assert "apply" not in vars(users.ReverseFunction)
 
 
 def test_what_is_patched_while_a_forward_is_recorded_is_put_back():

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .functions import inlined
+
 FORMAT = "torchscript"
 _DEPRECATION = r"`torch\.jit\.\w+` is deprecated"
 
@@ -47,7 +49,7 @@ def save_torchscript(module: nn.Module, example_inputs: Sequence[Tensor], path: 
     if training := [name or type(part).__name__ for name, part in module.named_modules() if part.training]:
         raise ValueError(f"only a module in eval mode is saved; in training mode are {', '.join(training[:5])}")
     # Recorded, not raised: raising in the middle of a trace, in C++, kills it with an unrelated message.
-    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad(), inlined():
         warnings.simplefilter("always")
         traced = torch.jit.trace(module, tuple(example_inputs), check_trace=False)
     for warning in caught:
