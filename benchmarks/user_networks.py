@@ -174,6 +174,37 @@ class DroppedByPython(Plain):
         return self.end(self.c(x))
 
 
+class DroppedByItsOwn(Plain):
+    refused = r"`if not \(self\.training and self\.dice\.random\(\) < 0\.5\):` .* draws random numbers"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dice = np.random.default_rng(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if not (self.training and self.dice.random() < 0.5):
+            x = x + self.b(x)
+        return self.end(self.c(x))
+
+
+class OwnDice(nn.Module):
+    """A block that draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.dice = nn.Conv2d(8, 8, 1), random.Random(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if self.training and self.dice.random() < 0.5 else x
+
+
+class DiceInABlock(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Sequential(OwnDice(), block(8, 8))
+
+
 class ScaledByNumPy(Plain):
     refused = r"np\.random\.rand\(\).* draws random numbers"
 
@@ -243,7 +274,7 @@ class HookOnOpened(HookOnLayer):
 
 
 class KeepsItsMode(Plain):
-    refused = "the forward of KeepsItsMode has a train\\(\\) of its own, which would no longer run"
+    refused = r"the forward of KeepsItsMode has a train\(\) of its own, which would no longer run"
 
     def train(self, mode: bool = True) -> KeepsItsMode:
         super().train(mode)

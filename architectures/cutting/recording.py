@@ -20,7 +20,7 @@ from torch.overrides import is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves
 
 from cleave.architectures.cutting.contexts import GRAD, current
-from cleave.architectures.cutting.draws import FrozenDrawError, random_state
+from cleave.architectures.cutting.draws import FrozenDrawError, own_generators, random_state
 from cleave.architectures.cutting.patches import (
     CHECKPOINT_WAY_OUT,
     CHECKPOINTING,
@@ -65,11 +65,12 @@ class StageTracer(fx.Tracer):
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             self.state.setdefault(id(tensor), name)
         self.derived: dict[int, Tensor] = {}
+        self.generators = own_generators(root)
         self.entered[""] = root
         self.found, self.grad = current(), torch.is_grad_enabled()
         self._refuse_lost("", root)
         with functions_whole(self), Watching(self), no_inner_checkpoint(), assigned_buffers_refused():
-            before = random_state()
+            before = random_state(self.generators)
             graph = super().trace(root, concrete_args)
             self._refuse_draws(before)
         return graph
@@ -90,7 +91,7 @@ class StageTracer(fx.Tracer):
         opened = not self.is_leaf_module(m, name)
         if opened:
             self.entered[name] = m
-            before = random_state()
+            before = random_state(self.generators)
             forward = self._checked(name, m, forward, before)
         value = super().call_module(m, forward, args, kwargs)
         if isinstance(value, fx.Proxy):
@@ -207,8 +208,8 @@ class StageTracer(fx.Tracer):
             )
 
     def _refuse_draws(self, before: tuple[Any, ...]) -> None:
-        if random_state() != before:
-            raise FrozenDrawError("draws random numbers outside of torch or in place, which a cut would freeze")
+        if random_state(self.generators) != before:
+            raise FrozenDrawError("draws random numbers in a way that no step stands for, and a cut would freeze them")
 
 
 def lost_by_opening(module: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cleave.architectures.cutting.draws import random_state
+from cleave.architectures.cutting.draws import own_generators, random_state
 from cleave.architectures.cutting.refusals import WAY_OUT, CutError, first_line
 
 # How far gradients may lie apart, in units of the largest of a tensor: some kernels sum in an order of their own.
@@ -90,7 +90,12 @@ class Reference:
                 result = forward(leaf.clone())
                 gradients = gradients_of(result, [leaf, *parameters]) if learn else None
                 result = tree_map(lambda each: each.detach() if isinstance(each, Tensor) else each, result)
-        outcome = Outcome(result, [buffer.clone() for buffer in self.backbone.buffers()], random_state(), gradients)
+        outcome = Outcome(
+            result,
+            [buffer.clone() for buffer in self.backbone.buffers()],
+            random_state(own_generators(self.backbone)),
+            gradients,
+        )
         self.rewind()
         return outcome
 

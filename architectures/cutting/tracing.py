@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +10,11 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from cleave.architectures.cutting.contexts import otherwise, plainly, what_is_set
-from cleave.architectures.cutting.draws import FrozenDrawError, line_of_draw
+from cleave.architectures.cutting.draws import FrozenDrawError, line_of_draw, own_generators, rewinding
 from cleave.architectures.cutting.patches import CHECKPOINTING
 from cleave.architectures.cutting.proxies import written_by
 from cleave.architectures.cutting.recording import CONSTANT, StageTracer
@@ -166,7 +164,7 @@ def _trace_twice(backbone: nn.Module, make: Callable[[], StageTracer]) -> Trace:
         except Exception as error:
             located = _LocatedError(error, tracer)
             if isinstance(error, FrozenDrawError):
-                located.line = line_of_draw(functools.partial(make().trace, backbone))
+                located.line = line_of_draw(functools.partial(make().trace, backbone), own_generators(backbone))
             raise located from error
         made = {name: value for name, value in vars(backbone).items() if name not in before and CONSTANT in name}
         for name in made:
@@ -227,7 +225,7 @@ def preserved(backbone: nn.Module) -> Iterator[Callable[[], None]]:
     ]
     devices = {tensor.device for tensor in (*backbone.parameters(), *backbone.buffers()) if tensor.is_cuda}
     generators = {device: torch.cuda.get_rng_state(device) for device in devices}
-    generator, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    rewind_draws = rewinding(own_generators(backbone))
 
     def rewind() -> None:
         for part, attributes in parts:
@@ -237,9 +235,7 @@ def preserved(backbone: nn.Module) -> Iterator[Callable[[], None]]:
         for container, content in held:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
-        torch.set_rng_state(generator)
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        rewind_draws()
         for device, state in generators.items():
             torch.cuda.set_rng_state(state, device)
         with torch.no_grad():
