@@ -146,9 +146,11 @@ def class_folders(folder: Path) -> list[str]:
 def _images(folder: Path, names: Sequence[str]) -> FileSource:
     paths: list[str] = []
     labels: list[int] = []
+    walked: dict[str, str] = {}
     for label, name in enumerate(names):
         before = len(paths)
         for directory, subfolders, files in os.walk(folder / name, followlinks=True):
+            _check_walked(folder, directory, walked)
             subfolders[:] = sorted(sub for sub in subfolders if not sub.startswith("."))
             relative = Path(directory).relative_to(folder)
             images = sorted(f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith("."))
@@ -156,4 +158,27 @@ def _images(folder: Path, names: Sequence[str]) -> FileSource:
         if len(paths) == before:
             raise ValueError(f"the class folder {folder / name} has no images (known are {', '.join(EXTENSIONS)})")
         labels.extend([label] * (len(paths) - before))
+    _check_names(folder, paths)
     return FileSource(folder, paths, labels)
+
+
+def _check_walked(folder: Path, directory: str, walked: dict[str, str]) -> None:
+    """Refuse a folder that a link leads to again: its images would count twice, and under another class."""
+    real = os.path.realpath(directory)
+    above = os.path.realpath(folder)
+    if real == above or above.startswith(real.rstrip(os.sep) + os.sep):
+        raise ValueError(f"the link {directory} leads to {real}, which holds {folder} itself; remove it")
+    if (before := walked.setdefault(real, directory)) != directory:
+        raise ValueError(
+            f"{directory} and {before} are the same folder, {real}: its images would count twice; remove the link"
+        )
+
+
+def _check_names(folder: Path, paths: Sequence[str]) -> None:
+    """Refuse names that no report, log or checkpoint could hold."""
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(path).decode(errors="backslashreplace")
+            raise ValueError(f"the name of {folder}/{shown} is not UTF-8; rename the file or folder") from None

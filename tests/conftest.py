@@ -28,6 +28,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         sys.settrace(tracer)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests remember nothing in the user's cache folder."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache_home"))
+
+
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of digits_teacher after one short epoch: a teacher file for whatever needs one."""
