@@ -158,6 +158,8 @@ class ImageSplits(ABC):
         if self._found is None:
             self._found = self.load_splits()
         if name not in self._splits:
+            if name not in self._found:
+                raise ValueError(f"there are no {name} images: {', '.join(sorted(self._found))} alone were found")
             source = self._found[name]
             if self.skip_corrupt:
                 bad = corrupt_pictures(source, source.picture, "decoded", f"looking at {name}")

@@ -289,6 +289,54 @@ def test_a_name_that_is_not_utf8_is_named(tmp_path: Path, place: bytes) -> None:
         ImageFolder(root).setup("fit")
 
 
+def test_a_flat_tree_is_split_the_same_way_everywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("cat", "dog"):
+        for number in range(20):
+            write(tmp_path / name / f"{number}.png", value=number)
+    module = ImageFolder(tmp_path, val_fraction=0.2)
+    with caplog.at_level(logging.INFO, "cleave.datamodules"):
+        module.setup()
+    assert caplog.messages[0] == f"{tmp_path} has no train/: 8 of its images are split off for the test"
+    assert sizes(module) == {"train": 26, "val": 6, "test": 8}
+    found = [names(module, split) for split in ("train", "val", "test")]
+    assert len(set.union(*found)) == 40
+    assert found == [names(ImageFolder(tmp_path, val_fraction=0.2), split) for split in ("train", "val", "test")]
+    assert all(set(module.split(split).labels.tolist()) == {0, 1} for split in ("train", "val", "test"))
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_tree_without_train_can_be_evaluated_alone(tmp_path: Path, split: str) -> None:
+    module = ImageFolder(tree(tmp_path, (split,), count=3), image_size=8)
+    assert module.class_names == ["cat", "dog"]
+    assert module.native_input.shape == (3, 8, 10)
+    module.setup("test")
+    assert sum(len(batch["labels"]) for batch in module.test_dataloader()) == 6
+    with pytest.raises(ValueError, match="there are no train images: test, val alone were found"):
+        module.setup("fit")
+
+
+@pytest.mark.parametrize("wrong", ["validation", "Train", "testing"])
+def test_splits_of_other_names_are_no_classes(tmp_path: Path, wrong: str) -> None:
+    for name in (wrong, "other"):
+        write(tmp_path / name / "cat/0.png")
+    with pytest.raises(ValueError, match=rf"has no train/ folder \(it holds .*'{wrong}'"):
+        ImageFolder(tmp_path).setup()
+
+
+def test_some_classes_can_be_taken(tmp_path: Path) -> None:
+    root = tree(tmp_path, count=2)
+    for split in ("train", "val", "test"):
+        write(root / split / "ant/0.png")
+    module = ImageFolder(root, classes=["dog", "ant"])
+    assert module.class_names == ["ant", "dog"]
+    assert module.split("test").labels.tolist() == [0, 1, 1]
+    with pytest.raises(ValueError, match=r"classes names 'dogs', which .*train lacks; it has 'dog'"):
+        _ = ImageFolder(root, classes=["dogs", "ant"]).class_names
+    for wrong in ("dog", ["dog"], ["dog", "dog"]):
+        with pytest.raises(ValueError, match="classes must be a list of at least two different names"):
+            ImageFolder(root, classes=wrong)
+
+
 @pytest.mark.parametrize("cache", [True, False])
 def test_corrupt_images_are_skipped_if_asked_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, cache: bool
