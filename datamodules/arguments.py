@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,3 +73,24 @@ def changed_input(spec: ImageInput, changes: dict[str, Any]) -> ImageInput:
         scale = max(changes["height"] / spec.height, changes["width"] / spec.width)
         changes["resize"] = max(round(spec.resize * scale), changes["height"], changes["width"])
     return dataclasses.replace(spec, **changes)
+
+
+def check_classes(classes: Sequence[str] | None) -> None:
+    """Raise a ValueError unless ``classes`` is ``None`` or a list of at least two different names."""
+    if classes is None:
+        return
+    if isinstance(classes, str) or len(classes) < 2 or len(set(classes)) < len(classes):
+        raise ValueError(f"classes must be a list of at least two different names, got {classes!r}")
+
+
+def picked_classes(known: Sequence[str], classes: Sequence[str] | None, where: str) -> list[str]:
+    """Return those of the known classes that are asked for, in the order of the known ones.
+
+    Raises:
+        ValueError: A class is unknown; the message lists near ones.
+    """
+    for name in classes or ():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5) or list(known[:10])
+            raise ValueError(f"classes names {name!r}, which {where} lacks; it has {', '.join(map(repr, near))}")
+    return [name for name in known if classes is None or name in classes]

@@ -49,8 +49,7 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
         interpolation: Resize filter that overrides the backbone's.
         cache: Keep decoded pictures in memory, shared with the workers: ``True``, ``False``, or ``"auto"``: splits of
             at most 1 GiB decoded.
-        skip_corrupt: Leave out pictures that cannot be decoded, and log how many, instead of an error. Every picture
-            of a split is then decoded once when the split is first used.
+        skip_corrupt: Leave out pictures that cannot be decoded or preprocessed, and log how many, instead of an error.
 
     Raises:
         ValueError: An argument is out of range; the message names it, its value and what is allowed.
@@ -162,7 +161,19 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
     # --- what Lightning calls ---------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """Decode and cache the splits of a stage, so that a broken picture is found before any training."""
+        """Look at the pictures of a stage, before a fit those of the test too; then decode and cache its splits.
+
+        Across devices the first rank looks, and the others find what it wrote down.
+        """
+        trainer = self.trainer if self.trainer is not None and self.trainer.world_size > 1 else None
+        if trainer is not None and not trainer.is_global_zero:
+            trainer.strategy.barrier("pictures")
+        try:
+            for split in SPLITS if stage == "fit" else _STAGE_SPLITS[stage]:
+                self.look(split, decoded=split in _STAGE_SPLITS[stage])
+        finally:
+            if trainer is not None and trainer.is_global_zero:
+                trainer.strategy.barrier("pictures")
         for split in _STAGE_SPLITS[stage]:
             self.dataset(split)
 

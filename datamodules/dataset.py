@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from cleave.deployment import ImageInput
 
 from .augment import Augmentation
-from .cache import AUTO_CACHE_BYTES, PixelCache, in_threads
+from .cache import AUTO_CACHE_BYTES, PixelCache
 from .feature_cache import FeatureCache
+from .look import corrupt_pictures
 from .sampling import Key, sample_seeds
 from .sources import CorruptImageError, ImageSource
 
@@ -77,11 +78,25 @@ class ImageDataset(Dataset[Batch]):
         self.with_images = True
         self._takes_pictures = augmentation is not None and augmentation.takes_pictures
         self.cache: PixelCache | None = None
-        if cache is True or (cache == "auto" and self._decoded_bytes() <= AUTO_CACHE_BYTES):
+        if self.keeps_decoded(cache):
             self.cache = self._decode_all()
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def keeps_decoded(self, cache: bool | str) -> bool:
+        """Whether decoded pictures are kept in memory, for a value of ``cache``."""
+        return cache is True or (cache == "auto" and self._decoded_bytes() <= AUTO_CACHE_BYTES)
+
+    def corrupt(self, title: str) -> dict[int, CorruptImageError]:
+        """Read every picture as a loader would, and return the errors of those that cannot be used, by index.
+
+        Args:
+            title: What is shown beside the progress bar of a long look.
+        """
+        load = self._load_picture if self._takes_pictures else self._load_input
+        how = f"{self.spec.color_mode} picture" if self._takes_pictures else repr(self.spec)
+        return corrupt_pictures(self.source, load, how, title)
 
     def __getitem__(self, key: int | Key) -> Batch:
         """Return the parts of one sample: a uint8 image (C, H, W), its label, a scalar int64 tensor, and others."""
@@ -190,14 +205,3 @@ class ImageDataset(Dataset[Batch]):
         cache = PixelCache(shapes)
         cache.fill(self._load_picture if self._takes_pictures else self._load_input)
         return cache
-
-
-def readable(source: ImageSource) -> tuple[ImageSource, list[str]]:
-    """Decode every picture once and leave out those that are corrupt.
-
-    Returns:
-        The pictures that can be decoded, and the names of the others.
-    """
-    outcome = list(in_threads(source.picture, len(source)))
-    bad = [source.name(index) for index, error in enumerate(outcome) if error is not None]
-    return (source.subset(np.flatnonzero([error is None for error in outcome])) if bad else source), bad

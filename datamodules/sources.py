@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cleave.deployment import ImageError, open_image
+
 GREY_MODES = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")
 RANGELESS_MODES = ("I", "F")
 """Pillow modes of 32-bit grey, which no input can be made of: the range of their values is not known."""
@@ -145,12 +147,11 @@ class FileSource(ImageSource):
         """
         path = self.name(index)
         try:
-            with Image.open(path) as image:
-                image.load()
-        except (FileNotFoundError, PermissionError):
-            raise
-        except Exception as error:  # decoders of broken files raise OSError, SyntaxError, struct.error and others
-            raise CorruptImageError(f"cannot decode the image {path}: {error}") from error
+            image = open_image(path)  # the device's reader, and its limit of pixels
+        except ImageError as error:
+            if isinstance(error.__cause__, FileNotFoundError | PermissionError):
+                raise error.__cause__ from None
+            raise CorruptImageError(f"cannot decode the image {path}: {error.__cause__ or error}") from error
         self._check_mode(image, path)
         return image
 

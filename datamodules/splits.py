@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -14,8 +14,9 @@ from cleave.deployment import ImageInput
 
 from .arguments import changed_input, check_cache, check_whole, input_changes
 from .augment import Augmentation, check_preset
-from .dataset import Batch, ImageDataset, Values, readable
-from .sources import CorruptImageError, ImageSource
+from .dataset import Batch, ImageDataset, Values
+from .look import corrupt_pictures
+from .sources import CorruptImageError, FileSource, ImageSource
 
 log = logging.getLogger(__name__)
 
@@ -157,8 +158,13 @@ class ImageSplits(ABC):
         if self._found is None:
             self._found = self.load_splits()
         if name not in self._splits:
+            if name not in self._found:
+                raise ValueError(f"there are no {name} images: {', '.join(sorted(self._found))} alone were found")
             source = self._found[name]
-            self._splits[name] = self._leave_out_corrupt(name, source) if self.skip_corrupt else source
+            if self.skip_corrupt:
+                bad = corrupt_pictures(source, source.picture, "decoded", f"looking at {name}")
+                source = self._without(name, source, bad)
+            self._splits[name] = source
         return self._splits[name]
 
     def image_file_bytes(self, split: str = "test") -> float:
@@ -188,18 +194,43 @@ class ImageSplits(ABC):
             ValueError: :attr:`parts` and :meth:`further_parts` do not fit, or the augmentation cannot move the maps.
         """
         if split not in self._datasets:
-            spec, source = self.input, self.split(split)
-            self._datasets[split] = ImageDataset(
-                source,
-                spec,
-                augmentation=Augmentation(self.augment, spec) if split == "train" and self.augment != "none" else None,
-                seed=self.seed,
-                cache=self.cache,
-                labels="labels" in self.parts,
-                further=self._further(split, source),
-                maps=self.maps,
-            )
+            source = self.look(split)
+            self._datasets[split] = self._dataset(split, source, self.cache, self._further(split, source))
         return self._datasets[split]
+
+    def look(self, split: str, *, decoded: bool = True) -> ImageSource:
+        """Return the pictures of a split after each was read once as a loader would.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            decoded: Whether :meth:`dataset` follows, which reads all pictures of a split that it keeps decoded.
+
+        Raises:
+            CorruptImageError: Pictures cannot be used, and ``skip_corrupt`` is off.
+        """
+        source = self.split(split)
+        plain = self._dataset(split, source, False, {})
+        kept = decoded and not self.skip_corrupt and plain.keeps_decoded(self.cache)
+        if kept or not isinstance(source, FileSource):
+            return source
+        if bad := plain.corrupt(f"looking at {split}"):
+            if not self.skip_corrupt:
+                raise CorruptImageError(_listed(split, list(bad.values())))
+            self._splits[split] = self._without(split, source, bad)
+        return self._splits[split]
+
+    def _dataset(self, split: str, source: ImageSource, cache: bool | str, further: dict[str, Values]) -> ImageDataset:
+        augmented = split == "train" and self.augment != "none"
+        return ImageDataset(
+            source,
+            self.input,
+            augmentation=Augmentation(self.augment, self.input) if augmented else None,
+            seed=self.seed,
+            cache=cache,
+            labels="labels" in self.parts,
+            further=further,
+            maps=self.maps if further else (),
+        )
 
     def _further(self, split: str, source: ImageSource) -> dict[str, Values]:
         found = self.further_parts(split, source)
@@ -213,16 +244,27 @@ class ImageSplits(ABC):
             raise ValueError(f"maps={self.maps} must be some of the further parts {wanted}, not {foreign}")
         return {name: found[name] for name in wanted}
 
-    def _leave_out_corrupt(self, split: str, source: ImageSource) -> ImageSource:
-        source, bad = readable(source)
-        if bad:
-            left = set(source.labels.tolist())
-            if empty := [name for label, name in enumerate(self.class_names) if label not in left]:
-                raise CorruptImageError(f"no image of {empty} in {split} can be decoded; the first one is {bad[0]}")
-            if not left:
-                raise CorruptImageError(f"no image of {split} can be decoded; the first one is {bad[0]}")
-            log_once(f"{split}: left out {len(bad)} corrupt image(s), the first is {bad[0]}")
+    def _without(self, split: str, source: ImageSource, bad: Mapping[int, CorruptImageError]) -> ImageSource:
+        """Leave out pictures that cannot be used, as long as each class keeps some."""
+        if not bad:
+            return source
+        first = source.name(min(bad))
+        source = source.subset(np.delete(np.arange(len(source)), list(bad)))
+        left = set(source.labels.tolist())
+        if empty := [name for label, name in enumerate(self.class_names) if label not in left]:
+            raise CorruptImageError(f"no image of {empty} in {split} can be decoded; the first one is {first}")
+        if not left:
+            raise CorruptImageError(f"no image of {split} can be decoded; the first one is {first}")
+        log_once(f"{split}: left out {len(bad)} corrupt image(s), the first is {first}")
         return source
+
+
+def _listed(split: str, errors: Sequence[CorruptImageError]) -> str:
+    if len(errors) == 1:
+        return str(errors[0])
+    shown = "; ".join(str(error) for error in errors[:5])
+    more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
+    return f"{len(errors)} images of {split} cannot be used: {shown}{more}. data.skip_corrupt=true leaves them out"
 
 
 @rank_zero_only

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 
 # Tensors here are tiny: threads cost more than they save, above all where tests start processes of their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,21 +12,34 @@ from pathlib import Path
 
 import pytest
 
+TRACED_CASES = 2
+_cases: Counter[str] = Counter()
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Leave what is marked ``untraced`` out of the coverage, fixtures included: tracing doubles the time it takes.
+    """Leave most of the tests' time out of the coverage, as tracing more than doubles it.
 
-    Not by stopping coverage, which goes back to an outer one where pytest-cov has started two.
+    Of a parametrised test the first cases are traced, as the others run the same lines; what is marked ``untraced`` is
+    not traced at all, fixtures included. Not by stopping coverage, which goes back to an outer one where pytest-cov has
+    started two.
     """
-    tracer = sys.gettrace()
-    if not item.get_closest_marker("untraced") or type(tracer).__module__ != "coverage":
+    tracer, test = sys.gettrace(), item.nodeid.partition("[")[0]
+    _cases[test] += 1
+    repeated = _cases[test] > TRACED_CASES or item.get_closest_marker("untraced")
+    if not repeated or type(tracer).__module__ != "coverage":
         return (yield)
     sys.settrace(None)
     try:
         return (yield)
     finally:
         sys.settrace(tracer)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests remember nothing in the user's cache folder."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache_home"))
 
 
 @pytest.fixture(scope="session")

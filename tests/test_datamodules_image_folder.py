@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 
 from cleave.datamodules import CorruptImageError, ImageFolder
+from cleave.datamodules.sources import FileSource
 from cleave.deployment import ImageInput
 
 
@@ -171,13 +174,167 @@ def test_bad_input_corrupt_image_is_found_while_caching(tmp_path: Path, content:
         ImageFolder(root, image_size=8).setup("fit")
 
 
-def test_bad_input_corrupt_image_is_found_at_first_read_without_a_cache(tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def own_memory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("augment", ["none", "imagenet"])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("cache", ["auto", True, False])
+def test_every_picture_is_looked_at_before_training(
+    tmp_path: Path, split: str, cache: bool | str, augment: str
+) -> None:
+    root = tree(tmp_path, count=4)
+    (root / split / "dog/3.png").write_bytes(b"no image")
+    with pytest.raises(CorruptImageError, match=rf"cannot decode the image .*{split}/dog/3\.png"):
+        ImageFolder(root, cache=cache, augment=augment, image_size=8).setup("fit")
+
+
+def test_all_that_is_corrupt_is_named_at_once(tmp_path: Path) -> None:
     root = tree(tmp_path)
-    (root / "val/dog/3.png").write_bytes(b"no image")
-    module = ImageFolder(root, cache=False)
-    module.setup("fit")
-    with pytest.raises(CorruptImageError, match=r"val/dog/3\.png"):
-        list(module.val_dataloader())
+    for number in range(7):
+        (root / f"test/cat/{number}.png").write_bytes(b"no image")
+    with pytest.raises(CorruptImageError, match=r"^7 images of test cannot be used: .*cat/4\.png.*; and 2 more\. "):
+        ImageFolder(root).setup("fit")
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_what_decodes_but_cannot_be_resized_is_found_at_the_same_look(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cache: bool
+) -> None:
+    root = tree(tmp_path, count=4)
+    for split in ("train", "test"):
+        Image.new("RGB", (1, 3000)).save(root / split / "cat/thin.png")
+    options = {"augment": "none", "cache": cache, "batch_size": 1}
+    with pytest.raises(CorruptImageError, match=r"cannot preprocess the image .*cat/thin\.png"):
+        ImageFolder(root, **options).setup("fit")
+    module = ImageFolder(root, skip_corrupt=True, **options)
+    with caplog.at_level(logging.INFO, "cleave.datamodules"):
+        module.setup("fit")
+    assert len(caplog.messages) == 2
+    assert sizes(module) == {"train": 8, "val": 8, "test": 8}
+    assert len(list(module.train_dataloader())) == 8
+    assert len(list(module.test_dataloader())) == 8
+
+
+def test_what_was_looked_at_is_remembered_until_it_changes(
+    tmp_path: Path, own_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tree(tmp_path, count=4)
+    read = []
+    original = FileSource.picture
+    monkeypatch.setattr(FileSource, "picture", lambda self, i: read.append(self.name(i)) or original(self, i))
+    ImageFolder(root, cache=False, image_size=8).setup("fit")
+    assert len(read) == len(set(read)) == 24
+    assert len(list(own_memory.rglob("*.npy"))) == 3
+    read.clear()
+    ImageFolder(root, cache=False, image_size=8).setup("fit")
+    assert read == []
+    write(root / "val/dog/3.png", value=7)
+    ImageFolder(root, cache=False, image_size=8).setup("fit")
+    assert read == [str(root / "val/dog/3.png")]
+    ImageFolder(root, cache=False, image_size=9).setup("fit")  # for evaluation pictures are resized
+    assert len(read) == 1 + 16
+
+
+def test_a_memory_that_cannot_be_read_or_written_is_done_without(tmp_path: Path, own_memory: Path) -> None:
+    root = tree(tmp_path, count=4)
+    ImageFolder(root, cache=False).setup("fit")
+    for file in own_memory.rglob("*.npy"):
+        file.write_bytes(b"damaged")
+    ImageFolder(root, cache=False).setup("fit")
+    shutil.rmtree(own_memory)
+    own_memory.write_text("no folder")
+    ImageFolder(root, cache=False).setup("fit")
+
+
+def test_a_picture_larger_than_a_device_takes_is_refused_in_training(tmp_path: Path) -> None:
+    root = tree(tmp_path, count=4)
+    Image.new("1", (10_000, 9_000)).save(root / "train/cat/huge.png")
+    with pytest.raises(CorruptImageError, match=r"huge\.png: .*pixels.* 89478485"):
+        ImageFolder(root).setup("fit")
+
+
+@pytest.mark.parametrize("target", ["..", "../..", "../../train", "../../.."])
+def test_a_link_to_a_folder_above_is_refused(tmp_path: Path, target: str) -> None:
+    root = tree(tmp_path / "data", count=2)
+    (root / "train/cat/loop").symlink_to(target, target_is_directory=True)
+    with pytest.raises(ValueError, match=r"the link .*cat/loop leads to .*; remove it"):
+        ImageFolder(root).setup("fit")
+
+
+def test_a_link_to_another_class_is_refused_and_one_to_elsewhere_followed(tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", count=2)
+    write(tmp_path / "elsewhere/a.png")
+    (root / "train/cat/more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert sizes(ImageFolder(root))["train"] == 5
+    (root / "train/dog/again").symlink_to(root / "train/cat", target_is_directory=True)
+    with pytest.raises(ValueError, match="are the same folder, .*would count twice"):
+        ImageFolder(root).setup("fit")
+
+
+@pytest.mark.parametrize("place", [b"caf\xe9.png", b"deep\xff/0.png"])
+def test_a_name_that_is_not_utf8_is_named(tmp_path: Path, place: bytes) -> None:
+    root = tree(tmp_path, count=2)
+    path = os.fsencode(root / "train/cat") + b"/" + place
+    os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120 bytes
+    with open(path, "wb") as file:  # noqa: PTH123
+        file.write((root / "train/cat/0.png").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"the name of .*train/(caf\\xe9|cat/caf\\xe9|cat/deep\\xff).* is not UTF-8; rename"
+    ):
+        ImageFolder(root).setup("fit")
+
+
+def test_a_flat_tree_is_split_the_same_way_everywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("cat", "dog"):
+        for number in range(20):
+            write(tmp_path / name / f"{number}.png", value=number)
+    module = ImageFolder(tmp_path, val_fraction=0.2)
+    with caplog.at_level(logging.INFO, "cleave.datamodules"):
+        module.setup()
+    assert caplog.messages[0] == f"{tmp_path} has no train/: 8 of its images are split off for the test"
+    assert sizes(module) == {"train": 26, "val": 6, "test": 8}
+    found = [names(module, split) for split in ("train", "val", "test")]
+    assert len(set.union(*found)) == 40
+    assert found == [names(ImageFolder(tmp_path, val_fraction=0.2), split) for split in ("train", "val", "test")]
+    assert all(set(module.split(split).labels.tolist()) == {0, 1} for split in ("train", "val", "test"))
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_tree_without_train_can_be_evaluated_alone(tmp_path: Path, split: str) -> None:
+    module = ImageFolder(tree(tmp_path, (split,), count=3), image_size=8)
+    assert module.class_names == ["cat", "dog"]
+    assert module.native_input.shape == (3, 8, 10)
+    module.setup("test")
+    assert sum(len(batch["labels"]) for batch in module.test_dataloader()) == 6
+    with pytest.raises(ValueError, match="there are no train images: test, val alone were found"):
+        module.setup("fit")
+
+
+@pytest.mark.parametrize("wrong", ["validation", "Train", "testing"])
+def test_splits_of_other_names_are_no_classes(tmp_path: Path, wrong: str) -> None:
+    for name in (wrong, "other"):
+        write(tmp_path / name / "cat/0.png")
+    with pytest.raises(ValueError, match=rf"has no train/ folder \(it holds .*'{wrong}'"):
+        ImageFolder(tmp_path).setup()
+
+
+def test_some_classes_can_be_taken(tmp_path: Path) -> None:
+    root = tree(tmp_path, count=2)
+    for split in ("train", "val", "test"):
+        write(root / split / "ant/0.png")
+    module = ImageFolder(root, classes=["dog", "ant"])
+    assert module.class_names == ["ant", "dog"]
+    assert module.split("test").labels.tolist() == [0, 1, 1]
+    with pytest.raises(ValueError, match=r"classes names 'dogs', which .*train lacks; it has 'dog'"):
+        _ = ImageFolder(root, classes=["dogs", "ant"]).class_names
+    for wrong in ("dog", ["dog"], ["dog", "dog"]):
+        with pytest.raises(ValueError, match="classes must be a list of at least two different names"):
+            ImageFolder(root, classes=wrong)
 
 
 @pytest.mark.parametrize("cache", [True, False])
