@@ -22,6 +22,7 @@ from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.architectures.network.ensemble import GeometricEnsemble
 from cleave.architectures.network.outputs import FINAL, RESERVED
 from cleave.architectures.network.staged import StagedNetwork
+from cleave.deployment.bundle.torchscript import is_scripted
 
 REPLACE, INSERT, NONE = "replace", "insert", "none"
 Settings = Mapping[str, Any] | Callable[..., Any] | None
@@ -238,13 +239,13 @@ def unscripted(backbone: nn.Module) -> nn.Module:
     """Return a backbone, unless some of it is scripted.
 
     Raises:
-        CutError: A layer is a ``torch.jit.ScriptModule``: a copy of it computes with weights that no optimizer reaches.
+        CutError: A layer is scripted: a copy of it computes with weights that no optimizer reaches.
     """
     for name, layer in backbone.named_modules():
-        if isinstance(layer, torch.jit.ScriptModule):
+        if is_scripted(layer):
             raise CutError(
                 f"layer {name!r} of {type(backbone).__name__} is scripted, and a copy of it would not learn; build it "
-                "without torch.jit"
+                "without scripting"
             )
     return backbone
 

@@ -1,10 +1,12 @@
-"""Lightning data modules: embedded digits, CIFAR-10, and any folder of images."""
+"""Lightning data modules: embedded digits, CIFAR-10, any folder or table of images, any data set of torchvision."""
 
 from .base import ImageDataModule
-from .cifar10 import CIFAR10
-from .digits import Digits
 from .feature_cache import FeatureCache, FeatureCacheError
-from .image_folder import ImageFolder
+from .sets.cifar10 import CIFAR10
+from .sets.digits import Digits
+from .sets.image_folder import ImageFolder
+from .sets.image_table import ImageTable
+from .sets.torchvision_images import TorchvisionImages
 from .sources import CorruptImageError
 
 __all__ = [
@@ -15,4 +17,6 @@ __all__ = [
     "FeatureCacheError",
     "ImageDataModule",
     "ImageFolder",
+    "ImageTable",
+    "TorchvisionImages",
 ]

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from cleave.datamodules import Digits
-from cleave.datamodules.image_folder import EXTENSIONS
+from cleave.datamodules.sets.image_folder import EXTENSIONS
 from cleave.deployment import ImageInput, Pipeline, Result, exit_shares, load_bundle, read_policy
 from cleave.reports.terminal import console, table
 from cleave.scripts.assembly.terminal import CONF, friendly, start

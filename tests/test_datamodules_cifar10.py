@@ -10,7 +10,7 @@ import pytest
 from torchvision import datasets
 
 from cleave.datamodules import CIFAR10
-from cleave.datamodules.cifar10 import CLASSES
+from cleave.datamodules.sets.cifar10 import CLASSES
 
 
 @pytest.fixture

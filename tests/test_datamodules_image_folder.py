@@ -296,7 +296,7 @@ def test_a_flat_tree_is_split_the_same_way_everywhere(tmp_path: Path, caplog: py
     module = ImageFolder(tmp_path, val_fraction=0.2)
     with caplog.at_level(logging.INFO, "cleave.datamodules"):
         module.setup()
-    assert caplog.messages[0] == f"{tmp_path} has no train/: 8 of its images are split off for the test"
+    assert caplog.messages[0] == f"{tmp_path} has no splits: 8 of its images are split off for the test"
     assert sizes(module) == {"train": 26, "val": 6, "test": 8}
     found = [names(module, split) for split in ("train", "val", "test")]
     assert len(set.union(*found)) == 40

@@ -25,7 +25,7 @@ def test_a_checkpoint_cannot_name_code_of_its_own(tmp_path, teacher_file):
         "torch.load",
         "numpy.load",
         "cleave.architectures.backbones.weights.torch.load",
-        "cleave.datamodules.image_folder.Path",
+        "cleave.datamodules.sets.image_folder.Path",
         "my_package.Net",
     ],
 )

@@ -82,6 +82,11 @@ def load_torchscript(content: bytes, device: torch.device | str = "cpu") -> nn.M
     return module.eval()
 
 
+def is_scripted(module: nn.Module) -> bool:
+    """Whether a module is TorchScript already."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
 def _replace_devices(module: Any, device: torch.device) -> None:
     """Let tensors that are created on the way follow the module: a trace made on the CPU names the CPU for them."""
     holder: Any = torch.jit.trace(lambda: torch.ones(()).to(device), example_inputs=(), check_trace=False)

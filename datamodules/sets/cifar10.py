@@ -10,9 +10,9 @@ from torchvision import datasets
 
 from cleave.deployment import ImageInput
 
-from .base import ImageDataModule
-from .sources import ArraySource, ImageSource, check_fraction, check_val_from, split_off
-from .splits import log_once
+from ..base import ImageDataModule
+from ..sources import ArraySource, ImageSource, check_fraction, check_val_from, split_off
+from ..splits import log_once
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

@@ -9,8 +9,8 @@ from sklearn.datasets import load_digits
 
 from cleave.deployment import ImageInput
 
-from .base import ImageDataModule
-from .sources import ArraySource, ImageSource, split_off
+from ..base import ImageDataModule
+from ..sources import ArraySource, ImageSource, split_off
 
 
 class Digits(ImageDataModule):

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cleave.deployment import ImageInput
-
-from .arguments import check_classes, picked_classes
-from .base import ImageDataModule
-from .sources import FileSource, ImageSource, check_fraction, check_val_from, split_off
-from .splits import SPLITS, log_once
+from ..arguments import picked_classes
+from ..sources import FileSource, ImageSource
+from ..splits import SPLITS
+from .completing import WHOLE, FoundImages
 
 MEANT_AS_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
-WHOLE = "whole"
-"""What stands for the splits of a folder that has none."""
-
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-class ImageFolder(ImageDataModule):
-    """Images under ``root/train/<class>/…``, ``root/val/<class>/…`` and ``root/test/<class>/…``.
+class ImageFolder(FoundImages):
+    """Images under ``root/train/<class>/…``, ``root/val/<class>/…`` and ``root/test/<class>/…``, or ``root/<class>/…``.
 
     Classes are the sorted folder names of ``train/`` and must be the same in every split. Files and folders whose
-    name starts with a dot or that have none of ``EXTENSIONS`` are ignored; folders inside a class are searched too. A
-    log line tells where a split comes from that has no folder:
-
-    - without ``val/``, a fixed stratified part of ``train/`` is split off;
-    - without ``test/``, the validation images are tested on, which flatters a model that was selected on them;
-    - where ``root`` holds the class folders themselves, fixed stratified parts are split off for test and validation;
-    - where it holds ``val/`` or ``test/`` alone, these can be evaluated on, and there is nothing to train on.
+    name starts with a dot or that have none of ``EXTENSIONS`` are ignored; folders inside a class are searched too.
+    What becomes of splits that have no folder, :class:`~cleave.datamodules.sets.completing.FoundImages` says.
 
     Args:
         root: The folder.
@@ -59,67 +48,13 @@ class ImageFolder(ImageDataModule):
         **options: Any,
     ) -> None:
         root = str(root)
-        check_val_from(val_from)
-        check_fraction(val_fraction)
-        check_classes(classes)
-        super().__init__(augment=augment, **options)
+        super().__init__(classes=classes, val_from=val_from, val_fraction=val_fraction, augment=augment, **options)
         self.root = root
-        self.classes = None if classes is None else list(classes)
-        self.val_from = val_from
-        self.val_fraction = val_fraction
 
-    @functools.cached_property
-    def _tree(self) -> tuple[list[str], dict[str, FileSource]]:
-        return scan(self.root, self.classes)
-
-    @property
-    def class_names(self) -> list[str]:
-        """The sorted names of the class folders."""
-        return list(self._tree[0])
-
-    @functools.cached_property
-    def native_input(self) -> ImageInput:
-        """The images' own size if they share one, else 224 pixels cut from 256; grey if all of them are.
-
-        At most 256 training images at even distances are looked at. Mean and standard deviation are ImageNet's, or 0.5
-        for grey.
-        """
-        source = self.split("train" if {"train", WHOLE} & self._tree[1].keys() else "test")
-        shapes = [source.shape(int(index)) for index in source.spaced(256)]
-        size: dict[str, Any] = {"height": 224, "width": 224, "resize": 256}
-        if len({shape[:2] for shape in shapes}) == 1:
-            size = {"height": shapes[0][0], "width": shapes[0][1]}
-        if all(channels == 1 for *_, channels in shapes):
-            return ImageInput(**size, color_mode="L", mean=(0.5,), std=(0.5,))
-        return ImageInput(**size)
-
-    def load_splits(self) -> dict[str, ImageSource]:
-        """Find the images, and split off what has no folder of its own."""
-        splits: dict[str, ImageSource] = dict(self._tree[1])
-        if WHOLE in splits:
-            rest, splits["test"] = split_off(splits.pop(WHOLE), self.val_fraction, self.class_names)
-            splits["train"] = rest
-            log_once(f"{self.root} has no train/: {len(splits['test'])} of its images are split off for the test")
-        if "train" not in splits:
-            log_once(f"{self.root} has no train/: it can be evaluated on, not trained on")
-            alone = next(iter(splits.values()))
-            return {"val": alone, "test": alone} | splits
-        if self.val_from == "test":
-            if "test" not in splits:
-                raise ValueError(f"val_from='test' takes one half of {Path(self.root, 'test')}, which does not exist")
-            splits["test"], splits["val"] = split_off(splits["test"], 0.5, self.class_names)
-            log_once(
-                f"{self.root}: one fixed half of test/ validates ({len(splits['val'])} images), the other half tests"
-            )
-        elif "val" not in splits:
-            splits["train"], splits["val"] = split_off(splits["train"], self.val_fraction, self.class_names)
-            log_once(f"{self.root} has no val/: {len(splits['val'])} images of train/ are split off for validation")
-        if "test" not in splits:
-            splits["test"] = splits["val"]
-            log_once(
-                f"{self.root} has no test/: it tests on the validation images, which flatters a model selected on them"
-            )
-        return splits
+    def find(self) -> tuple[list[str], dict[str, ImageSource], str]:
+        """Find the classes and the images of every split's folder."""
+        names, sources = scan(self.root, self.classes)
+        return names, dict(sources), self.root
 
 
 def scan(root: str | Path, classes: Sequence[str] | None = None) -> tuple[list[str], dict[str, FileSource]]:

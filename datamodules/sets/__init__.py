@@ -1,0 +1,1 @@
+"""Data sets: where the pictures and labels of a split come from."""
