@@ -12,7 +12,7 @@ from hydra.utils import get_object
 # quantisers.
 ROOMS = ("architectures", "datamodules", "lightning_modules", "losses")
 OURS = re.compile(rf"cleave\.({'|'.join(ROOMS)})(\.[a-z]\w*)*\.[A-Z]\w*")
-TORCH = re.compile(r"torch\.(optim(\.lr_scheduler)?\.[A-Z]\w*|nn\.[A-Z]\w*Loss)")
+TORCH = re.compile(r"torch\.(optim(\.lr_scheduler)?\.[A-Z]\w*|nn\.[A-Z]\w*Loss)|torchvision\.datasets\.[A-Z]\w*")
 FACTORIES = (
     "cleave.architectures.backbones.create_backbone",
     "cleave.architectures.build_bottleneck",
@@ -22,7 +22,7 @@ FACTORIES = (
 
 
 def check_targets(config: Any, path: str, trusted: bool) -> None:
-    """Refuse a checkpoint whose config names code that is neither Cleave's nor one of torch's optimizers or losses.
+    """Refuse a checkpoint whose config names code that is neither Cleave's nor one of torch's optimizers, losses or data sets.
 
     ``weights_only=True`` keeps a file's tensors from running code; this keeps its config from it.
 
