@@ -19,7 +19,7 @@ from cleave.deployment import (
 
 INPUT = ImageInput(height=8, width=8, color_mode="RGB", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), resize=10)
 SHAPE = (4, 4, 4)
-CLASSES = ("ant", "bee", "cat", "ant")
+CLASSES = ("ant", "bee", "cat", "dog")
 OUTPUTS = (OutputSpec("logits", "logits", (4,), CLASSES),)
 
 

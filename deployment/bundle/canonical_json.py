@@ -7,7 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..naming import listed
 from .files import BundleError
+from .limits import check_depth
 
 
 def dump(values: Any) -> bytes:
@@ -35,13 +37,15 @@ def parse(content: bytes) -> Any:
         ValueError: It is not JSON in UTF-8, repeats a key, has a number that is not finite, or is nested too deeply.
     """
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        values = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error}") from None
+    check_depth(values, "it")
+    return values
 
 
 def typed(values: Any, where: str, **types: Any) -> dict[str, Any]:
@@ -51,7 +55,9 @@ def typed(values: Any, where: str, **types: Any) -> dict[str, Any]:
     if missing := types.keys() - values.keys():
         raise BundleError(f"{where} lacks {', '.join(sorted(missing))}")
     if unknown := values.keys() - types.keys():
-        raise BundleError(f"{where} has the unknown keys {', '.join(sorted(unknown))}; known are {', '.join(types)}")
+        raise BundleError(
+            f"{where} has the unknown keys {listed(sorted(map(str, unknown)))}; known are {', '.join(types)}"
+        )
     for key, kind in types.items():
         if not isinstance(values[key], kind) or isinstance(values[key], bool):
             raise BundleError(f"{where}: {key} has the wrong type, {type(values[key]).__name__}")
@@ -61,15 +67,16 @@ def typed(values: Any, where: str, **types: Any) -> dict[str, Any]:
 def all_of(values: list[Any], kind: type, where: str) -> list[Any]:
     """Return ``values`` if each is of one type; :class:`BundleError` otherwise."""
     if wrong := [value for value in values if not isinstance(value, kind)]:
-        raise BundleError(f"{where} has an entry of the wrong type: {wrong[0]!r}")
+        raise BundleError(f"{where} has an entry of the wrong type: {wrong[0]!r:.200}")
     return values
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        repeated = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"the key {repeated!r} appears twice")
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {repeated!r:.200} appears twice")
     return values
 
 

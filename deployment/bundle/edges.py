@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ..codecs.codec import Codec, codec_from_dict
+from ..naming import listed
 from .canonical_json import typed
 from .files import BundleError
+from .limits import MAX_TENSORS, at_most, check_label
 
 
 class Signature(NamedTuple):
@@ -66,10 +69,13 @@ class Edge:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "transfers", tuple(self.transfers))
+        at_most(self.transfers, MAX_TENSORS, f"the transfers of the edge {self.name:.200}")
+        for item in self.transfers:
+            check_label(item.tensor, f"a tensor on the edge {self.name:.200}")
         if not self.transfers:
             raise BundleError(f"the edge {self.name} carries nothing: name at least one tensor")
         if twice := repeated(item.tensor for item in self.transfers):
-            raise BundleError(f"the edge {self.name} carries {', '.join(twice)} twice")
+            raise BundleError(f"the edge {self.name} carries {listed(twice)} twice")
 
     @property
     def name(self) -> str:
@@ -116,5 +122,4 @@ class Crossing:
 
 def repeated(values: Iterable[str]) -> list[str]:
     """Return what occurs more than once."""
-    values = list(values)
-    return sorted({value for value in values if values.count(value) > 1})
+    return sorted(value for value, times in collections.Counter(values).items() if times > 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..exits.policy import ExitPolicy
 from ..exits.specs import ExitSpec, check_exits, check_places
+from ..precision import autocast_off
 from ..runtime.inputs import Input
 from ..runtime.walk import Walk, walk_all
 from .data_dependence import data_dependent_lines
@@ -25,6 +26,7 @@ from .gate import first_sample, parity_gate, run_module
 from .loading import Bundle, load_bundle
 from .manifest import Manifest, route_results, write_manifest
 from .parity import ParityError, through_bytes
+from .private import without_paths
 from .route import Route
 from .specs import OutputSpec, PartitionSpec, TensorSpec, check_placement
 from .torchscript import FORMAT, save_torchscript
@@ -90,8 +92,10 @@ def export_bundle(
         exits: In the order in which they are reached, the network's own classifier last; empty where there are no early
             ones. Their logits are the outputs ``NAME/logits`` of their partitions, ``logits`` of the last.
         policy: Who decides at the exits; ``None``: all samples go on to the end.
-        config: The resolved configuration, plain JSON values.
-        metrics: What was measured of the network, plain JSON values: accuracy, payload bytes per sample, …
+        config: The resolved configuration, plain JSON values. Of absolute paths in it the last part alone is kept: a
+            bundle goes to others, who need not know the folders of the machine that wrote it.
+        metrics: What was measured of the network, plain JSON values: accuracy, payload bytes per sample, … Paths
+            likewise.
         overwrite: Replace a bundle that stands there; a folder with any file that no export wrote is never replaced.
 
     Returns:
@@ -103,6 +107,8 @@ def export_bundle(
         ParityError: A module steers by its input's values, or a loaded partition differs from its module.
     """
     directory = Path(directory)
+    if not isinstance(images, Tensor):
+        raise BundleError(f"images must be a tensor, got {type(images).__name__}")
     route = check_parts(parts, edges, input=input, outputs=outputs, exits=exits, policy=policy)
     if images.ndim != 1 + len(input.shape) or len(images) < MIN_SAMPLES:
         raise BundleError(
@@ -112,7 +118,7 @@ def export_bundle(
     images = images.detach().cpu().contiguous()
     TensorSpec(input.name, input.dtype, (-1, *input.shape)).check(images, "the sample batch")
     with new_folder(directory, overwrite) as folder:
-        modules = {part.name: copy.deepcopy(part.module).cpu().eval().requires_grad_(False) for part in parts}
+        modules = {part.name: _copied(part) for part in parts}
         writers = {place: Writer(route, place, folder, parts, modules, outputs) for place in route.placements}
         walk_all(writers, route, images)
         specs = {name: spec for writer in writers.values() for name, spec in writer.specs.items()}
@@ -124,12 +130,12 @@ def export_bundle(
             samples={place: writer.write_sample() for place, writer in writers.items()},
             exits=tuple(exits),
             policy=policy,
-            metrics=dict(metrics or {}),
-            config=dict(config or {}),
+            metrics=without_paths(dict(metrics or {})),
+            config=without_paths(dict(config or {})),
             versions=_versions(),
         )
         write_manifest(folder, manifest)
-        parity = parity_gate(load_bundle(folder), modules, images)
+        parity = parity_gate(load_bundle(folder, warm_up=False), modules, images)
         write_manifest(folder, dataclasses.replace(manifest, parity=parity))
     return load_bundle(directory)
 
@@ -149,6 +155,8 @@ def check_parts(
         raise BundleError(f"each partition needs a name of its own, whatever the case, got {', '.join(names)}")
     for part in parts:
         check_placement(part.name, part.placement)
+        if isinstance(part.inputs, str) or isinstance(part.outputs, str):
+            raise BundleError(f"inputs and outputs of partition {part.name} are lists of names, got a text")
     places = {part.placement for part in parts}
     if len({place.lower() for place in places}) < len(places):
         raise BundleError(f"each placement needs one spelling, whatever the case, got {', '.join(sorted(places))}")
@@ -196,7 +204,9 @@ class Writer(Walk):
         """Save a part and return its module's outputs."""
         part, module = self.by_name[name], self.modules[name]
         outputs = run_module(module, arguments, part.outputs, name)
-        if lines := data_dependent_lines(module, list(first_sample(arguments).values())):
+        with autocast_off(torch.device("cpu")):
+            lines = data_dependent_lines(module, list(first_sample(arguments).values()))
+        if lines:
             raise ParityError(
                 f"partition {name} steers by the values of its input, which a trace would freeze, in "
                 + "; ".join(lines[:3])
@@ -204,7 +214,8 @@ class Writer(Walk):
         path = self.folder / f"{name}.pt"
         try:
             save_torchscript(module, list(arguments.values()), path)
-        except RuntimeError as error:
+        # A trace runs the user's own code, on tensors that are not quite tensors; that may raise anything.
+        except Exception as error:
             raise BundleError(f"partition {name} cannot be traced: {error}") from error
         self.specs[name] = PartitionSpec(
             name=name,
@@ -231,7 +242,9 @@ class Writer(Walk):
         """Save what came to this placement and what its parts made of it."""
         path = self.folder / f"sample.{self.placement}.safetensors"
         # safetensors refuses tensors that share memory, as a range expanded over the batch does.
-        safetensors.torch.save_file({name: tensor.clone().contiguous() for name, tensor in self.sample.items()}, path)
+        content = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in self.sample.items()})
+        # Not by save_file, whose files their owner alone can read.
+        path.write_bytes(content)
         return FileEntry.of(path)
 
     def _output(self, name: str, tensor: Tensor) -> TensorSpec:
@@ -242,6 +255,14 @@ class Writer(Walk):
                 spec, shape=tuple(-1 if any_size else n for n, any_size in zip(spec.shape, free, strict=True))
             )
         return spec
+
+
+def _copied(part: Part) -> nn.Module:
+    """Return a copy of a part's module on the CPU, in eval mode."""
+    try:
+        return copy.deepcopy(part.module).cpu().eval().requires_grad_(False)
+    except Exception as error:
+        raise BundleError(f"the module of partition {part.name} cannot be copied: {error}") from error
 
 
 def _versions() -> dict[str, str]:

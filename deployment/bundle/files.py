@@ -9,6 +9,8 @@ import re
 import stat
 from pathlib import Path
 
+from ..checks import is_whole
+
 MAX_FILE_BYTES = 4 * 2**30
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -26,7 +28,7 @@ def check_name(name: str, what: str) -> str:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise BundleError(
-            f"{what} {name!r} must be a plain name of letters, digits, '_', '.' and '-': "
+            f"{what} {name!r:.200} must be a plain name of letters, digits, '_', '.' and '-': "
             "a path could lead outside the bundle's folder"
         )
     return name
@@ -48,9 +50,9 @@ class FileEntry:
 
     def __post_init__(self) -> None:
         check_name(self.file, "the file")
-        if not _SHA256.fullmatch(self.sha256):
+        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
             raise BundleError(f"the sha256 of {self.file} must be 64 hexadecimal digits, got {self.sha256!r}")
-        if not 0 < self.bytes <= MAX_FILE_BYTES:
+        if not is_whole(self.bytes) or not 0 < self.bytes <= MAX_FILE_BYTES:
             raise BundleError(f"{self.file} may have 1 to {MAX_FILE_BYTES} bytes, got {self.bytes}")
 
     @classmethod
@@ -61,11 +63,17 @@ class FileEntry:
         return cls(path.name, digest, path.stat().st_size)
 
 
-def read_file(directory: Path, name: str, limit: int) -> bytes:
-    """Read a regular file that lies directly in a folder.
+def read_file(directory: Path, name: str, limit: int, length: int | None = None) -> bytes:
+    """Read a regular file that lies directly in a folder; nothing of it is read before its length is known to fit.
+
+    Args:
+        directory: The folder.
+        name: The file's name.
+        limit: Most bytes that it may have.
+        length: The bytes that it must have, where they are known.
 
     Raises:
-        BundleError: The name is a path, the file is missing, a link or no regular file, or longer than ``limit``.
+        BundleError: The name is a path, the file is missing, a link or no regular file, or of another length.
     """
     path = directory / check_name(name, "the file")
     try:
@@ -86,9 +94,11 @@ def read_file(directory: Path, name: str, limit: int) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         if status.st_size > limit:
             raise BundleError(f"{path} has {status.st_size} bytes, more than the {limit} allowed")
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise BundleError(f"{path} grew beyond the {limit} bytes allowed while it was read")
+        if length not in (None, status.st_size):
+            raise BundleError(f"{path} has {status.st_size} bytes, the manifest says {length}")
+        content = file.read(status.st_size + 1)
+    if len(content) != status.st_size:
+        raise BundleError(f"{path} changed its length while it was read")
     return content
 
 
@@ -98,9 +108,7 @@ def read_verified(directory: Path, entry: FileEntry) -> bytes:
     Raises:
         BundleError: As :func:`read_file`, or the content has changed.
     """
-    content = read_file(directory, entry.file, MAX_FILE_BYTES)
-    if len(content) != entry.bytes:
-        raise BundleError(f"{directory / entry.file} has {len(content)} bytes, the manifest says {entry.bytes}")
+    content = read_file(directory, entry.file, MAX_FILE_BYTES, entry.bytes)
     if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise BundleError(f"{directory / entry.file} has changed: its sha256 is not the manifest's")
     return content

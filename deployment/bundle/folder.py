@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,10 +64,12 @@ def _check_replaceable(directory: Path, overwrite: bool) -> None:
 
 def _move(folder: Path, directory: Path) -> None:
     """Give ``folder`` the name ``directory``; a bundle that has it is put aside until that has worked."""
-    # A temporary folder is private; a bundle is as open as any other folder its owner makes.
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
+    # A temporary folder is private; a bundle is as open as any other folder its owner makes. What that is, a folder
+    # tells: the process's mask can be read only by changing it.
+    ordinary = folder / "ordinary"
+    ordinary.mkdir()
+    folder.chmod(stat.S_IMODE(ordinary.stat().st_mode))
+    ordinary.rmdir()
     aside = folder.with_name(folder.name + ".old")
     try:
         if directory.exists():

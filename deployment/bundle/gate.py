@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from ..codecs.codec import Codec
 from ..codecs.packing import MIN_BITS
+from ..precision import autocast_off
 from ..runtime.walk import Walk, walk_all
 from .edges import Crossing
 from .files import BundleError
 from .loading import Bundle
 from .parity import Parity, ParityError, Tolerance, compare, through_bytes
 from .route import Route
+from .specs import TensorSpec
 
 
 def run_module(
@@ -24,10 +26,18 @@ def run_module(
     """Run a module on named arguments, by position, and name what it returns.
 
     Raises:
-        BundleError: It does not return as many tensors as ``outputs`` has names, or one without the batch.
+        BundleError: It cannot compute with the arguments, does not return as many tensors as ``outputs`` has names, or
+            one without the batch.
     """
-    with torch.no_grad():
-        result = module(*arguments.values())
+    try:
+        with torch.no_grad(), autocast_off(torch.device("cpu")):
+            result = module(*arguments.values())
+    except torch.OutOfMemoryError:
+        raise
+    # What stands in a module is the user's own code, which may raise anything.
+    except Exception as error:
+        given = ", ".join(f"{key} {TensorSpec.of(key, x).dtype} {list(x.shape)}" for key, x in arguments.items())
+        raise BundleError(f"partition {name} cannot compute with {given}: {error}{_other_types(module)}") from error
     results = result if isinstance(result, tuple) else (result,)
     if len(results) != len(outputs) or not all(isinstance(item, Tensor) for item in results):
         found = [type(item).__name__ for item in results]
@@ -39,6 +49,12 @@ def run_module(
                 f"partition {name}: {output} must begin with the batch of {batch}, got {list(tensor.shape)}"
             )
     return dict(zip(outputs, results, strict=True))
+
+
+def _other_types(module: nn.Module) -> str:
+    types = {str(tensor.dtype).removeprefix("torch.") for tensor in module.parameters() if tensor.is_floating_point()}
+    other = sorted(types - {"float32"})
+    return f" (its parameters are {', '.join(other)}; a partition computes in float32: call .float())" if other else ""
 
 
 class Gate(Walk):

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..naming import listed
+from ..precision import autocast_off
 from ..runtime.inputs import Input
 from ..runtime.walk import Message, Visit, Walk
 from .edges import Crossing
 from .files import BundleError, read_verified
 from .manifest import Manifest, read_manifest
 from .parity import Parity, Tolerance, compare, through_bytes
-from .specs import PartitionSpec
-from .torchscript import load_torchscript
+from .specs import PartitionSpec, TensorSpec
+from .torchscript import ScriptError, load_torchscript
+
+# PyTorch profiles in the first run of a partition and compiles in the second.
+_WARM_UPS = 3
+# Signatures of calls that a partition remembers; a service sees a handful of batch sizes.
+_MOST_KNOWN = 256
+_MAX_HEADER_BYTES = 2**20
 
 
 class Partition:
@@ -35,6 +42,9 @@ class Partition:
         self.spec = spec
         self.module = module
         self.device = device
+        self._names = [item.name for item in spec.inputs]
+        # What came in and out before and fitted: the checks look at dtypes and shapes alone, so once is enough.
+        self._fitting: set[tuple[Any, ...]] = set()
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the partition.
@@ -46,21 +56,58 @@ class Partition:
             Its outputs by name, on its device.
 
         Raises:
-            BundleError: An input or output is missing or not of the dtype and shape that the manifest states.
+            BundleError: An input or output is missing or not of the dtype and shape that the manifest states, or the
+                partition cannot compute with its inputs.
         """
-        where = f"partition {self.spec.name}"
-        if missing := [spec.name for spec in self.spec.inputs if spec.name not in tensors]:
-            raise BundleError(f"{where} lacks its inputs {', '.join(missing)}")
-        for spec in self.spec.inputs:
-            spec.check(tensors[spec.name], where)
-        with torch.inference_mode():
-            result = self.module(*(tensors[spec.name].to(self.device) for spec in self.spec.inputs))
-        results = result if isinstance(result, tuple) else (result,)
+        try:
+            given = [tensors[name] for name in self._names]
+        except KeyError:
+            missing = [name for name in self._names if name not in tensors]
+            raise BundleError(f"{self._where} lacks its inputs {listed(missing)}") from None
+        self._check(self.spec.inputs, given)
+        results = self._computed(given)
         if len(results) != len(self.spec.outputs):
-            raise BundleError(f"{where} returned {len(results)} tensors instead of {len(self.spec.outputs)}")
-        for spec, tensor in zip(self.spec.outputs, results, strict=True):
-            spec.check(tensor, where)
+            raise BundleError(f"{self._where} returned {len(results)} tensors instead of {len(self.spec.outputs)}")
+        self._check(self.spec.outputs, results)
         return {spec.name: tensor for spec, tensor in zip(self.spec.outputs, results, strict=True)}
+
+    def warm_up(self, sample: Mapping[str, Tensor]) -> None:
+        """Run on a sample, so that no request waits for the first runs, in which PyTorch profiles and compiles.
+
+        Raises:
+            BundleError: The partition cannot compute with it.
+        """
+        given = [sample[name] for name in self._names]
+        for _ in range(_WARM_UPS):
+            self._computed([tensor[:1] if tensor.ndim else tensor for tensor in given])
+        self._computed(given)
+
+    @property
+    def _where(self) -> str:
+        return f"partition {self.spec.name}"
+
+    def _check(self, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> None:
+        try:
+            found = (id(specs), *[(tensor.dtype, tensor.shape) for tensor in tensors])
+            if found in self._fitting:
+                return
+        except (AttributeError, TypeError):  # no tensors; refused below
+            found = ()
+        for spec, tensor in zip(specs, tensors, strict=True):
+            spec.check(tensor, self._where)
+        if len(self._fitting) < _MOST_KNOWN:
+            self._fitting.add(found)
+
+    def _computed(self, given: Sequence[Tensor]) -> tuple[Any, ...]:
+        try:
+            with torch.inference_mode(), autocast_off(self.device):
+                result = self.module(*[x if x.device == self.device else x.to(self.device) for x in given])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ScriptError) as error:
+            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in zip(self._names, given, strict=True))
+            raise BundleError(f"{self._where} cannot compute with {shapes}: {error}") from error
+        return result if isinstance(result, tuple) else (result,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +188,12 @@ class _SelfTest(Walk):
         raise BundleError(f"a self-test takes {crossing.tensor} from its sample")
 
 
-def load_bundle(directory: str | Path, device: str | torch.device = "cpu", placement: str | None = None) -> Bundle:
+def load_bundle(
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    placement: str | None = None,
+    warm_up: bool = True,
+) -> Bundle:
     """Load a bundle; nothing is deserialised before every file's length and digest have been verified.
 
     The digests find damage. A TorchScript file is a program: load bundles from people you trust.
@@ -150,18 +202,20 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu", place
         directory: The bundle's folder.
         device: Where its partitions are to run.
         placement: The side to load; only the manifest and that side's files are looked at. ``None`` loads all.
+        warm_up: Run each partition on the bundle's sample, so that the first request takes no longer than the others.
 
     Returns:
         The bundle, ready to run.
 
     Raises:
-        BundleError: The manifest is damaged or contradicts itself, the bundle lacks the placement, or a file is
-            missing, changed, a link, or outside the folder.
+        BundleError: The manifest is damaged or contradicts itself, the bundle lacks the placement, a file is missing,
+            changed, damaged, a link, or outside the folder, ``device`` is none that torch knows, or a partition cannot
+            compute with the bundle's sample.
 
     Example:
         >>> device = load_bundle("bundles/digits", placement="device")  # doctest: +SKIP
     """
-    directory, device = Path(directory), torch.device(device)
+    directory, device = Path(directory), _known_device(device)
     manifest = read_manifest(directory)
     placements = manifest.route.placements if placement is None else (placement,)
     specs = [spec for each in placements for spec in manifest.at(each)]
@@ -171,26 +225,39 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu", place
     partitions = {}
     for name in (name for name in manifest.route.order if name in contents):
         spec = manifest.partition(name)
-        try:
-            module = load_torchscript(contents.pop(name), device)
-        except RuntimeError as error:
-            raise BundleError(f"partition {name} cannot be loaded by torch {torch.__version__}: {error}") from error
+        module = load_torchscript(contents.pop(name), device, f"partition {name}")
         partitions[name] = Partition(spec, module, device)
+        if warm_up:
+            partitions[name].warm_up({**manifest.route.settings, **samples[spec.placement]})
     return Bundle(directory, manifest, partitions, samples, device)
+
+
+def _known_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise BundleError(f"device must be one that torch knows, such as 'cpu' or 'cuda:0', got {device!r}") from error
 
 
 def _read_sample(content: bytes, manifest: Manifest, placement: str) -> dict[str, Tensor]:
     """Read a placement's sample and check that it has every tensor that a self test needs."""
     file = manifest.samples[placement].file
+    if (header := int.from_bytes(content[:8], "little")) > _MAX_HEADER_BYTES:
+        raise BundleError(
+            f"{file} is not a safetensors file: its header claims {header} bytes, more than {_MAX_HEADER_BYTES}"
+        )
     try:
         sample = safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
+    # Besides its own error, the reader answers broken files with KeyError, ValueError, RuntimeError, …
+    except Exception as error:
         raise BundleError(f"{file} is not a safetensors file: {error}") from error
     wanted = manifest.sample_specs(placement)
     if sample.keys() != wanted.keys():
-        raise BundleError(f"{file} must hold {', '.join(sorted(wanted))}, it holds {', '.join(sorted(sample))}")
+        raise BundleError(f"{file} must hold {listed(sorted(wanted))}, it holds {listed(sorted(sample))}")
     for name, spec in wanted.items():
         spec.check(sample[name], f"{file}, {name}")
     if len({len(tensor) for tensor in sample.values()}) != 1:
         raise BundleError(f"{file} must hold as many samples in each tensor")
+    if not len(next(iter(sample.values()))):
+        raise BundleError(f"{file} holds no samples, so a self-test would test nothing: export the bundle again")
     return sample

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checks import is_whole
 from ..exits.policies import policy_from_dict
 from ..exits.policy import ExitPolicy
 from ..exits.specs import ExitSpec, check_exits, check_places, exit_logits
-from ..naming import did_you_mean
+from ..naming import did_you_mean, listed
 from ..runtime.inputs import Input, input_from_dict, input_to_dict
 from .canonical_json import digest, dump, parse, typed
 from .edges import Edge, repeated
-from .files import BundleError, FileEntry, read_file
+from .files import BundleError, FileEntry, check_name, read_file
+from .limits import MAX_EXITS, MAX_OUTPUTS, MAX_PARTITIONS, at_most, check_depth, check_label
 from .route import Route
 from .specs import OutputSpec, PartitionSpec, TensorSpec
 
@@ -58,14 +60,15 @@ class Manifest:
     versions: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_counts(self)
         entries = [*self.samples.values(), *(partition.file for partition in self.partitions)]
         if twice := repeated([MANIFEST, *(entry.file for entry in entries)]):
-            raise BundleError(f"the file {', '.join(twice)} appears twice")
+            raise BundleError(f"the file {listed(twice)} appears twice")
         check_exits(self.exits, self.policy, [output.name for output in self.outputs])
         check_places(self.exits, self.route)
         if self.samples.keys() != set(self.route.placements):
-            found = ", ".join(self.samples)
-            raise BundleError(f"each placement, {', '.join(self.route.placements)}, has one sample file, got {found}")
+            found = listed(self.samples)
+            raise BundleError(f"each placement, {listed(self.route.placements)}, has one sample file, got {found}")
         self._check_tensors()
 
     @functools.cached_property
@@ -86,7 +89,11 @@ class Manifest:
 
     def partition(self, name: str) -> PartitionSpec:
         """Return the partition of that name; KeyError if there is none."""
-        return {partition.name: partition for partition in self.partitions}[name]
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, PartitionSpec]:
+        return {partition.name: partition for partition in self.partitions}
 
     def at(self, placement: str) -> list[PartitionSpec]:
         """Return the partitions of a placement in the order in which they run.
@@ -97,7 +104,7 @@ class Manifest:
         known = self.route.placements
         if placement not in known:
             near = did_you_mean(placement, known)
-            raise BundleError(f"this bundle has no placement {placement!r}; it has {', '.join(known)}.{near}")
+            raise BundleError(f"this bundle has no placement {placement!r}; it has {listed(known)}.{near}")
         return [self.partition(name) for name in self.route.order if self.partition(name).placement == placement]
 
     def sample_specs(self, placement: str) -> dict[str, TensorSpec]:
@@ -109,6 +116,12 @@ class Manifest:
     def _check_tensors(self) -> None:
         """Check that dtypes and shapes are the same on both sides of everything."""
         emitted = {item.name: item for spec in self.partitions for item in spec.outputs}
+        for item in emitted.values():
+            if item.shape[:1] != (-1,):
+                raise BundleError(
+                    f"the shape of {item.name} must begin with -1, the batch, got {list(item.shape)}: a partition runs "
+                    "with any number of samples"
+                )
         wanted = TensorSpec(self.input.name, self.input.dtype, (-1, *self.input.shape))
         known = {**emitted, wanted.name: wanted}
         known |= {name: TensorSpec.of(name, value) for name, value in self.route.settings.items()}
@@ -119,6 +132,8 @@ class Manifest:
         for edge in self.edges:
             for transfer in edge.transfers:
                 first = emitted[next(iter(transfer.sent.values()))]
+                if transfer.codec is not None and transfer.codec.levels and "int" not in first.dtype:
+                    raise BundleError(f"{edge.producer} emits {first.name} of dtype {first.dtype}, but codes are int32")
                 if transfer.codec is not None and first.shape != (-1, *transfer.codec.shape):
                     raise BundleError(
                         f"{edge.producer} emits {first.name} of shape {first.shape}, "
@@ -129,10 +144,11 @@ class Manifest:
                 raise BundleError(f"the output {output.name} is {emitted[output.name]}, but must be {output}")
         if self.exits:
             for name in exit_logits(self.exits):
-                if emitted[name].shape != (-1, len(self.class_names)):
+                found = emitted[name]
+                if found.shape != (-1, len(self.class_names)) or found.dtype != "float32":
                     raise BundleError(
-                        f"the {name} have shape {emitted[name].shape}, but there are {len(self.class_names)} "
-                        "class names"
+                        f"the {name} have shape {list(found.shape)} of {found.dtype}, which must be float32 with one "
+                        f"number a class, but there are {len(self.class_names)} class names"
                     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,6 +206,26 @@ def route_results(outputs: Sequence[OutputSpec], exits: Sequence[ExitSpec]) -> t
     return tuple(dict.fromkeys((*(output.name for output in outputs), *exit_logits(exits))))
 
 
+def _check_counts(manifest: Manifest) -> None:
+    """Check what can be told by counting, before anything takes long, and the types of what nothing else looks at."""
+    at_most(manifest.outputs, MAX_OUTPUTS, "outputs")
+    at_most(manifest.partitions, MAX_PARTITIONS, "partitions")
+    at_most(manifest.exits, MAX_EXITS, "exits")
+    at_most(manifest.samples, MAX_PARTITIONS, "samples")
+    check_label(manifest.input.name, "the input")
+    for placement in manifest.samples:
+        check_name(placement, "the placement of a sample,")
+    if twice := repeated(output.name for output in manifest.outputs):
+        raise BundleError(f"the output {listed(twice)} appears twice")
+    for name, version in manifest.versions.items():
+        check_label(version, f"the version of {name!s:.80}")
+    if manifest.parity:
+        numbers = dict.fromkeys(("max_difference", "codes_differing"), (int, float))
+        batches = typed(manifest.parity, "parity", **numbers, batches=list)["batches"]
+        if not all(is_whole(size) and size > 0 for size in batches):
+            raise BundleError(f"parity: batches must be positive whole numbers, got {batches!r:.200}")
+
+
 def _check_schema(values: Any) -> None:
     found = values.get("schema") if isinstance(values, dict) else None
     if not isinstance(found, int) or isinstance(found, bool) or found != SCHEMA:
@@ -234,6 +270,7 @@ def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     Raises:
         BundleError: A value is not JSON (NaN is not), or the file would be too long to be read back.
     """
+    check_depth([manifest.metrics, manifest.config], "metrics or config")
     try:
         content = dump(manifest.to_dict())
     except (TypeError, ValueError) as error:

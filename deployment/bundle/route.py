@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from ..codecs.codec import Codec
 from ..codecs.packing import CodecError
-from ..naming import did_you_mean
+from ..naming import did_you_mean, listed
 from .edges import Crossing, Edge, Signature, Transfer, repeated
 from .files import BundleError
+from .limits import MAX_EDGES, MAX_EXITS, MAX_OUTPUTS, MAX_PARTITIONS, MAX_TENSORS, at_most, check_label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +48,36 @@ class Route:
     @functools.cached_property
     def order(self) -> tuple[str, ...]:
         """Names of the partitions, each behind all those it takes something of, else as they are listed."""
-        before = {part.name: {e.producer for e in self.edges if e.consumer == part.name} for part in self.partitions}
+        places = {part.name: place for place, part in enumerate(self.partitions)}
+        before = {name: {edge.producer for edge in self.into[name]} for name in places}
+        missing = {name: len(needs) for name, needs in before.items()}
+        ready = [place for name, place in places.items() if not missing[name]]
         order: list[str] = []
-        while before:
-            ready = next((name for name, needs in before.items() if needs.isdisjoint(before)), None)
-            if ready is None:
-                raise BundleError(f"the route has a cycle: {' > '.join(_cycle(before))}; a tensor must come first")
-            order.append(ready)
-            del before[ready]
+        while ready:
+            order.append(self.partitions[heapq.heappop(ready)].name)
+            for edge in self.out_of[order[-1]]:
+                missing[edge.consumer] -= 1
+                if not missing[edge.consumer]:
+                    heapq.heappush(ready, places[edge.consumer])
+        if rest := {name: before[name] for name in places if missing[name]}:
+            raise BundleError(f"the route has a cycle: {' > '.join(_cycle(rest))}; a tensor must come first")
         return tuple(order)
+
+    @functools.cached_property
+    def into(self) -> dict[str, list[Edge]]:
+        """The edges that end at each partition, as they are listed."""
+        found: dict[str, list[Edge]] = {part.name: [] for part in self.partitions}
+        for edge in self.edges:
+            found[edge.consumer].append(edge)
+        return found
+
+    @functools.cached_property
+    def out_of(self) -> dict[str, list[Edge]]:
+        """The edges that begin at each partition, as they are listed."""
+        found: dict[str, list[Edge]] = {part.name: [] for part in self.partitions}
+        for edge in self.edges:
+            found[edge.producer].append(edge)
+        return found
 
     @functools.cached_property
     def by_name(self) -> dict[str, Signature]:
@@ -62,12 +85,12 @@ class Route:
         known = {part.name: part for part in self.partitions}
         return {name: known[name] for name in self.order}
 
-    @property
+    @functools.cached_property
     def placements(self) -> tuple[str, ...]:
         """The placements, in the order in which they are first reached."""
         return tuple(dict.fromkeys(part.placement for part in self.by_name.values()))
 
-    @property
+    @functools.cached_property
     def entry(self) -> str:
         """The placement that takes the input."""
         return next(part.placement for part in self.by_name.values() if self.input in part.inputs)
@@ -77,9 +100,9 @@ class Route:
         """What is sent between placements, each tensor once to each placement, in the order of the producers."""
         found: dict[tuple[str, str], Crossing] = {}
         for name in self.order:
-            for edge in self.edges:
+            for edge in self.out_of[name]:
                 source, target = (self.by_name[end].placement for end in (edge.producer, edge.consumer))
-                if edge.producer != name or source == target:
+                if source == target:
                     continue
                 for item in edge.transfers:
                     if item.codec is not None:
@@ -102,8 +125,16 @@ class Route:
 
     def behind(self, name: str) -> Codec | None:
         """Return the codec of integer codes by which a partition's outputs are sent, if there is one."""
-        codecs = [crossing.codec for crossing in self.crossings if crossing.producer == name]
-        return max((codec for codec in codecs if codec.levels), key=lambda codec: codec.levels, default=None)
+        return self._widest.get(name)
+
+    @functools.cached_property
+    def _widest(self) -> dict[str, Codec]:
+        found: dict[str, Codec] = {}
+        for crossing in self.crossings:
+            known = found.get(crossing.producer)
+            if crossing.codec.levels > (0 if known is None else known.levels):
+                found[crossing.producer] = crossing.codec
+        return found
 
     def with_codecs(self, codecs: Mapping[str, Codec]) -> Route:
         """Return this route with other codecs for some of the tensors that are sent.
@@ -113,7 +144,7 @@ class Route:
         """
         if unknown := [name for name in codecs if name not in self.codecs]:
             near = did_you_mean(unknown[0], self.codecs)
-            raise BundleError(f"no tensor {unknown[0]!r} is sent; sent are {', '.join(self.codecs) or 'none'}.{near}")
+            raise BundleError(f"no tensor {unknown[0]!r} is sent; sent are {listed(self.codecs) or 'none'}.{near}")
 
         def other(item: Transfer) -> Transfer:
             return item if item.codec is None else Transfer(item.tensor, codecs.get(item.tensor, item.codec))
@@ -143,8 +174,8 @@ class Route:
         """
         best: dict[str, list[Edge]] = {start: []}
         for name in self.order:
-            for edge in self.edges:
-                if edge.consumer != name or edge.producer not in best:
+            for edge in self.into[name]:
+                if edge.producer not in best:
                     continue
                 crosses = self.by_name[edge.producer].placement != self.by_name[name].placement
                 way = best[edge.producer] + ([edge] if crosses else [])
@@ -158,7 +189,7 @@ class Route:
         """Return the partitions that take something of one, directly or through others."""
         found = {name}
         for later in self.order:
-            if any(edge.consumer == later and edge.producer in found for edge in self.edges):
+            if any(edge.producer in found for edge in self.into[later]):
                 found.add(later)
         return found - {name}
 
@@ -167,16 +198,25 @@ def _check_partitions(route: Route) -> None:
     """Check that each edge joins two partitions that are there."""
     if not route.partitions:
         raise BundleError("the route is empty: a bundle has at least one partition")
+    at_most(route.partitions, MAX_PARTITIONS, "partitions")
+    at_most(route.edges, MAX_EDGES, "edges")
+    at_most(route.results, MAX_OUTPUTS + MAX_EXITS, "outputs and exits")
     names = [part.name for part in route.partitions]
     if twice := repeated(names):
-        raise BundleError(f"the partition {', '.join(twice)} appears twice")
+        raise BundleError(f"the partition {listed(twice)} appears twice")
     if twice := repeated(edge.name for edge in route.edges):
-        raise BundleError(f"the edge {', '.join(twice)} appears twice; give one edge all its tensors")
+        raise BundleError(f"the edge {listed(twice)} appears twice; give one edge all its tensors")
+    known = set(names)
     for edge in route.edges:
         for end in (edge.producer, edge.consumer):
-            if end not in names:
-                known = f"known are {', '.join(names)}.{did_you_mean(end, names)}"
-                raise BundleError(f"the edge {edge.name} names the unknown partition {end}; {known}")
+            if end not in known:
+                near = f"known are {listed(names)}.{did_you_mean(end, names)}"
+                raise BundleError(f"the edge {edge.name:.300} names the unknown partition {end:.150}; {near}")
+    for part in route.partitions:
+        for kind, tensors in (("inputs", part.inputs), ("outputs", part.outputs)):
+            at_most(tensors, MAX_TENSORS, f"the {kind} of {part.name}")
+            for name in tensors:
+                check_label(name, f"one of the {kind} of {part.name}")
 
 
 def _check_edges(route: Route) -> None:
@@ -202,7 +242,7 @@ def _check_names(route: Route) -> None:
     for name in route.results:
         if name not in emitted:
             raise BundleError(
-                f"no partition emits the output {name}; emitted are {', '.join(emitted)}.{did_you_mean(name, emitted)}"
+                f"no partition emits the output {name}; emitted are {listed(emitted)}.{did_you_mean(name, emitted)}"
             )
 
 
@@ -211,13 +251,13 @@ def _check_transfer(route: Route, edge: Edge, item: Transfer) -> None:
     producer, consumer = route.by_name[edge.producer], route.by_name[edge.consumer]
     if missing := [name for name in item.sent.values() if name not in producer.outputs]:
         raise BundleError(
-            f"the edge {edge.name} sends {', '.join(missing)}, which {producer.name} does not emit; "
-            f"it emits {', '.join(producer.outputs)}"
+            f"the edge {edge.name} sends {listed(missing)}, which {producer.name} does not emit; "
+            f"it emits {listed(producer.outputs)}"
         )
     if not set(item.delivered.values()) & set(consumer.inputs):
         raise BundleError(
-            f"the edge {edge.name} delivers {', '.join(item.delivered.values())}, none of which {consumer.name} takes; "
-            f"it takes {', '.join(consumer.inputs)}"
+            f"the edge {edge.name} delivers {listed(item.delivered.values())}, none of which {consumer.name} takes; "
+            f"it takes {listed(consumer.inputs)}"
         )
     if producer.placement != consumer.placement:
         if item.codec is None:
@@ -243,35 +283,33 @@ def _check_inputs(route: Route) -> None:
             "partition there pass it on"
         )
     for part in route.partitions:
-        given = {route.input, *route.settings}
-        for edge in route.edges:
-            if edge.consumer == part.name:
-                given.update(*(item.delivered.values() for item in edge.transfers))
-        if missing := [name for name in part.inputs if name not in given]:
+        given = set().union(*(item.delivered.values() for edge in route.into[part.name] for item in edge.transfers))
+        if missing := [n for n in part.inputs if n not in given and n not in route.settings and n != route.input]:
+            given |= {route.input, *route.settings}
             raise BundleError(
-                f"partition {part.name} takes {', '.join(missing)}, which nothing gives; given are "
-                f"{', '.join(sorted(given))}.{did_you_mean(missing[0], given)}"
+                f"partition {part.name} takes {listed(missing)}, which nothing gives; given are "
+                f"{listed(sorted(given))}.{did_you_mean(missing[0], given)}"
             )
-        if not set(part.inputs) - route.settings.keys():
+        if all(name in route.settings for name in part.inputs):
             raise BundleError(f"partition {part.name} takes no tensor of samples")
 
 
 def _check_outputs(route: Route) -> None:
     """Check that somebody takes what is emitted."""
+    results = set(route.results)
     for part in route.partitions:
-        taken = set(route.results)
-        for edge in route.edges:
-            if edge.producer == part.name:
-                taken.update(*(item.sent.values() for item in edge.transfers))
-        if unused := [name for name in part.outputs if name not in taken]:
+        taken = set().union(*(item.sent.values() for edge in route.out_of[part.name] for item in edge.transfers))
+        if unused := [name for name in part.outputs if name not in taken and name not in results]:
             raise BundleError(
-                f"partition {part.name} emits {', '.join(unused)}, which no edge, exit or output of the network takes"
+                f"partition {part.name} emits {listed(unused)}, which no edge, exit or output of the network takes"
             )
 
 
 def _cycle(before: Mapping[str, set[str]]) -> Sequence[str]:
     """Return the names on a cycle, the first one again at its end, among partitions that all wait for another."""
     way = [next(iter(before))]
-    while way.count(way[-1]) == 1:
+    places: dict[str, int] = {}
+    while way[-1] not in places:
+        places[way[-1]] = len(way) - 1
         way.append(min(before[way[-1]] & before.keys()))
-    return way[way.index(way[-1]) :][::-1]
+    return way[places[way[-1]] :][::-1]

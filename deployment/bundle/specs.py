@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..checks import is_whole
-from ..naming import did_you_mean
+from ..naming import did_you_mean, listed
 from ..runtime.inputs import DTYPES
 from .canonical_json import all_of, typed
 from .edges import Signature, repeated
 from .files import BundleError, FileEntry, check_name
+from .limits import (
+    MAX_CLASS_NAME,
+    MAX_CLASSES,
+    MAX_DIMENSIONS,
+    MAX_ELEMENTS,
+    MAX_NAME,
+    MAX_TENSORS,
+    at_most,
+    check_label,
+)
 from .torchscript import FORMAT
 
 OUTPUT_KINDS = ("logits", "map", "boxes", "tokens", "tensor")
@@ -33,10 +45,18 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise BundleError(f"the dtype of {self.name} must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if not all(is_whole(n) and n >= -1 for n in self.shape):
-            raise BundleError(f"the shape of {self.name} must be whole numbers, -1 for the batch, got {self.shape}")
+        check_label(self.name, "a tensor")
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
+            raise BundleError(f"the dtype of {self.name} must be one of {', '.join(DTYPES)}, got {self.dtype!r:.200}")
+        at_most(self.shape, MAX_DIMENSIONS, f"the dimensions of {self.name}")
+        if not all(is_whole(n) and (n >= 1 or n == -1) for n in self.shape):
+            raise BundleError(
+                f"the shape of {self.name} must be positive whole numbers, -1 for the batch, got {self.shape!s:.200}"
+            )
+        if math.prod(n for n in self.shape if n > 0) > MAX_ELEMENTS:
+            raise BundleError(
+                f"{self.name} of shape {self.shape!s:.200} has more than {MAX_ELEMENTS} elements a sample"
+            )
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> TensorSpec:
@@ -84,15 +104,17 @@ class OutputSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
-        object.__setattr__(self, "class_names", tuple(all_of(list(self.class_names), str, "class_names")))
-        if self.kind not in OUTPUT_KINDS:
-            known = f"{', '.join(OUTPUT_KINDS)}, got {self.kind!r}.{did_you_mean(self.kind, OUTPUT_KINDS)}"
+        object.__setattr__(self, "class_names", _checked_classes(self.class_names, self.name))
+        if not isinstance(self.kind, str) or self.kind not in OUTPUT_KINDS:
+            known = f"{', '.join(OUTPUT_KINDS)}, got {self.kind!r:.200}.{did_you_mean(self.kind, OUTPUT_KINDS)}"
             raise BundleError(f"the kind of the output {self.name} must be one of {known}")
-        if not self.name or not all(n if isinstance(n, str) else is_whole(n) and n >= 1 for n in self.shape):
+        at_most(self.shape, MAX_DIMENSIONS, f"the dimensions of the output {self.name}")
+        if not self.name or not all(map(_is_size, self.shape)):
             raise BundleError(
-                f"the output {self.name!r} needs a name and a shape of positive whole numbers, or names for what may "
-                f"have any size, got {self.shape}"
+                f"the output {self.name!r:.200} needs a name and a shape of positive whole numbers, or names for what "
+                f"may have any size, got {self.shape!s:.200}"
             )
+        check_label(self.name, "an output")
         if self.kind == "logits" and (len(self.shape) != 1 or not self.class_names):
             raise BundleError(
                 f"the output {self.name} of logits has one number a class and class_names of at least one name, got "
@@ -146,14 +168,16 @@ class PartitionSpec:
     def __post_init__(self) -> None:
         check_name(self.name, "the partition")
         check_placement(self.name, self.placement)
+        for kind, specs in (("inputs", self.inputs), ("outputs", self.outputs)):
+            at_most(specs, MAX_TENSORS, f"the {kind} of {self.name}")
         if min(self.macs or 0, self.params) < 0:
             raise BundleError(f"partition {self.name} has negative macs={self.macs} or params={self.params}")
         if self.format != FORMAT:
-            raise BundleError(f"partition {self.name} has the unknown format {self.format!r}; known is {FORMAT}")
+            raise BundleError(f"partition {self.name} has the unknown format {self.format!r:.200}; known is {FORMAT}")
         for kind, specs in (("inputs", self.inputs), ("outputs", self.outputs)):
             names = [spec.name for spec in specs]
             if twice := repeated(names):
-                raise BundleError(f"partition {self.name} repeats {', '.join(twice)} among its {kind}")
+                raise BundleError(f"partition {self.name} repeats {listed(twice)} among its {kind}")
 
     @property
     def signature(self) -> Signature:
@@ -188,6 +212,23 @@ class PartitionSpec:
         for key in ("inputs", "outputs"):
             found[key] = tuple(TensorSpec.from_dict(item) for item in found[key])
         return cls(**found)
+
+
+def _is_size(size: int | str) -> bool:
+    return 0 < len(size) <= MAX_NAME if isinstance(size, str) else is_whole(size) and 1 <= size <= MAX_ELEMENTS
+
+
+def _checked_classes(names: Sequence[str], output: str) -> tuple[str, ...]:
+    """Return class names; :class:`BundleError` unless each is text of its own."""
+    at_most(names, MAX_CLASSES, f"class_names of the output {output}")
+    for name in all_of(list(names), str, "class_names"):
+        check_label(name, f"a class of the output {output}", MAX_CLASS_NAME)
+    if twice := repeated(names):
+        raise BundleError(
+            f"class_names of the output {output} names {listed([f'{name!r:.200}' for name in twice])} twice: answers "
+            "by name could not be told apart; give each class a name of its own"
+        )
+    return tuple(names)
 
 
 def check_placement(partition: str, placement: str) -> None:

@@ -1,13 +1,13 @@
 """Saving and loading partitions as TorchScript: the only file that calls ``torch.jit``.
 
 PyTorch marks TorchScript as deprecated, yet it is what device and server runtimes load today, so its deprecation
-warnings are silenced here, around the calls themselves, and nowhere else.
+warnings are silenced here, around the calls themselves, and nowhere else. Python can silence warnings for a whole
+process only, so this happens while a bundle is written, never while one is loaded or runs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
 import warnings
@@ -17,9 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..precision import autocast_off
+from .archive import check_archive
+from .files import BundleError
 from .functions import inlined
 
 FORMAT = "torchscript"
+ScriptError = torch.jit.Error
 _DEPRECATION = r"`torch\.jit\.\w+` is deprecated"
 
 
@@ -49,7 +53,8 @@ def save_torchscript(module: nn.Module, example_inputs: Sequence[Tensor], path: 
     if training := [name or type(part).__name__ for name, part in module.named_modules() if part.training]:
         raise ValueError(f"only a module in eval mode is saved; in training mode are {', '.join(training[:5])}")
     # Recorded, not raised: raising in the middle of a trace, in C++, kills it with an unrelated message.
-    with warnings.catch_warnings(record=True) as caught, torch.no_grad(), inlined():
+    recorded = warnings.catch_warnings(record=True)
+    with recorded as caught, torch.no_grad(), inlined(), autocast_off(torch.device("cpu")):
         warnings.simplefilter("always")
         traced = torch.jit.trace(module, tuple(example_inputs), check_trace=False)
     for warning in caught:
@@ -62,24 +67,35 @@ def save_torchscript(module: nn.Module, example_inputs: Sequence[Tensor], path: 
         torch.jit.save(traced, os.fspath(path))
 
 
-def load_torchscript(content: bytes, device: torch.device | str = "cpu") -> nn.Module:
+def load_torchscript(content: bytes, device: torch.device | str = "cpu", what: str = "the file") -> nn.Module:
     """Load a trace, in eval mode and without gradients.
 
     Args:
         content: Bytes of the file, so that what was verified is what is loaded.
         device: Where to put it.
+        what: Whose file it is, for messages.
 
     Raises:
-        RuntimeError: The bytes are no TorchScript, or of a version that this PyTorch cannot read.
+        BundleError: The bytes are no TorchScript, damaged, of a version that this PyTorch cannot read, or would unpack
+            to more than they are.
     """
     device = torch.device(device)
-    with _deprecation_silenced():
-        module = torch.jit.load(io.BytesIO(content), map_location=device)
+    check_archive(content, what)
+    try:
+        # torch.jit.load without its deprecation warning, which could be silenced for the whole process only.
+        reader: Any = torch._C.import_ir_module_from_buffer
+        found = reader(torch._C.CompilationUnit(), content, device, {}, False)
+        module = torch.jit._recursive.wrap_cpp_module(found)
         if device.type != "cpu":
             _replace_devices(module, device)
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    return module.eval()
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        return module.eval()
+    except torch.OutOfMemoryError:
+        raise
+    # PyTorch's reader answers broken files with almost any exception: RuntimeError, IndexError, UnicodeDecodeError, …
+    except Exception as error:
+        raise BundleError(f"{what} cannot be loaded by torch {torch.__version__}: {error}") from error
 
 
 def is_scripted(module: nn.Module) -> bool:
@@ -89,12 +105,13 @@ def is_scripted(module: nn.Module) -> bool:
 
 def _replace_devices(module: Any, device: torch.device) -> None:
     """Let tensors that are created on the way follow the module: a trace made on the CPU names the CPU for them."""
-    holder: Any = torch.jit.trace(lambda: torch.ones(()).to(device), example_inputs=(), check_trace=False)
-    wanted = [node for node in holder.graph.findAllNodes("prim::Constant") if _is_device(node)][-1]
+    # The graph must outlive its node.
+    graph: Any = torch._C.parse_ir(f'graph():\n  %d : Device = prim::Constant[value="{device}"]()\n  return (%d)')
+    (wanted,) = graph.findAllNodes("prim::Constant")
     for part in module.modules():
         # Containers without a forward have no graph.
-        graph = getattr(part, "graph", None) if hasattr(part, "forward") else None
-        for node in graph.findAllNodes("prim::Constant") if graph is not None else ():
+        own = getattr(part, "graph", None) if hasattr(part, "forward") else None
+        for node in own.findAllNodes("prim::Constant") if own is not None else ():
             if _is_device(node):
                 node.copyAttributes(wanted)
 

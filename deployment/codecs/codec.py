@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ..checks import is_whole
-from ..naming import did_you_mean
+from ..naming import did_you_mean, listed
 from .packing import FLOAT_BITS, CodecError, check_bits
 
 # A representation beyond this is a damaged description, not a network's.
 _MAX_ELEMENTS = 2**28
+_MAX_DIMENSIONS = 15
 _Bytes = npt.NDArray[np.uint8]
 
 
@@ -152,7 +153,7 @@ class FloatCodec(Codec):
         Raises:
             CodecError: A payload has the wrong length.
         """
-        values = payload_rows(payloads, self.payload_bytes).view("<f4").astype(np.float32)
+        values = payload_rows(bytes_of(payloads), self.payload_bytes).view("<f4").astype(np.float32)
         return {"z": torch.from_numpy(values).view(len(payloads), *self.shape)}
 
     def with_bits(self, bits: int) -> FloatCodec:
@@ -183,18 +184,19 @@ def codec_from_dict(values: Mapping[str, Any]) -> Codec:
         CodecError: The kind is unknown, a key is missing or unknown, or a value is out of range.
     """
     if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
-        raise CodecError(f"a codec needs a kind, one of {', '.join(known_kinds())}, got {values!r}")
+        raise CodecError(f"a codec needs a kind, one of {', '.join(known_kinds())}, got {values!r:.200}")
     arguments = {key: value for key, value in values.items() if key != "kind"}
     kind = values["kind"]
     if kind in _ON_DEMAND:
         importlib.import_module(_ON_DEMAND[kind], __package__)
     if kind not in CODECS:
         known = known_kinds()
-        raise CodecError(f"unknown codec kind {kind!r}; known are {', '.join(known)}.{did_you_mean(kind, known)}")
+        raise CodecError(f"unknown codec kind {kind!r:.200}; known are {', '.join(known)}.{did_you_mean(kind, known)}")
     codec = CODECS[kind]
     keys = {field.name for field in dataclasses.fields(codec)}  # type: ignore[arg-type]
     if arguments.keys() != keys:
-        raise CodecError(f"a {codec.kind} codec takes the keys {sorted(keys)}, got {sorted(arguments)}")
+        found = listed([repr(key) for key in sorted(map(str, arguments))])
+        raise CodecError(f"a {codec.kind} codec takes the keys {sorted(keys)}, got [{found}]")
     return codec(**arguments)
 
 
@@ -202,9 +204,11 @@ def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the shape of one sample as a tuple; :class:`CodecError` unless it is positive and not absurdly large."""
     sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
     if not sizes or not all(is_whole(n) and n >= 1 for n in sizes):
-        raise CodecError(f"shape must be positive integers, without the batch, got {shape!r}")
+        raise CodecError(f"shape must be positive integers, without the batch, got {shape!r:.200}")
+    if len(sizes) > _MAX_DIMENSIONS:
+        raise CodecError(f"shape may have at most {_MAX_DIMENSIONS} dimensions, got {len(sizes)}")
     if math.prod(sizes) > _MAX_ELEMENTS:
-        raise CodecError(f"shape {sizes} has more than {_MAX_ELEMENTS} elements")
+        raise CodecError(f"shape {sizes!s:.200} has more than {_MAX_ELEMENTS} elements")
     return tuple(int(n) for n in sizes)
 
 
@@ -212,6 +216,8 @@ def named(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
     """Return the tensors of these names; :class:`CodecError` if one is missing."""
     if missing := [name for name in names if name not in tensors]:
         raise CodecError(f"the codec sends {', '.join(names)}; missing {', '.join(missing)}")
+    if wrong := [name for name in names if not isinstance(tensors[name], Tensor)]:
+        raise CodecError(f"{wrong[0]} must be a tensor, got {type(tensors[wrong[0]]).__name__}")
     return [tensors[name] for name in names]
 
 
@@ -221,11 +227,30 @@ def check_batch_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None
         raise CodecError(f"{name} must have shape (B, {', '.join(map(str, shape))}), got {tuple(tensor.shape)}")
 
 
+def bytes_of(payloads: Sequence[bytes | bytearray | memoryview]) -> list[bytes]:
+    """Return payloads as bytes, whatever holds them; :class:`CodecError` where one is nothing that holds bytes."""
+    if not isinstance(payloads, list | tuple):
+        raise CodecError(f"payloads must be a list with one payload a sample, got {type(payloads).__name__}")
+    if set(map(type, payloads)) <= {bytes}:
+        return list(payloads)
+    for index, payload in enumerate(payloads):
+        if not isinstance(payload, bytes | bytearray | memoryview):
+            raise CodecError(f"payload {index} must be bytes, got {type(payload).__name__}")
+    return [payload if isinstance(payload, bytes) else bytes(payload) for payload in payloads]
+
+
 def payload_rows(payloads: Sequence[bytes], length: int) -> _Bytes:
     """Return payloads of one length as rows of bytes; :class:`CodecError` if one has another length."""
+    check_length(payloads, length)
+    return np.frombuffer(b"".join(payloads), np.uint8).reshape(len(payloads), length)
+
+
+def check_length(payloads: Sequence[bytes], length: int) -> None:
+    """Raise :class:`CodecError` if a payload has another length."""
+    if set(map(len, payloads)) <= {length}:
+        return
     for index, payload in enumerate(payloads):
         if len(payload) != length:
             raise CodecError(
                 f"payload {index} has {len(payload)} bytes instead of {length}: cut short or not this edge's"
             )
-    return np.frombuffer(b"".join(payloads), np.uint8).reshape(len(payloads), length)

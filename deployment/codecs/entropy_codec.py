@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checks import is_whole
-from .codec import CODECS, Codec, check_batch_shape, checked_shape, named
+from .codec import CODECS, Codec, bytes_of, check_batch_shape, checked_shape, named
 from .packing import CodecError, packed_bytes
 
 TOTAL = 2**16
@@ -73,12 +73,12 @@ class EntropyCodec(Codec):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", checked_shape(self.shape))
-        if isinstance(self.axis, bool) or self.axis not in (0, -1):
-            raise CodecError(f"axis must be 0 (channels first) or -1 (channels last), got {self.axis!r}")
+        if not is_whole(self.axis) or self.axis not in (0, -1):
+            raise CodecError(f"axis must be 0 (channels first) or -1 (channels last), got {self.axis!r:.100}")
         channels = self.shape[self.axis]
         object.__setattr__(self, "lows", _integers(self.lows, "lows", -MAX_CODE))
         if not isinstance(self.frequencies, Sequence) or isinstance(self.frequencies, str):
-            raise CodecError(f"frequencies must hold one list for each channel, got {self.frequencies!r}")
+            raise CodecError(f"frequencies must hold one list for each channel, got {self.frequencies!r:.100}")
         for name in ("lows", "frequencies"):
             if len(getattr(self, name)) != channels:
                 raise CodecError(
@@ -144,6 +144,7 @@ class EntropyCodec(Codec):
             CodecError: A payload is cut short, altered, or was encoded with other tables; or ``constriction`` is not
                 installed.
         """
+        payloads = bytes_of(payloads)
         codes = np.empty((len(payloads), *self._channels_first), np.int32)
         for index, payload in enumerate(payloads):
             if not CHECK_BYTES <= len(payload) <= self.max_payload_bytes:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import is_whole
 from ..naming import did_you_mean
-from .codec import CODECS, Codec, codec_from_dict
+from .codec import CODECS, Codec, bytes_of, codec_from_dict
 from .packing import CodecError
 from .uniform import CodesCodec, UniformCodec
 
@@ -127,10 +127,10 @@ class ZstdCodec(Codec):
         if isinstance(self.inner, Mapping):
             object.__setattr__(self, "inner", codec_from_dict(self.inner))
         if not isinstance(self.inner, Codec):
-            raise CodecError(f"inner must be a codec, got {self.inner!r}")
+            raise CodecError(f"inner must be a codec, got {self.inner!r:.100}")
         if not is_whole(self.level) or not 1 <= self.level <= zstandard.MAX_COMPRESSION_LEVEL:
             raise CodecError(
-                f"level must be a whole number, 1 to {zstandard.MAX_COMPRESSION_LEVEL}, got {self.level!r}"
+                f"level must be a whole number, 1 to {zstandard.MAX_COMPRESSION_LEVEL}, got {self.level!r:.100}"
             )
 
     @property
@@ -184,7 +184,7 @@ class ZstdCodec(Codec):
             CodecError: A payload is not one whole frame, or claims more bytes than any codec needs for its shape; or
                 as of the inner codec.
         """
-        return self.inner.decode(list(self._decompressed(payloads)))
+        return self.inner.decode(list(self._decompressed(bytes_of(payloads))))
 
     def _compressed(self, payload: bytes) -> bytes:
         # A level's parameters depend on the length: those for long inputs compress short ones worse.

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import io
 import struct
-import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -69,7 +68,7 @@ class ImageCodec(abc.ABC):
         if self.quality is not None and not self.has_lossy:
             raise CodecError(f"{self.format} is lossless: quality={self.quality!r} has no meaning, leave it out")
         if self.quality is not None and not (is_whole(self.quality) and 1 <= self.quality <= 100):
-            raise CodecError(f"quality must be a whole number, 1 to 100, got {self.quality!r}")
+            raise CodecError(f"quality must be a whole number, 1 to 100, got {self.quality!r:.100}")
 
     @property
     def lossless(self) -> bool:
@@ -97,18 +96,19 @@ class ImageCodec(abc.ABC):
             CodecError: The payload is damaged: cut short, too long, or not what the format allows. An alteration that
                 leaves a JPEG scan well formed goes unseen: it has no checksum.
         """
+        if not isinstance(payload, bytes | bytearray | memoryview):
+            raise CodecError(f"a {self.format} payload must be bytes, got {type(payload).__name__}")
+        payload = bytes(payload)
         channels, height, width = self.shape
         # More than any of the formats spends on noise; what is longer is not worth a look.
         if len(payload) > (limit := 1024 + 8 * channels * (height + 15) * (width + 15)):
             raise CodecError(f"a {self.format} payload of {len(payload)} bytes is longer than {limit}: it is damaged")
         file = self.file(payload)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                with Image.open(io.BytesIO(file), formats=[self.format]) as picture:
-                    if picture.size != (width, height):
-                        raise CodecError(f"it is a picture of {picture.size} pixels instead of {(width, height)}")
-                    pixels = np.array(picture.convert(_MODES[channels]))
+            with Image.open(io.BytesIO(file), formats=[self.format]) as picture:
+                if picture.size != (width, height):
+                    raise CodecError(f"it is a picture of {picture.size} pixels instead of {(width, height)}")
+                pixels = np.array(picture.convert(_MODES[channels]))
         # Pillow's decoders answer broken data with almost any exception: OSError, SyntaxError, struct.error, …
         except Exception as error:
             raise CodecError(f"a {self.format} payload of {len(payload)} bytes is damaged: {error}") from error
@@ -306,9 +306,9 @@ def image_codec(format: str, shape: Sequence[int], quality: int | None = None) -
     Raises:
         CodecError: The format is unknown or lacks what ``quality`` asks for, or an argument is out of range.
     """
-    if format not in IMAGE_CODECS:
+    if not isinstance(format, str) or format not in IMAGE_CODECS:
         close = did_you_mean(format, IMAGE_CODECS)
-        raise CodecError(f"format must be one of {', '.join(IMAGE_CODECS)}, got {format!r}.{close}")
+        raise CodecError(f"format must be one of {', '.join(IMAGE_CODECS)}, got {format!r:.100}.{close}")
     return IMAGE_CODECS[format](tuple(shape), quality)  # type: ignore[arg-type]
 
 
@@ -344,7 +344,7 @@ def _checksum(payload: bytes) -> bytes:
 def _checked_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
     if len(sizes) != 3 or sizes[0] not in _MODES or not all(is_whole(n) and 1 <= n <= _MAX_SIDE for n in sizes):
-        raise CodecError(f"shape must be (1 or 3, H, W) with sides of 1 to {_MAX_SIDE} pixels, got {shape!r}")
+        raise CodecError(f"shape must be (1 or 3, H, W) with sides of 1 to {_MAX_SIDE} pixels, got {shape!r:.100}")
     if sizes[1] * sizes[2] > MAX_PIXELS:
         raise CodecError(f"a picture of shape {sizes} has more than {MAX_PIXELS} pixels")
     return sizes

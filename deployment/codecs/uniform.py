@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -13,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .codec import CODECS, Codec, check_batch_shape, checked_shape, named, payload_rows
+from .codec import CODECS, Codec, bytes_of, check_batch_shape, check_length, checked_shape, named, payload_rows
 from .packing import CodecError, check_code_bits, checked_codes, pack_rows, packed_bytes, unpack_rows
 
 _RANGE_BYTES = 8
@@ -56,7 +58,7 @@ class CodesCodec(Codec):
         object.__setattr__(self, "shape", checked_shape(self.shape))
         object.__setattr__(self, "bits", check_code_bits(self.bits))
         if (self.low is None) != (self.high is None):
-            raise CodecError(f"low and high go together, got low={self.low} and high={self.high}")
+            raise CodecError(f"low and high go together, got low={self.low!r:.100} and high={self.high!r:.100}")
         for name in ("low", "high"):
             # Kept as the float32 that the network computes with, so that both sides of an edge agree to the bit.
             if (value := getattr(self, name)) is not None:
@@ -72,7 +74,11 @@ class CodesCodec(Codec):
     @property
     def settings(self) -> dict[str, Tensor]:
         """The number of levels, as an int64 scalar."""
-        return {"levels": torch.tensor(self.levels, dtype=torch.int64)}
+        return {"levels": self._levels}
+
+    @functools.cached_property
+    def _levels(self) -> Tensor:
+        return torch.tensor(self.levels, dtype=torch.int64, device="cpu")
 
     def encode(self, tensors: Mapping[str, Tensor]) -> list[bytes]:
         """Turn codes int (B, *shape) with low and high float32 (B,) into one payload per sample.
@@ -96,10 +102,11 @@ class CodesCodec(Codec):
         Raises:
             CodecError: A payload is damaged, or has a range that is not finite or upside down.
         """
+        payloads = bytes_of(payloads)
         self.check_lengths(payloads)
         batch = len(payloads)
         if self.low is not None:
-            ranges, bodies = np.tile(np.array([self.low, self.high], np.float32), (batch, 1)), payloads
+            ranges, bodies = self._fixed_ranges(batch), payloads
         else:
             heads = b"".join(payload[:_RANGE_BYTES] for payload in payloads)
             ranges = np.frombuffer(heads, "<f4").astype(np.float32).reshape(batch, 2)
@@ -127,22 +134,33 @@ class CodesCodec(Codec):
         """Return plain JSON values; ``low`` and ``high`` are null where each sample sends its own range."""
         return {"kind": self.kind, **dataclasses.asdict(self), "shape": list(self.shape)}
 
+    def _fixed_ranges(self, batch: int) -> npt.NDArray[np.float32]:
+        return np.full((batch, 2), (self.low, self.high), np.float32)
+
     def _checked_ranges(self, low: Tensor, high: Tensor, batch: int) -> npt.NDArray[np.float32]:
         for name, tensor in (("low", low), ("high", high)):
             if tensor.shape != (batch,) or tensor.dtype != torch.float32:
                 raise CodecError(f"{name} must be float32 ({batch},), got {_describe(tensor)}")
-        ranges = torch.stack([low, high], 1).detach().cpu().numpy().astype("<f4")
-        _check_ranges(ranges)
-        if self.low is not None and self.high is not None:
-            # The constants are not sent: a few ulps are another device's noise, more is another network's range.
-            tolerance = 1e-5 * (self.high - self.low) + 1e-6 * max(abs(self.low), abs(self.high))
-            fixed = np.array([self.low, self.high])
-            if len(ranges) and (difference := np.abs(ranges - fixed)).max() > tolerance:
-                row = int(difference.max(1).argmax())
-                raise CodecError(
-                    f"the range of sample {row} is {ranges[row].tolist()}, but the codec's fixed range is "
-                    f"{fixed.tolist()}; it is not sent, so the two must agree"
-                )
+        lows, highs = low.detach().cpu().numpy(), high.detach().cpu().numpy()
+        if self.low is not None and (lows == self.low).all() and (highs == self.high).all():
+            return self._fixed_ranges(batch)
+        ranges = np.stack([lows, highs], 1)
+        if self.low is None or self.high is None:
+            _check_ranges(ranges)
+            return ranges
+        # The constants are not sent: a few ulps are another device's noise, more is another network's range.
+        tolerance = 1e-5 * (self.high - self.low) + 1e-6 * max(abs(self.low), abs(self.high))
+        fixed = np.array([self.low, self.high])
+        near = ((difference := np.abs(ranges - fixed)) <= tolerance).all()
+        # Whatever is near to a range is one too, and finite, unless that range is narrow.
+        if not near or 2 * tolerance >= self.high - self.low:
+            _check_ranges(ranges)
+        if not near:
+            row = int(difference.max(1).argmax())
+            raise CodecError(
+                f"the range of sample {row} is {ranges[row].tolist()}, but the codec's fixed range is "
+                f"{fixed.tolist()}; it is not sent, so the two must agree"
+            )
         return ranges
 
 
@@ -175,7 +193,7 @@ class UniformCodec(CodesCodec):
 
     def check_lengths(self, payloads: Sequence[bytes]) -> None:
         """Raise :class:`CodecError` unless every payload has ``payload_bytes``."""
-        payload_rows(payloads, self.payload_bytes)
+        check_length(payloads, self.payload_bytes)
 
     def pack(self, codes: npt.NDArray[np.uint16], ranges: npt.NDArray[np.float32]) -> list[bytes]:
         """Pack the codes (B, N) of each sample on their own."""
@@ -190,11 +208,13 @@ class UniformCodec(CodesCodec):
 def _checked_float(value: float, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CodecError(f"{name} must be a number, got {value!r}")
-    with np.errstate(over="ignore"):
-        rounded = float(np.float32(value))
+    try:
+        (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    except OverflowError:
+        rounded = math.inf
     if not math.isfinite(rounded):
-        raise CodecError(f"{name} must be a finite float32, got {value!r}")
-    return rounded
+        raise CodecError(f"{name} must be a finite float32, got {value!r:.100}")
+    return float(rounded)
 
 
 def _check_ranges(ranges: npt.NDArray[np.floating]) -> None:

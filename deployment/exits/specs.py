@@ -11,6 +11,7 @@ from typing import Any
 from ..bundle.canonical_json import parse, typed
 from ..bundle.edges import Crossing
 from ..bundle.files import BundleError
+from ..bundle.limits import check_label
 from ..bundle.route import Route
 from ..codecs.codec import FloatCodec
 from .policies import policy_from_dict
@@ -37,8 +38,7 @@ class ExitSpec:
     accuracy: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise BundleError("an exit needs a name")
+        check_label(self.name, "an exit")
         if self.macs < 0 or not 0 <= (self.accuracy or 0) <= 1:
             raise BundleError(f"exit {self.name} has macs={self.macs} or accuracy={self.accuracy} out of range")
 
@@ -158,7 +158,8 @@ def _check_order(exits: Sequence[ExitSpec], route: Route) -> None:
     """Check that who leaves at an exit is still awaited by all that runs behind it, and by nobody else."""
     if unknown := [item for item in exits if item.partition not in route.by_name]:
         raise BundleError(f"the exit {unknown[0].name} stands behind {unknown[0].partition}, which is no partition")
-    places = [route.order.index(item.partition) for item in exits]
+    place_of = {name: place for place, name in enumerate(route.order)}
+    places = [place_of[item.partition] for item in exits]
     if places != sorted(set(places)) or places[-1] != len(route.order) - 1 or len(places) < 2:
         raise BundleError(
             f"exits are at least two, in the order of the route, one a partition, the last at its end; got "

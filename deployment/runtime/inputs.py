@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..bundle.limits import MAX_DIMENSIONS, MAX_ELEMENTS
 from ..checks import is_whole
 from ..naming import did_you_mean
 from .preprocess import ImageInput
@@ -40,12 +42,16 @@ class TensorInput:
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, tuple | list) or not all(is_whole(n) and n >= 1 for n in self.shape):
-            raise ValueError(f"shape must be positive whole numbers, without the batch, got {self.shape!r}")
+            raise ValueError(f"shape must be positive whole numbers, without the batch, got {self.shape!r:.200}")
+        if math.prod(self.shape) > MAX_ELEMENTS or len(self.shape) > MAX_DIMENSIONS - 1:
+            raise ValueError(
+                f"shape may have {MAX_DIMENSIONS - 1} dimensions and {MAX_ELEMENTS} elements, got {self.shape!r:.200}"
+            )
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r:.200}")
         if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"name must be the name of the input, got {self.name!r}")
+            raise ValueError(f"name must be the name of the input, got {self.name!r:.200}")
 
     def mirrored(self, batch: Tensor) -> Tensor:
         """Return a batch like this one of other values, all of them between its least and its largest."""
@@ -60,7 +66,7 @@ class TensorInput:
         """Build the input from :meth:`to_dict`'s values; ValueError where a key is unknown or missing."""
         known = {field.name for field in dataclasses.fields(cls)}
         if values.keys() != known:
-            raise ValueError(f"a tensor input takes the keys {sorted(known)}, got {sorted(values)}")
+            raise ValueError(f"a tensor input takes the keys {sorted(known)}, got {sorted(map(str, values))!s:.200}")
         return cls(**values)
 
 
@@ -82,5 +88,5 @@ def input_from_dict(values: Mapping[str, Any]) -> Input:
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in INPUTS:
         near = did_you_mean(kind, INPUTS)
-        raise ValueError(f"the kind of input must be one of {', '.join(INPUTS)}, got {kind!r}.{near}")
+        raise ValueError(f"the kind of input must be one of {', '.join(INPUTS)}, got {kind!r:.200}.{near}")
     return INPUTS[kind].from_dict({key: value for key, value in values.items() if key != "kind"})

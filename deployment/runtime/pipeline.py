@@ -103,6 +103,7 @@ class Pipeline:
         first = self.sides[placements[0]]
         self.route, self.policy = first.route, first.policy
         self.crossings = _named([*self.route.crossings, *first.states])
+        self._names = {(crossing.tensor, crossing.target): name for name, crossing in self.crossings.items()}
 
     @property
     def codecs(self) -> dict[str, Codec]:
@@ -148,14 +149,16 @@ class Pipeline:
             Outputs, payloads and times.
 
         Raises:
-            BundleError: ``inputs`` has another dtype or shape.
+            BundleError: ``inputs`` is no tensor, or has another dtype or shape; or a partition cannot compute with it.
             CodecError: A partition emits what its codec cannot send.
         """
+        message = self.sides[self.route.entry].message(inputs)
+        if not isinstance(inputs, Tensor):
+            raise BundleError(f"a pipeline takes the network's input as a tensor, got {type(inputs).__name__}")
         gathered = _Gathered(self, len(inputs))
         request = object()
         steps = {place: self._step(place, request, gathered) for place in self.sides}
         try:
-            message = Message(tuple(range(len(inputs))), {self.route.input: inputs})
             follow(steps, self.route.entry, message)
         finally:
             for side in self.sides.values():
@@ -176,7 +179,7 @@ class _Gathered:
 
     def __init__(self, pipeline: Pipeline, batch: int) -> None:
         self.manifest, self.batch = pipeline.bundle.manifest, batch
-        self.names = {(crossing.tensor, crossing.target): name for name, crossing in pipeline.crossings.items()}
+        self.names, self.rows = pipeline._names, tuple(range(batch))
         self.payloads = {name: [b""] * batch for name in self.names.values()}
         self.part_seconds = dict.fromkeys(pipeline.route.order, 0.0)
         self.encode_seconds, self.decode_seconds = (dict.fromkeys(self.names.values(), 0.0) for _ in range(2))
@@ -190,6 +193,9 @@ class _Gathered:
         self.decode_seconds |= {self.names[key]: spent for key, spent in outcome.decode_seconds.items()}
         for target, message in outcome.messages.items():
             for tensor, payloads in message.payloads.items():
+                if message.rows == self.rows:
+                    self.payloads[self.names[tensor, target]] = payloads
+                    continue
                 for row, payload in zip(message.rows, payloads, strict=True):
                     self.payloads[self.names[tensor, target]][row] = payload
         for name, answers in outcome.outputs.items():
@@ -202,7 +208,10 @@ class _Gathered:
         outputs = {}
         for output in self.manifest.outputs:
             answers = self.answers[output.name]
-            if answers:
+            if len(answers) == 1 and answers[0][0] == self.rows:
+                # A copy, as what comes out of inference mode cannot be trained on.
+                outputs[output.name] = answers[0][1].clone()
+            elif answers:
                 back = torch.tensor([row for rows, _ in answers for row in rows]).argsort()
                 outputs[output.name] = torch.cat([tensor for _, tensor in answers])[back]
             else:

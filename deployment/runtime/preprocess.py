@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import numbers
 import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checks import is_whole
+from ..checks import is_finite, is_whole
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -86,12 +85,12 @@ class ImageInput:
             if name == "resize" and value is None:
                 continue
             if not (is_whole(value) and 1 <= value <= _MAX_SIDE):
-                raise ValueError(f"{name} must be 1 to {_MAX_SIDE} pixels, a whole number, got {value!r}")
+                raise ValueError(f"{name} must be 1 to {_MAX_SIDE} pixels, a whole number, got {value!r:.200}")
             object.__setattr__(self, name, int(value))
-        if self.color_mode not in COLOR_MODES:
-            raise ValueError(f"color_mode must be one of {sorted(COLOR_MODES)}, got {self.color_mode!r}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation must be one of {sorted(INTERPOLATIONS)}, got {self.interpolation!r}")
+        for name, known in (("color_mode", COLOR_MODES), ("interpolation", INTERPOLATIONS)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(f"{name} must be one of {sorted(known)}, got {value!r:.200}")
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError(
                 f"mean and std need {self.channels} values for color_mode={self.color_mode!r}, "
@@ -171,8 +170,8 @@ class ImageInput:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Scale uint8 images (..., C, H, W) to 0..1 and normalise them with ``mean`` and ``std``, as float32."""
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
         return (images.to(torch.float32) / 255.0 - mean) / std
 
     def mirrored(self, batch: Tensor) -> Tensor:
@@ -191,6 +190,8 @@ class ImageInput:
             ValueError: A key is unknown or missing.
         """
         known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, Mapping):
+            raise ValueError(f"an image input is an object, got {type(values).__name__}")
         if unknown := set(values) - known:
             raise ValueError(f"unknown image input keys {sorted(unknown)}; known are {sorted(known)}")
         if missing := {"height", "width"} - set(values):
@@ -206,24 +207,21 @@ def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
             pixels; the message names the path.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                columns, rows = image.size
-                if columns * rows > max_pixels:
-                    raise ImageError(f"{columns}x{rows} pixels are more than {max_pixels}")
-                image.load()
-                return image
+        with Image.open(path) as image:
+            columns, rows = image.size
+            if columns * rows > max_pixels:
+                raise ImageError(f"{columns}x{rows} pixels are more than {max_pixels}")
+            image.load()
+            return image
     # Pillow's decoders answer broken data with almost any exception: OSError, SyntaxError, struct.error, …
     except Exception as error:
         raise ImageError(f"cannot read {os.fspath(path)} as an image: {error}") from error
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a list of numbers, one per channel, got {values!r}") from None
-    if not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"{name} must be finite, got {values!r}")
-    return numbers
+    found = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping) else ()
+    if not found or not all(isinstance(value, numbers.Real) and not isinstance(value, bool) for value in found):
+        raise ValueError(f"{name} must be a list of numbers, one per channel, got {values!r:.200}")
+    if not all(is_finite(value) for value in found):
+        raise ValueError(f"{name} must be finite, got {values!r:.200}")
+    return tuple(float(value) for value in found)

@@ -96,6 +96,7 @@ class Side:
         self.states = state_crossings(self.policy, manifest.exits, len(bundle.class_names), self.route)
         self.examples = self._state_examples()
         self._visits: dict[Hashable, Visit] = {}
+        self._walk = _Running(self)
 
     def _state_examples(self) -> list[dict[str, Tensor]]:
         """Return the policy's state behind each early exit where it is sent, in its own shapes and types."""
@@ -117,7 +118,7 @@ class Side:
 
         Args:
             arrived: The network's input for B samples, where it begins here; or what another side sent.
-            request: Names the request, the same on all sides.
+            request: Names the request, the same on all sides; anything that can be a key of a dictionary.
 
         Returns:
             What leaves for other placements, and the samples that were answered.
@@ -126,19 +127,32 @@ class Side:
             BundleError: It is not what this side takes, or came before.
             CodecError: A payload is damaged, or a partition emits what its codec cannot send.
         """
-        if isinstance(arrived, Tensor):
-            arrived = Message(tuple(range(len(arrived))), {self.route.input: arrived})
+        message = self.message(arrived)
         visit = self._visits.get(request) or Visit()
-        walk = _Running(self)
+        walk = self._walk
+        walk.outcome = outcome = Outcome()
         # What cannot be taken in is refused before anything that waits is touched.
-        walk.outcome.messages = walk.step(visit, arrived)
+        outcome.messages = walk.step(visit, message)
         if walk.finished(visit):
             self.forget(request)
         else:
             self._visits[request] = visit
             if len(self._visits) > self.limit:
                 self.forget(next(iter(self._visits)))
-        return walk.outcome
+        return outcome
+
+    def message(self, arrived: Any) -> Message:
+        """Return what came to this side as a message; :class:`BundleError` where it is nothing that a side takes."""
+        if isinstance(arrived, Message):
+            return arrived
+        if isinstance(arrived, Tensor) and arrived.ndim:
+            return Message(tuple(range(len(arrived))), {self.route.input: arrived})
+        spec = self.bundle.input
+        found = "a scalar" if isinstance(arrived, Tensor) else type(arrived).__name__
+        raise BundleError(
+            f"{self.placement} takes a message of another side or a tensor {spec.name}, {spec.dtype} "
+            f"{[-1, *spec.shape]}, got {found}"
+        )
 
 
 class _Running(Walk):
@@ -153,6 +167,7 @@ class _Running(Walk):
         self.last = len(manifest.exits) - 1
         self.exits = {item.partition: i for i, item in enumerate(manifest.exits)}
         self.logits = exit_logits(manifest.exits)
+        self.waits = side.bundle.device.type == "cuda"
 
     def run(self, name: str, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         start = self._now()
@@ -213,6 +228,6 @@ class _Running(Walk):
 
     def _now(self) -> float:
         """Seconds, after all that was queued on an accelerator has run."""
-        if self.bundle.device.type == "cuda":
+        if self.waits:
             torch.cuda.synchronize(self.bundle.device)
         return time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import collections
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..bundle.edges import Crossing
 from ..bundle.files import BundleError
 from ..bundle.route import Route
+from ..naming import listed
 
 
 class Message(NamedTuple):
@@ -76,6 +78,9 @@ class Walk(abc.ABC):
         crossings = [*route.crossings, *states]
         self.leaving = [crossing for crossing in crossings if crossing.source == placement]
         self.coming = {crossing.tensor: crossing for crossing in crossings if crossing.target == placement}
+        settings = route.settings
+        self.takes = {part.name: [name for name in part.inputs if name not in settings] for part in self.parts}
+        self.sends = {crossing.tensor: list(crossing.codec.sent(crossing.tensor).items()) for crossing in self.leaving}
 
     @abc.abstractmethod
     def run(self, name: str, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,11 +106,13 @@ class Walk(abc.ABC):
         """
         self._arrive(visit, message)
         for part in self.parts:
-            names = [name for name in part.inputs if name not in self.route.settings]
-            if part.name in visit.ran or not visit.rows or any(name not in visit.tensors for name in names):
+            if part.name in visit.ran or not visit.rows:
                 continue
-            known = {**self.route.settings, **visit.tensors}
-            outputs = self.run(part.name, {name: known[name] for name in part.inputs})
+            if any(name not in visit.tensors for name in self.takes[part.name]):
+                continue
+            tensors, settings = visit.tensors, self.route.settings
+            arguments = {name: tensors[name] if name in tensors else settings[name] for name in part.inputs}
+            outputs = self.run(part.name, arguments)
             visit.ran.add(part.name)
             visit.tensors |= outputs
             self.have_run(visit, part.name, outputs)
@@ -119,21 +126,26 @@ class Walk(abc.ABC):
         return not visit.rows or len(visit.ran) == len(self.parts)
 
     def _arrive(self, visit: Visit, message: Message) -> None:
-        if list(message.rows) != sorted(set(message.rows)):
-            raise BundleError(f"rows must rise, each sample once, got {list(message.rows)[:10]}")
+        _check_rows(message.rows)
         tensors: dict[str, Tensor] = {}
         state: dict[str, Tensor] = {}
         for name, payload in message.payloads.items():
             if name in visit.came:
                 raise BundleError(f"{name} has come to {self.placement} before for this request")
             if name == self.route.input and self.placement == self.route.entry:
+                if not isinstance(payload, Tensor) or not payload.ndim or len(payload) != len(message.rows):
+                    found = list(payload.shape) if isinstance(payload, Tensor) else type(payload).__name__
+                    raise BundleError(f"{name} must be a tensor of {len(message.rows)} samples, got {found}")
                 tensors[name] = payload
                 continue
             if name not in self.coming:
                 known = [*([self.route.input] if self.placement == self.route.entry else ()), *self.coming]
-                raise BundleError(f"nothing on {self.placement} takes {name}; it takes {', '.join(known)}")
+                raise BundleError(f"nothing on {self.placement} takes {name}; it takes {listed(known)}")
             crossing = self.coming[name]
-            if len(payload) != len(message.rows) and isinstance(payload, list):
+            # Between walks that send no bytes a payload is the tensors themselves.
+            if not isinstance(payload, Mapping | list | tuple):
+                raise BundleError(f"{name} must come as a list of payloads, got {type(payload).__name__}")
+            if not isinstance(payload, Mapping) and len(payload) != len(message.rows):
                 raise BundleError(f"{name} has {len(payload)} payloads for {len(message.rows)} samples")
             delivered = self.receive(crossing, payload)
             if crossing.state is not None:
@@ -142,9 +154,13 @@ class Walk(abc.ABC):
                 names = crossing.codec.delivered(name)
                 tensors |= {names[own]: value for own, value in delivered.items()}
         visit.came |= message.payloads.keys()
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in self.route.settings}
-        if visit.rows is None:
+        for name in self.route.settings:
+            tensors.pop(name, None)
+        if visit.rows is None or visit.rows == message.rows:
             visit.rows = message.rows
+            visit.tensors |= tensors
+            visit.state |= state
+            return
         stay = set(visit.rows) & set(message.rows)
         visit.keep([place for place, row in enumerate(visit.rows) if row in stay])
         places = [place for place, row in enumerate(message.rows) if row in stay]
@@ -162,7 +178,7 @@ class Walk(abc.ABC):
                 value = visit.state[crossing.state].to(torch.float32)
                 tensors = {crossing.codec.sends[0]: value.reshape(len(value), *crossing.codec.shape)}
             else:
-                tensors = {own: visit.tensors[name] for own, name in crossing.codec.sent(crossing.tensor).items()}
+                tensors = {own: visit.tensors[name] for own, name in self.sends[crossing.tensor]}
             message = messages.setdefault(crossing.target, Message(visit.rows, {}))
             message.payloads[crossing.tensor] = self.send(crossing, tensors)
             visit.went.add((crossing.tensor, crossing.target))
@@ -170,11 +186,18 @@ class Walk(abc.ABC):
 
     def _drop_unneeded(self, visit: Visit) -> None:
         """Forget what no partition waits for and what has been sent."""
-        needed = {name for part in self.parts if part.name not in visit.ran for name in part.inputs}
+        needed = {name for part in self.parts if part.name not in visit.ran for name in self.takes[part.name]}
         for crossing in self.leaving:
             if (crossing.tensor, crossing.target) not in visit.went:
-                needed.update(crossing.codec.sent(crossing.tensor).values())
+                needed.update(name for _, name in self.sends[crossing.tensor])
         visit.tensors = {name: tensor for name, tensor in visit.tensors.items() if name in needed}
+
+
+def _check_rows(rows: Any) -> None:
+    """Raise :class:`BundleError` unless rows are whole numbers from 0 that rise."""
+    whole = isinstance(rows, tuple | list) and set(map(type, rows)) <= {int}
+    if not whole or (rows and rows[0] < 0) or not all(map(operator.lt, rows, rows[1:])):
+        raise BundleError(f"rows must rise, each sample once, whole numbers from 0, got {str(rows)[:80]}")
 
 
 def follow(steps: Mapping[str, Callable[[Message], dict[str, Message]]], entry: str, message: Message) -> None:
