@@ -70,6 +70,7 @@ def export_bundle(
     images: Tensor,
     exits: Sequence[ExitSpec] = (),
     policy: ExitPolicy | None = None,
+    envelope: bool = True,
     config: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -90,6 +91,8 @@ def export_bundle(
         exits: In the order in which they are reached, the network's own classifier last; empty where there are no early
             ones. Their logits are the outputs ``NAME/logits`` of their partitions, ``logits`` of the last.
         policy: Who decides at the exits; ``None``: all samples go on to the end.
+        envelope: Put an :class:`~cleave.deployment.Envelope` of 12 bytes in front of every payload, by which a reader
+            knows whose it is; False where every byte counts.
         config: The resolved configuration, plain JSON values.
         metrics: What was measured of the network, plain JSON values: accuracy, payload bytes per sample, …
         overwrite: Replace a bundle that stands there; a folder with any file that no export wrote is never replaced.
@@ -124,6 +127,7 @@ def export_bundle(
             samples={place: writer.write_sample() for place, writer in writers.items()},
             exits=tuple(exits),
             policy=policy,
+            envelope=envelope,
             metrics=dict(metrics or {}),
             config=dict(config or {}),
             versions=_versions(),
@@ -219,11 +223,11 @@ class Writer(Walk):
         self.sample |= {key: tensor for key, tensor in arguments.items() if key not in self.route.settings} | outputs
         return outputs
 
-    def send(self, crossing: Crossing, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def send(self, crossing: Crossing, tensors: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
         """Return what arrives of a tensor's bytes."""
         return through_bytes(crossing.codec, tensors, f"partition {crossing.producer}")
 
-    def receive(self, crossing: Crossing, payload: Any) -> dict[str, Tensor]:
+    def receive(self, crossing: Crossing, payload: Any, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return what arrived."""
         return payload
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..bundle.edges import Crossing
 from ..bundle.files import BundleError
 from ..bundle.route import Route
+from ..codecs.packing import CodecError
 
 
 class Message(NamedTuple):
@@ -68,6 +69,9 @@ class Walk(abc.ABC):
         route: The partitions and their edges.
         placement: Whose partitions run.
         states: The parts of an exit policy's state that are sent as well.
+
+    Attributes:
+        failed: What is wrong with samples that could not be encoded or decoded, by their rows; they go no further.
     """
 
     def __init__(self, route: Route, placement: str, states: Sequence[Crossing] = ()) -> None:
@@ -76,18 +80,32 @@ class Walk(abc.ABC):
         crossings = [*route.crossings, *states]
         self.leaving = [crossing for crossing in crossings if crossing.source == placement]
         self.coming = {crossing.tensor: crossing for crossing in crossings if crossing.target == placement}
+        self.failed: dict[int, CodecError] = {}
 
     @abc.abstractmethod
     def run(self, name: str, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run a partition on its inputs and return its outputs, both by name."""
 
     @abc.abstractmethod
-    def send(self, crossing: Crossing, tensors: dict[str, Tensor]) -> Any:
-        """Return what goes to another placement for a tensor; ``tensors`` are by the codec's own names."""
+    def send(self, crossing: Crossing, tensors: dict[str, Tensor], rows: Sequence[int]) -> Any:
+        """Return what goes to another placement for a tensor.
+
+        Args:
+            crossing: The tensor, and where it goes.
+            tensors: Its parts by the codec's own names.
+            rows: The samples that they are of. Those that cannot be encoded are added to ``failed``.
+        """
 
     @abc.abstractmethod
-    def receive(self, crossing: Crossing, payload: Any) -> dict[str, Tensor]:
-        """Return what arrives, by the codec's own names."""
+    def receive(self, crossing: Crossing, payload: Any, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return what arrives, by the codec's own names.
+
+        Args:
+            crossing: The tensor, and where it goes.
+            payload: What came.
+            rows: The samples that it is of. Those that cannot be decoded are added to ``failed``; any row stands for
+                them in the tensors.
+        """
 
     def have_run(self, visit: Visit, name: str, outputs: dict[str, Tensor]) -> None:
         """Do what is to be done between a partition and the next one: answer, decide who leaves. Here, nothing."""
@@ -135,7 +153,7 @@ class Walk(abc.ABC):
             crossing = self.coming[name]
             if len(payload) != len(message.rows) and isinstance(payload, list):
                 raise BundleError(f"{name} has {len(payload)} payloads for {len(message.rows)} samples")
-            delivered = self.receive(crossing, payload)
+            delivered = self.receive(crossing, payload, message.rows)
             if crossing.state is not None:
                 state[crossing.state] = delivered[crossing.codec.delivers[0]]
             else:
@@ -145,7 +163,7 @@ class Walk(abc.ABC):
         tensors = {name: tensor for name, tensor in tensors.items() if name not in self.route.settings}
         if visit.rows is None:
             visit.rows = message.rows
-        stay = set(visit.rows) & set(message.rows)
+        stay = set(visit.rows) & set(message.rows) - self.failed.keys()
         visit.keep([place for place, row in enumerate(visit.rows) if row in stay])
         places = [place for place, row in enumerate(message.rows) if row in stay]
         if len(places) < len(message.rows):
@@ -155,18 +173,29 @@ class Walk(abc.ABC):
 
     def _messages(self, visit: Visit) -> dict[str, Message]:
         messages: dict[str, Message] = {}
-        for crossing in self.leaving:
-            if crossing.producer not in visit.ran or (crossing.tensor, crossing.target) in visit.went or not visit.rows:
-                continue
-            if crossing.state is not None:
-                value = visit.state[crossing.state].to(torch.float32)
-                tensors = {crossing.codec.sends[0]: value.reshape(len(value), *crossing.codec.shape)}
-            else:
-                tensors = {own: visit.tensors[name] for own, name in crossing.codec.sent(crossing.tensor).items()}
-            message = messages.setdefault(crossing.target, Message(visit.rows, {}))
-            message.payloads[crossing.tensor] = self.send(crossing, tensors)
-            visit.went.add((crossing.tensor, crossing.target))
+        due = [
+            crossing
+            for crossing in self.leaving
+            if crossing.producer in visit.ran and (crossing.tensor, crossing.target) not in visit.went
+        ]
+        for crossing in due if visit.rows else ():
+            payload = self.send(crossing, self._sent(visit, crossing), visit.rows or ())
+            message = messages.setdefault(crossing.target, Message(visit.rows or (), {}))
+            message.payloads[crossing.tensor] = payload
+        if failed := self.failed.keys() & set(visit.rows or ()):
+            # What was encoded of the others has rows for these, so all is encoded again without them.
+            visit.keep([place for place, row in enumerate(visit.rows or ()) if row not in failed])
+            return self._messages(visit)
+        visit.went |= {(crossing.tensor, crossing.target) for crossing in due if visit.rows}
         return messages
+
+    @staticmethod
+    def _sent(visit: Visit, crossing: Crossing) -> dict[str, Tensor]:
+        """Return what is sent of a tensor, by the codec's own names."""
+        if crossing.state is None:
+            return {own: visit.tensors[name] for own, name in crossing.codec.sent(crossing.tensor).items()}
+        value = visit.state[crossing.state].to(torch.float32)
+        return {crossing.codec.sends[0]: value.reshape(len(value), *crossing.codec.shape)}
 
     def _drop_unneeded(self, visit: Visit) -> None:
         """Forget what no partition waits for and what has been sent."""
