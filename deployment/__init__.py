@@ -1,6 +1,7 @@
 """What a device or a server needs: bundles, codecs, preprocessing and export. Imports nothing of the other rooms."""
 
 from .bundle.edges import Crossing, Edge, Transfer
+from .bundle.envelope import ENVELOPE_BYTES, Envelope
 from .bundle.export import Part, check_parts, export_bundle
 from .bundle.files import BundleError, FileEntry
 from .bundle.folder import check_target
@@ -13,7 +14,16 @@ from .bundle.torchscript import load_torchscript, save_torchscript
 from .codecs.codec import CODECS, Codec, FloatCodec, codec_from_dict
 from .codecs.entropy_codec import EntropyCodec, integer_frequencies
 from .codecs.feature_codecs import CODINGS, SparseCodec, ZstdCodec, code_codec
-from .codecs.packing import FLOAT_BITS, CodecError, check_bits, pack_bits, packed_bytes, unpack_bits, zstd_bytes
+from .codecs.packing import (
+    FLOAT_BITS,
+    CodecError,
+    PayloadError,
+    check_bits,
+    pack_bits,
+    packed_bytes,
+    unpack_bits,
+    zstd_bytes,
+)
 from .codecs.uniform import CodesCodec, UniformCodec
 from .exits.early_exit import Exited, anytime, exit_shares, expected_cost, leave_early, offline
 from .exits.policies import (
@@ -37,6 +47,7 @@ from .runtime.walk import Message
 __all__ = [
     "CODECS",
     "CODINGS",
+    "ENVELOPE_BYTES",
     "FLOAT_BITS",
     "POLICIES",
     "Bundle",
@@ -51,6 +62,7 @@ __all__ = [
     "EnsemblePolicy",
     "EntropyCodec",
     "EntropyPolicy",
+    "Envelope",
     "ExitPolicy",
     "ExitSpec",
     "Exited",
@@ -70,6 +82,7 @@ __all__ = [
     "Partition",
     "PartitionSpec",
     "PatiencePolicy",
+    "PayloadError",
     "Pipeline",
     "Result",
     "Route",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from cleave.architectures import StagedNetwork
-from cleave.deployment import Codec
+from cleave.deployment import ENVELOPE_BYTES, Codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Passed:
         network: The network, in eval mode.
         batch: The batch by its parts, such as ``labels``.
         outputs: The outputs that evaluators need, by name.
-        payloads: The bytes of every sample by the bottleneck that sent them; empty where nothing went through bytes.
+        payloads: The bytes of every sample by the bottleneck that sent them, without an envelope; empty where nothing
+            went through bytes.
         sent: The tensors that the payloads were made of, by bottleneck.
         bits: The width of the codes, where the network knows several.
         chosen: Whether that is the width that the network is set to.
@@ -33,6 +34,11 @@ class Passed:
     sent: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
     bits: int | None = None
     chosen: bool = True
+
+    @property
+    def envelope_bytes(self) -> int:
+        """Bytes that go in front of each payload once it is sent: a bundle's envelope, or nothing."""
+        return ENVELOPE_BYTES if self.network.envelope else 0
 
     def __getitem__(self, name: str) -> Tensor:
         """Return an output, or a part of the batch."""

@@ -15,6 +15,7 @@ from cleave.reports.rates.measured import measured_points
 from cleave.reports.terminal import next_command, results_table
 from cleave.scripts.assembly.building import build_task, instantiate_each, plain
 from cleave.scripts.assembly.bundling import chosen_exits, example_input, recalibrate, write_bundle
+from cleave.scripts.assembly.networks import choose_envelope
 from cleave.scripts.assembly.outcome import run_of
 from cleave.scripts.assembly.restoring import restore, restore_data
 from cleave.scripts.assembly.terminal import CONF, friendly, start
@@ -26,6 +27,9 @@ def export(cfg: DictConfig) -> Path:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     check_target(cfg.bundle, cfg.overwrite)
     restored = restore(cfg.ckpt_path, bits=cfg.codec.bits, trusted=cfg.trust_checkpoint)
+    if cfg.split.envelope is not None:
+        choose_envelope(restored.network, cfg.split.envelope)
+        restored.config.split.envelope = cfg.split.envelope
     data = restore_data(restored, cfg.data)
     exits = chosen_exits(restored.network, data, restored.config, cfg.exits)
     recalibrate(restored, data, cfg.recalibrate)

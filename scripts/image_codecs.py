@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cleave.architectures.naming import did_you_mean
 from cleave.datamodules import ImageDataModule
-from cleave.deployment import zstd_bytes
+from cleave.deployment import ENVELOPE_BYTES, zstd_bytes
 from cleave.deployment.codecs.image_codecs import ImageCodec, image_codec
 from cleave.reports.rates.results import RESULTS, Point, write_results
 from cleave.reports.terminal import console, next_command, table
@@ -31,18 +31,19 @@ class Tally:
         method: Name of the way.
         label: What tells it from others of the same name.
         codec: The codec; ``None`` sends the uint8 pixels.
+        envelope: Bytes in front of each payload.
     """
 
-    def __init__(self, method: str, label: str, codec: ImageCodec | None) -> None:
-        self.method, self.label, self.codec = method, label, codec
+    def __init__(self, method: str, label: str, codec: ImageCodec | None, envelope: int) -> None:
+        self.method, self.label, self.codec, self.envelope = method, label, codec, envelope
         self.images = self.correct = self.payload_bytes = self.payload_zstd_bytes = self.file_bytes = 0
 
     def send(self, images: Tensor) -> Tensor:
         """Count the bytes of uint8 pictures (B, C, H, W) and return what arrives of them."""
         payloads = [image.numpy().tobytes() if self.codec is None else self.codec.encode(image) for image in images]
         self.images += len(images)
-        self.payload_bytes += sum(map(len, payloads))
-        self.payload_zstd_bytes += sum(map(zstd_bytes, payloads))
+        self.payload_bytes += sum(map(len, payloads)) + self.envelope * len(images)
+        self.payload_zstd_bytes += sum(map(zstd_bytes, payloads)) + self.envelope * len(images)
         if self.codec is None:
             return images
         self.file_bytes += sum(len(self.codec.file(payload)) for payload in payloads)
@@ -82,12 +83,14 @@ def image_codecs(cfg: DictConfig) -> list[Point]:
             "one: give the checkpoint of its base"
         )
     data = restore_data(restored, cfg.data)
-    tallies = ways(cfg.codecs, cfg.qualities, data.input.shape)
+    tallies = ways(cfg.codecs, cfg.qualities, data.input.shape, ENVELOPE_BYTES if checked(cfg.envelope) else 0)
     measure(restored.network, data, cfg.split, tallies, torch.device(cfg.device))
     header = ("input", "accuracy", "payload bytes", "as a file")
     table(f"{cfg.ckpt_path} on {tallies[0].images:,} images of {cfg.split}", [t.row() for t in tallies], header)
     console.print(
-        "A payload is the file without what both sides know of it; WebP's has a CRC-16 instead.", highlight=False
+        "A payload is the file without what both sides know of it; WebP's has a CRC-16 instead."
+        + (f" Each but the raw input has an envelope of {ENVELOPE_BYTES} bytes." if cfg.envelope else ""),
+        highlight=False,
     )
     backbone = restored.config.backbone.get("name")
     points = [tally.point(backbone=backbone, checkpoint=str(cfg.ckpt_path)) for tally in tallies]
@@ -97,7 +100,16 @@ def image_codecs(cfg: DictConfig) -> list[Point]:
     return points
 
 
-def ways(codecs: str | Sequence[str], qualities: int | Sequence[int], shape: tuple[int, int, int]) -> list[Tally]:
+def checked(envelope: Any) -> bool:
+    """Return whether payloads have an envelope; ValueError unless that is true or false."""
+    if not isinstance(envelope, bool):
+        raise ValueError(f"envelope must be true or false, got {envelope!r}")
+    return envelope
+
+
+def ways(
+    codecs: str | Sequence[str], qualities: int | Sequence[int], shape: tuple[int, int, int], envelope: int
+) -> list[Tally]:
     """List the ways to send a picture: raw, each lossy codec at each quality, each lossless one.
 
     Raises:
@@ -105,13 +117,13 @@ def ways(codecs: str | Sequence[str], qualities: int | Sequence[int], shape: tup
     """
     codecs = [codecs] if isinstance(codecs, str) else codecs
     qualities = [qualities] if isinstance(qualities, int) else qualities
-    found = [Tally("uint8 input", "raw", None)]
+    found = [Tally("uint8 input", "raw", None, 0)]
     for name in dict.fromkeys(codecs):
         if name in LOSSLESS:
-            found.append(Tally(f"{LOSSLESS[name]} input", "lossless", image_codec(LOSSLESS[name], shape)))
+            found.append(Tally(f"{LOSSLESS[name]} input", "lossless", image_codec(LOSSLESS[name], shape), envelope))
         elif name in LOSSY:
             for quality in dict.fromkeys(qualities):
-                found.append(Tally(f"{name} input", f"q{quality}", image_codec(name, shape, quality)))
+                found.append(Tally(f"{name} input", f"q{quality}", image_codec(name, shape, quality), envelope))
         else:
             known = (*LOSSY, *LOSSLESS)
             raise ValueError(f"codecs must be some of {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from cleave.architectures import split_network
 from cleave.architectures.partitions import network_partitions
 from cleave.datamodules import Digits
-from cleave.deployment import OutputSpec, Pipeline, export_bundle, load_bundle
+from cleave.deployment import ENVELOPE_BYTES, OutputSpec, Pipeline, export_bundle, load_bundle
 from cleave.lightning_modules import Evaluator, Task, Term, Training
 
 CLASSES = 3  # paper, grey, ink
@@ -101,4 +101,4 @@ def test_a_dense_network_trains_is_exported_and_runs(tmp_path):
     result = Pipeline(load_bundle(tmp_path / "bundle")).run(images)
     expected = network(data.input.normalize(images))
     torch.testing.assert_close(result.logits, expected, rtol=1e-4, atol=1e-4)
-    assert result.payload_bytes == [4 * 8 * 8 * 6 // 8] * 4
+    assert result.payload_bytes == [ENVELOPE_BYTES + 4 * 8 * 8 * 6 // 8] * 4

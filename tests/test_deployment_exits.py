@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cleave.deployment import (
+    ENVELOPE_BYTES,
     Bundle,
     BundleError,
     ExitPolicy,
@@ -106,7 +107,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def test_each_sample_leaves_where_the_module_says_with_its_answer_and_its_bytes(made: Made, name: str) -> None:
     bundle, parts, policy = made(name)
     batch = exit_images(40, seed=4)
-    result = Pipeline(bundle).run(batch)
+    result = Pipeline(bundle, envelope=False).run(batch)
     expected = offline(policy, own_logits(parts, batch))
     known = exit_outputs(parts, batch)
     assert torch.equal(result.exits, expected.index)
@@ -139,6 +140,9 @@ def test_each_sample_leaves_where_the_module_says_with_its_answer_and_its_bytes(
     others = [key for key in result.payloads if "/" in key]
     sizes += torch.tensor([[len(x) for x in result.payloads[key]] for key in others] or [[0] * len(batch)]).sum(0)
     assert result.payload_bytes == sizes.tolist()
+    enveloped = Pipeline(bundle).run(batch)
+    sent = torch.tensor([[len(x) > 0 for x in payloads] for payloads in result.payloads.values()]).sum(0)
+    assert enveloped.payload_bytes == (sizes + ENVELOPE_BYTES * sent).tolist()
 
 
 @pytest.mark.parametrize(
@@ -165,21 +169,21 @@ def test_placements_change_bytes_alone(made: Made, name: str, tmp_path: Path) ->
 
 def test_what_a_policy_must_know_is_sent_as_float32_and_counted(made: Made) -> None:
     batch = exit_images(40, seed=4)
-    result = Pipeline(made("patience_in_tiers")[0]).run(batch)
+    result = Pipeline(made("patience_in_tiers")[0], envelope=False).run(batch)
     # The last exit answers whatever was agreed, so nothing of it goes there.
     assert list(result.payloads) == ["layer1", "layer2", "layer1/answered", "layer1/agreed"]
     assert {len(x) for key in ("layer1/answered", "layer1/agreed") for x in result.payloads[key]} == {4}
     answers = own_logits(made("patience_in_tiers")[1], batch)[0].argmax(1).float()
     found = FloatCodec((1,)).decode(result.payloads["layer1/answered"])["z"]
     assert torch.equal(found.squeeze(1), answers)
-    result = Pipeline(made("ensemble_in_tiers")[0]).run(batch)
+    result = Pipeline(made("ensemble_in_tiers")[0], envelope=False).run(batch)
     assert [key for key in result.payloads if "/" in key] == ["layer1/log_p", "layer2/log_p"]
     assert {len(x) for x in result.payloads["layer1/log_p"]} == {0, 4 * len(CLASSES)}
     assert {len(x) for x in result.payloads["layer2/log_p"]} == {0, 4 * 2 * len(CLASSES)}
-    result = Pipeline(made("ensemble_past_a_placement")[0]).run(batch)
+    result = Pipeline(made("ensemble_past_a_placement")[0], envelope=False).run(batch)
     assert [key for key in result.payloads if "/" in key] == ["layer1/log_p@edge", "layer1/log_p@cloud"]
-    assert list(Pipeline(made("ensemble_waits_at_home")[0]).run(batch).payloads) == ["layer1", "layer2"]
-    result = Pipeline(made("cascade_in_tiers")[0]).run(batch)
+    assert list(Pipeline(made("ensemble_waits_at_home")[0], envelope=False).run(batch).payloads) == ["layer1", "layer2"]
+    result = Pipeline(made("cascade_in_tiers")[0], envelope=False).run(batch)
     assert {len(x) for x in result.payloads["layer1/logits"]} == {0, 4 * len(CLASSES)}
     none = Pipeline(made("patience_in_tiers")[0], policy=build_policy("confidence", 0.9, exits=3)).run(batch)
     assert list(none.payloads) == ["layer1", "layer2"]
@@ -237,7 +241,7 @@ def test_bits_are_those_of_the_edges_that_have_codes(made: Made) -> None:
     batch, never = exit_images(5), policy.with_thresholds(None)
     result = Pipeline(bundle, bits=2, policy=never).run(batch)
     size = MAP[0] * MAP[1] * MAP[2]
-    assert result.payload_bytes == [4 * size + 8 + size * 2 // 8] * 5
+    assert result.payload_bytes == [2 * ENVELOPE_BYTES + 4 * size + 8 + size * 2 // 8] * 5
     torch.testing.assert_close(result.logits, exit_outputs(parts, batch, levels=4)["logits"])
     with pytest.raises(ValueError, match="bits must stay 32"):
         Pipeline(made("tiers_of_floats")[0], bits=4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cleave.deployment import BundleError, CodecError, ImageError, Pipeline
+from cleave.deployment import ENVELOPE_BYTES, BundleError, CodecError, ImageError, Pipeline
 
 from .deployment_networks import CLASSES, INPUT, SHAPE, images, make_bundle, make_parts
 
@@ -42,8 +42,10 @@ def test_run_returns_logits_payloads_and_times(bundles, kind, sizes, count):
     assert result.logits.dtype == torch.float32
     assert list(result.payloads) == ["cut", "next"][: len(sizes)]
     assert [len(edge) for edge in result.payloads.values()] == [count] * len(sizes)
-    assert [{len(payload) for payload in edge} for edge in result.payloads.values()] == [{size} for size in sizes]
-    assert result.payload_bytes == [sum(sizes)] * count
+    assert [{len(payload) for payload in edge} for edge in result.payloads.values()] == [
+        {ENVELOPE_BYTES + size} for size in sizes
+    ]
+    assert result.payload_bytes == [sum(sizes) + ENVELOPE_BYTES * len(sizes)] * count
     assert tuple(result.part_seconds) == bundle.manifest.route.order
     assert list(result.encode_seconds) == list(result.decode_seconds) == list(result.payloads)
     seconds = (result.part_seconds, result.encode_seconds, result.decode_seconds)
@@ -60,7 +62,7 @@ def test_bits_change_at_run_time(bundles, kind, bits):
     with torch.no_grad():
         expected = tail(*head(images(), levels), levels)
     assert torch.equal(result.logits, expected)
-    assert result.payload_bytes == [CODES * bits // 8 + (8 if kind == "sample" else 0)] * 5
+    assert result.payload_bytes == [ENVELOPE_BYTES + CODES * bits // 8 + (8 if kind == "sample" else 0)] * 5
 
 
 def test_more_bits_come_closer_to_the_unquantised_network(bundles):
@@ -73,7 +75,7 @@ def test_more_bits_come_closer_to_the_unquantised_network(bundles):
 
 
 def test_bits_change_on_every_edge(bundles):
-    assert Pipeline(bundles("three"), bits=3).run(images(1)).payload_bytes == [24 + 8 + 24]
+    assert Pipeline(bundles("three"), bits=3).run(images(1)).payload_bytes == [24 + 8 + 24 + 2 * ENVELOPE_BYTES]
 
 
 def test_bits_of_the_bundle_may_be_named(bundles):
@@ -109,7 +111,7 @@ def test_images_of_another_kind_are_refused(bundles, batch):
 
 
 def test_a_truncated_payload_is_never_decoded(bundles):
-    pipeline = Pipeline(bundles("fixed"))
+    pipeline = Pipeline(bundles("fixed"), envelope=False)
     payload = pipeline.run(images(1)).payloads["cut"][0]
     with pytest.raises(CodecError, match="payload 0 has 31 bytes instead of 32"):
         pipeline.codecs["cut"].decode([payload[:-1]])

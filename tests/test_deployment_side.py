@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cleave.deployment import (
+    ENVELOPE_BYTES,
     BundleError,
     CodecError,
     FloatCodec,
@@ -131,7 +132,7 @@ def test_what_a_side_does_not_take_is_named(tmp_path):
         server.run(images(2), request=1)
     with pytest.raises(BundleError, match="nothing on device takes cut; it takes images"):
         device.run(message, request=2)
-    with pytest.raises(CodecError, match="payload 1 has 31 bytes instead of 32"):
+    with pytest.raises(CodecError, match="payload 1 of 43 bytes is damaged"):
         server.run(message._replace(payloads={"cut": [message.payloads["cut"][0], message.payloads["cut"][1][1:]]}), 1)
     with pytest.raises(BundleError, match="cut has 1 payloads for 2 samples"):
         server.run(message._replace(payloads={"cut": message.payloads["cut"][:1]}), 1)
@@ -215,7 +216,7 @@ def test_a_service_is_entered_twice(returning, tmp_path):
         expected = end(help_(there), kept)
     result = Pipeline(bundle).run(images())
     torch.testing.assert_close(result.logits, expected)
-    assert result.payload_bytes == [2 * 4 * 64] * 5
+    assert result.payload_bytes == [2 * (ENVELOPE_BYTES + 4 * 64)] * 5
     assert list(result.payloads) == ["there", "back"]
     local, host = (
         Side(load_bundle(only(bundle.directory, tmp_path / place, place), placement=place), place)
@@ -298,7 +299,7 @@ def test_a_tensor_with_several_consumers_in_a_placement_is_sent_once(tmp_path):
     bundle = export_bundle(tmp_path / "bundle", parts, edges, input=INPUT, outputs=OUTPUTS, images=images())
     result = Pipeline(bundle).run(images())
     assert list(result.payloads) == ["x@server", "x@edge", "w"]
-    assert result.payload_bytes == [3 * 4 * 64] * 5
+    assert result.payload_bytes == [3 * (ENVELOPE_BYTES + 4 * 64)] * 5
     with torch.no_grad():
         x = parts[0].module.eval()(images())
         expected = parts[3].module(x, parts[1].module(x), parts[2].module(x))
@@ -336,7 +337,7 @@ def test_an_earlier_partition_reaches_past_the_next(tmp_path):
     ]
     bundle = export_bundle(tmp_path / "bundle", parts, edges, input=INPUT, outputs=OUTPUTS, images=images())
     result = Pipeline(bundle).run(images())
-    assert result.payload_bytes == [32 + 256 + 256] * 5
+    assert result.payload_bytes == [3 * ENVELOPE_BYTES + 32 + 256 + 256] * 5
     assert bundle.self_test().max_difference == 0
     server = Side(bundle, "server")
     sent = Side(bundle, "device").run(images(), request=0).messages
@@ -400,7 +401,7 @@ def test_a_network_on_token_ids_with_several_outputs(tmp_path):
         tags, scores = tag(embed(tokens(3)))
     assert torch.equal(result.outputs["output/tags"], tags)
     torch.testing.assert_close(result.outputs["output/scores"], scores)
-    assert result.payload_bytes == [4 * 24] * 3
+    assert result.payload_bytes == [ENVELOPE_BYTES + 4 * 24] * 3
     with pytest.raises(BundleError, match="this network has no logits; its outputs are output/tags, output/scores"):
         _ = result.logits
     with pytest.raises(BundleError, match=r"takes tokens, int64 \[6\], not image files"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cleave.architectures import StagedNetwork, multi_exit_network
 from cleave.datamodules import Digits
-from cleave.deployment import build_policy, offline
+from cleave.deployment import ENVELOPE_BYTES, build_policy, offline
 from cleave.lightning_modules import (
     ExitsDistilled,
     ExitsJoint,
@@ -273,7 +273,7 @@ def test_testing_measures_every_exit_and_the_policy(kind: str, network: dict[str
     assert found["test/policy/share/layer1"] == pytest.approx((left.index == 0).double().mean().item())
     if network:
         _, height, width = task.network.bottlenecks["layer1"].shape
-        sent = 3 * height * width // 2  # 4 bits a value
+        sent = ENVELOPE_BYTES + 3 * height * width // 2  # 4 bits a value
         assert found["test/payload_bytes"] == sent
         assert found["test/payload_to_input"] == pytest.approx(sent / 64)
         channels, rows, columns = task.network.shapes["layer1"]

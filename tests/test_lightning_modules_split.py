@@ -32,6 +32,7 @@ from cleave.architectures.backbones.zoo import CifarVGG
 from cleave.architectures.inserts.switchable import draw_width
 from cleave.datamodules import Digits
 from cleave.datamodules.sources import ImageSource
+from cleave.deployment import ENVELOPE_BYTES
 from cleave.lightning_modules import (
     CrossEntropy,
     Entropic,
@@ -435,7 +436,9 @@ def test_every_width_is_tested_through_its_own_bytes(coding: dict[str, Any]) -> 
             assert torch.equal(logits[bits], network(images)) == (coding == {})
         accuracy = (logits[bits].argmax(1) == labels).double().mean().item()
         assert measured[f"test/bits{bits}/acc"] == pytest.approx(accuracy)
-        assert measured[f"test/bits{bits}/payload_bytes"] == pytest.approx(np.mean([len(p) for p in payloads]))
+        assert measured[f"test/bits{bits}/payload_bytes"] == pytest.approx(
+            ENVELOPE_BYTES + np.mean([len(p) for p in payloads])
+        )
         assert coding or {len(p) for p in payloads} == {3 * 4 * 4 * bits // 8}
     assert len({tuple(value.flatten().tolist()) for value in logits.values()}) == 3
     assert measured["test/acc"] == measured["test/bits4/acc"]
@@ -495,11 +498,11 @@ def test_testing_goes_through_the_bytes(coding: str) -> None:
     assert measured["test/acc"] == pytest.approx((found.argmax(1) == labels).double().mean().item())
     assert measured["test/loss"] == pytest.approx(F.cross_entropy(found, labels).item(), rel=1e-4)
     assert ((found - unharmed).abs().max() > 1e-2) == (coding in ("tiled_jpeg", "tiled_webp"))
-    lengths = [len(payload) for payload in payloads]
+    lengths = [ENVELOPE_BYTES + len(payload) for payload in payloads]
     assert len(lengths) == len(labels)
     assert measured["test/payload_bytes"] == pytest.approx(np.mean(lengths))
     zstd = [len(zstandard.ZstdCompressor(level=1).compress(payload)) for payload in payloads]
-    assert measured["test/payload_zstd_bytes"] == pytest.approx(np.mean(zstd))
+    assert measured["test/payload_zstd_bytes"] == pytest.approx(ENVELOPE_BYTES + np.mean(zstd))
     assert measured["test/payload_to_input"] == pytest.approx(np.mean(lengths) / 64)
     assert measured["test/payload_to_feature"] == pytest.approx(np.mean(lengths) / (4 * 32 * 4 * 4))
     if coding in FIXED:

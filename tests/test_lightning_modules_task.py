@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from cleave.architectures import CutError, StagedNetwork, staged_network
+from cleave.deployment import ENVELOPE_BYTES
 from cleave.lightning_modules import (
     Classification,
     CrossEntropy,
@@ -197,7 +198,7 @@ def test_of_several_bottlenecks_each_is_compared_and_measured() -> None:
     assert list(losses(task, *batch())) == ["reconstruction/layer1", "reconstruction/layer2"]
     fit(task, epochs=1)
     found = evaluate(task)
-    sent = {cut: b.shape[1] * b.shape[2] * 3 // 2 for cut, b in task.network.bottlenecks.items()}
+    sent = {cut: ENVELOPE_BYTES + b.shape[1] * b.shape[2] * 3 // 2 for cut, b in task.network.bottlenecks.items()}
     assert found["test/payload_bytes"] == sum(sent.values())
     assert {cut: found[f"test/payload_bytes/{cut}"] for cut in sent} == sent
     assert "test/payload_to_input" in found

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from cleave.datamodules import Digits
+from cleave.deployment import ENVELOPE_BYTES
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.export import export
@@ -93,7 +94,7 @@ def test_a_bundle_runs_without_the_training_code_at_the_checkpoints_accuracy(tmp
     bundle, metrics = exported
     ((accuracy, payload, lengths),) = run_alone(tmp_path, bundle, None)
     assert accuracy == pytest.approx(metrics["test/acc"], abs=1e-6)
-    assert (payload, lengths) == (metrics["test/payload_bytes"], 1) == (32, 1)
+    assert (payload, lengths) == (metrics["test/payload_bytes"], 1) == (ENVELOPE_BYTES + 32, 1)
 
 
 def test_an_entropy_coded_bundle_brings_its_tables(tmp_path, teacher_file):
@@ -119,7 +120,7 @@ def test_a_bundle_of_several_widths_runs_at_each(tmp_path, teacher_file):
     measured = run_alone(tmp_path, bundle, 2, 4, 8)
     for bits, (accuracy, payload, _) in zip((2, 4, 8), measured, strict=True):
         assert accuracy == pytest.approx(metrics[f"test/bits{bits}/acc"], abs=1e-6)
-        assert payload == 8 * bits
+        assert payload == ENVELOPE_BYTES + 8 * bits
     assert len({accuracy for accuracy, _, _ in measured}) == 3
 
 

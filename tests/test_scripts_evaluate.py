@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cleave.deployment import Pipeline, load_bundle
+from cleave.deployment import ENVELOPE_BYTES, Pipeline, load_bundle
 from cleave.reports.rates.collect import collect
 from cleave.reports.rates.results import RESULTS, Point
 from cleave.scripts.assembly.building import compose_config
@@ -37,7 +37,7 @@ def in_float(tmp_path_factory, teacher_file) -> Trained:
     """A network that learned without a quantiser."""
     checkpoint, metrics = trained(tmp_path_factory.mktemp("float"), teacher_file, "codec.bits=32")
     assert metrics["test/acc"] > 0.6
-    assert metrics["test/payload_bytes"] == 4 * 64
+    assert metrics["test/payload_bytes"] == ENVELOPE_BYTES + 4 * 64
     return checkpoint, metrics
 
 
@@ -75,7 +75,7 @@ def accuracy(bundle: Path) -> float:
 def test_calibrated_codes_of_8_bits_are_nearly_as_good_as_float(in_float, tmp_path, capsys, method):
     checkpoint, metrics = in_float
     found = measure(checkpoint, tmp_path, "codec.bits=8", f"recalibrate.range={method}", "recalibrate.batches=8")
-    assert found["test/payload_bytes"] == 64
+    assert found["test/payload_bytes"] == ENVELOPE_BYTES + 64
     assert found["test/acc"] == pytest.approx(metrics["test/acc"], abs=0.03)
     assert f"by {method}" in capsys.readouterr().out
     (point,) = collect([tmp_path])
@@ -83,7 +83,7 @@ def test_calibrated_codes_of_8_bits_are_nearly_as_good_as_float(in_float, tmp_pa
         method=f"Cross entropy, calibrated by {method}",
         label="layer2, 4 channels, 8 bits",
         accuracy=found["test/acc"],
-        payload_bytes=64.0,
+        payload_bytes=ENVELOPE_BYTES + 64.0,
         payload_zstd_bytes=found["test/payload_zstd_bytes"],
         encoder_macs=14_976,
         encoder_params=972,
@@ -111,7 +111,7 @@ def test_a_calibrated_network_is_exported_as_it_was_evaluated(in_float, tmp_path
     manifest = load_bundle(write(checkpoint, tmp_path, *settings)).manifest
     assert numbers(manifest.metrics) == pytest.approx(found, abs=1e-6)
     (point,) = collect([tmp_path / "bundle"])
-    assert (point.accuracy, point.payload_bytes, point.bits) == (found["test/acc"], 32, 4)
+    assert (point.accuracy, point.payload_bytes, point.bits) == (found["test/acc"], ENVELOPE_BYTES + 32, 4)
     assert accuracy(tmp_path / "bundle") == pytest.approx(found["test/acc"], abs=1e-6)
     assert manifest.route.codecs["layer2"].bits == 4
     assert manifest.config["codec"]["bits"] == 4

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from cleave.deployment import Codec, ExitPolicy, Pipeline, build_policy, load_bundle, offline
+from cleave.deployment import ENVELOPE_BYTES, Codec, ExitPolicy, Pipeline, build_policy, load_bundle, offline
 from cleave.deployment.bundle.canonical_json import dump
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore, restore_data
@@ -64,8 +64,8 @@ def sent_before(policy: ExitPolicy, places: Sequence[str], feature: int, codes: 
     for exit, content in enumerate((feature, codes)):
         apart = places[exit] != places[exit + 1]
         knows = policy.carries and (exit == 0 or policy.final_needs_state)
-        state = sum(4 * tensor.numel() for tensor in policy.state_behind(exit, 10).values()) if knows else 0
-        found.append(found[-1] + (content + state if apart else 0))
+        state = [4 * tensor.numel() for tensor in policy.state_behind(exit, 10).values()] if knows else []
+        found.append(found[-1] + (sum(ENVELOPE_BYTES + length for length in (content, *state)) if apart else 0))
     return found
 
 
@@ -207,7 +207,7 @@ def test_a_policys_state_crosses_placements_and_is_counted(
 def test_codes_of_another_width_around_exits_are_measured_and_exported(ran: Ran, tmp_path: Path) -> None:
     given = [f"ckpt_path={ran.checkpoint}", "codec.bits=3", *TEST]
     found = evaluate(compose_config("evaluate", given, tmp_path / "evaluate"))
-    assert found["test/payload_bytes"] == 4 * 4 * 4 * 3 / 8
+    assert found["test/payload_bytes"] == ENVELOPE_BYTES + 4 * 4 * 4 * 3 / 8
     assert found["test/acc_exit/layer2"] == pytest.approx(ran.metrics["test/acc_exit/layer2"], abs=1e-6)
     assert found["test/loss"] != ran.metrics["test/loss"]
     manifest = load_bundle(exported(ran, tmp_path, "codec.bits=3")).manifest

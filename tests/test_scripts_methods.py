@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cleave.architectures import StagedNetwork
 from cleave.deployment import (
+    ENVELOPE_BYTES,
     Bundle,
     Codec,
     CodecError,
@@ -109,7 +110,7 @@ def test_the_checkpoint_alone_gives_the_same_numbers(ran, tmp_path):
     assert again == pytest.approx(of_the_test(ran.metrics), abs=1e-6)
     assert again["test/payload_bytes"] > 0
     if ran.payload_bytes is not None:
-        assert again["test/payload_bytes"] == ran.payload_bytes
+        assert again["test/payload_bytes"] == ENVELOPE_BYTES + ran.payload_bytes
 
 
 def test_the_bundle_gives_each_image_the_modules_logits_through_the_modules_bytes(ran):
@@ -127,7 +128,8 @@ def test_the_bundle_gives_each_image_the_modules_logits_through_the_modules_byte
     with torch.no_grad():
         for images, result in batches:
             logits = network.outputs(restored.image_input.normalize(images), ["logits"], link=link)["logits"]
-            assert list(result.payloads.items()) == [sent.pop()]
+            ((cut, payloads),) = result.payloads.items()
+            assert (cut, [payload[ENVELOPE_BYTES:] for payload in payloads]) == sent.pop()
             torch.testing.assert_close(result.logits, logits, atol=1e-5, rtol=1e-5)
             lengths += result.payload_bytes
     assert not sent
@@ -175,7 +177,7 @@ def test_every_width_runs_with_its_own_batchnorm_at_the_accuracy_in_the_manifest
     accuracy = through(bundle, switchable.checkpoint, bits)[1]
     assert accuracy == pytest.approx(metrics[f"test/bits{bits}/acc"], abs=1e-6)
     assert accuracy == pytest.approx(bundle.manifest.metrics[f"test/bits{bits}/acc"], abs=1e-6)
-    assert metrics[f"test/bits{bits}/payload_bytes"] == 8 * bits
+    assert metrics[f"test/bits{bits}/payload_bytes"] == ENVELOPE_BYTES + 8 * bits
     codec = codec_of(bundle).with_bits(bits)
     images = {"images": bundle.samples["device"]["images"]}
     outputs = bundle.partitions["device"](images | codec.settings_of("layer2"))
@@ -197,8 +199,13 @@ def answers(network: StagedNetwork, given: dict[str, Tensor]) -> Tensor:
 def test_a_width_between_those_trained_takes_the_nearest_ones_batchnorm_and_leaves_it_alone(switchable, tmp_path):
     overrides = [f"ckpt_path={switchable.checkpoint}", "codec.bits=3", *QUIET]
     again = evaluate(compose_config("evaluate", overrides, tmp_path))
-    assert again["test/payload_bytes"] == 24
-    assert [(p.bits, p.payload_bytes) for p in collect([tmp_path])] == [(2, 16), (4, 32), (8, 64), (3, 24)]
+    assert again["test/payload_bytes"] == ENVELOPE_BYTES + 24
+    assert [(p.bits, p.payload_bytes - ENVELOPE_BYTES) for p in collect([tmp_path])] == [
+        (2, 16),
+        (4, 32),
+        (8, 64),
+        (3, 24),
+    ]
     for bits in (2, 4, 8):
         assert again[f"test/bits{bits}/acc"] == pytest.approx(switchable.metrics[f"test/bits{bits}/acc"], abs=1e-6)
     found = through(load_bundle(switchable.bundle), switchable.checkpoint, 3)
@@ -213,7 +220,7 @@ def test_features_are_sent_without_a_bottleneck_and_without_training(tmp_path, t
     given += SPLIT
     metrics = train(compose_config("train", [*given, "export=true", f"base.ckpt_path={teacher_file}"], tmp_path))
     unsplit = evaluate(compose_config("evaluate", [f"ckpt_path={teacher_file}", *QUIET], tmp_path / "teacher"))
-    assert metrics["test/payload_bytes"] == 32 * 4 * 4 + 8
+    assert metrics["test/payload_bytes"] == ENVELOPE_BYTES + 32 * 4 * 4 + 8
     assert metrics["test/acc"] == pytest.approx(unsplit["test/acc"], abs=0.03)
     bundle = load_bundle(tmp_path / "bundle")
     bundle.self_test()

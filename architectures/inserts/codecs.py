@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from cleave.architectures.inserts.entropy_bottleneck import EntropyBottleneck
 from cleave.architectures.inserts.quantizer import Quantizer, UniformQuantizer, Unquantized
 from cleave.deployment import FLOAT_BITS, check_bits
+from cleave.deployment.codecs.entropy_codec import check_coder
 
 
 def uniform_codec(
@@ -55,5 +56,10 @@ def entropy_codec(
         axis: Where its channels stand, 0 or -1.
         filters: As of :class:`~cleave.architectures.EntropyBottleneck`.
         init_scale: As of :class:`~cleave.architectures.EntropyBottleneck`.
+
+    Raises:
+        ValueError: An argument is out of range; or the package ``constriction`` is missing, without which nothing could
+            be tested or sent after all the training.
     """
+    check_coder()
     return EntropyBottleneck(shape[axis], axis, filters, init_scale)

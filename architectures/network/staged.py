@@ -64,6 +64,7 @@ class StagedNetwork(NamedOutputs):
         results: What the network is for: ``("logits",)``, or the names of several results.
         shapes: Shape of each output for one sample.
         input_shape: Shape of the input for one sample.
+        envelope: Whether what it sends has an :class:`~cleave.deployment.Envelope`, which is counted in payload bytes.
         replaced_macs: MACs of the stage that is gone, which a comparison with the backbone counts.
 
     Raises:
@@ -86,6 +87,7 @@ class StagedNetwork(NamedOutputs):
         self.cuts = stages.names
         self.replaced = replaced
         self.replaced_macs = 0
+        self.envelope = True
         self.gradient_equilibrium = gradient_equilibrium
         self.input_shape = tuple(sample.shape[1:])
         self.input_dtype = sample.dtype

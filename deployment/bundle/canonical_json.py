@@ -1,4 +1,4 @@
-"""JSON with one spelling per value, so that a digest covers every byte, and with the keys that are expected."""
+"""JSON with one spelling per value, so that a digest covers every value, and with the keys that are expected."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
+
+import rfc8785
 
 from ..naming import listed
 from .files import BundleError
@@ -22,12 +24,28 @@ def dump(values: Any) -> bytes:
     return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode("ascii")
 
 
-def digest(values: Any) -> str:
-    """SHA-256 over the compact spelling with sorted keys, 64 hexadecimal digits."""
+def canonical(values: Any) -> bytes:
+    """Spell JSON values as RFC 8785 does, so that every language spells them alike: UTF-8, compact, keys sorted.
+
+    Raises:
+        ValueError: A number is not finite, or a whole number beyond ±(2^53 - 1), which not every language can hold; a
+            text is no Unicode; or the values are nested too deeply.
+        TypeError: A value is not JSON.
+    """
     # Through JSON first: keys that are numbers become strings there, and sort as such.
-    plain = json.loads(json.dumps(values, allow_nan=False))
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+    try:
+        return rfc8785.dumps(json.loads(json.dumps(values, allow_nan=False)))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text is no Unicode: {error.object!a:.60}") from None
+    except rfc8785.CanonicalizationError as error:
+        raise ValueError(f"it has no spelling by RFC 8785: {error}") from None
+
+
+def digest(values: Any) -> str:
+    """SHA-256 over the spelling of :func:`canonical`, 64 hexadecimal digits; raises as that does."""
+    return hashlib.sha256(canonical(values)).hexdigest()
 
 
 def parse(content: bytes) -> Any:
@@ -59,7 +77,7 @@ def typed(values: Any, where: str, **types: Any) -> dict[str, Any]:
             f"{where} has the unknown keys {listed(sorted(map(str, unknown)))}; known are {', '.join(types)}"
         )
     for key, kind in types.items():
-        if not isinstance(values[key], kind) or isinstance(values[key], bool):
+        if not isinstance(values[key], kind) or (isinstance(values[key], bool) and kind is not bool):
             raise BundleError(f"{where}: {key} has the wrong type, {type(values[key]).__name__}")
     return dict(values)
 

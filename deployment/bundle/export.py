@@ -72,6 +72,7 @@ def export_bundle(
     images: Tensor,
     exits: Sequence[ExitSpec] = (),
     policy: ExitPolicy | None = None,
+    envelope: bool = True,
     config: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -92,6 +93,8 @@ def export_bundle(
         exits: In the order in which they are reached, the network's own classifier last; empty where there are no early
             ones. Their logits are the outputs ``NAME/logits`` of their partitions, ``logits`` of the last.
         policy: Who decides at the exits; ``None``: all samples go on to the end.
+        envelope: Put an :class:`~cleave.deployment.Envelope` of 12 bytes in front of every payload, by which a reader
+            knows whose it is; False where every byte counts.
         config: The resolved configuration, plain JSON values. Of absolute paths in it the last part alone is kept: a
             bundle goes to others, who need not know the folders of the machine that wrote it.
         metrics: What was measured of the network, plain JSON values: accuracy, payload bytes per sample, … Paths
@@ -130,6 +133,7 @@ def export_bundle(
             samples={place: writer.write_sample() for place, writer in writers.items()},
             exits=tuple(exits),
             policy=policy,
+            envelope=envelope,
             metrics=without_paths(dict(metrics or {})),
             config=without_paths(dict(config or {})),
             versions=_versions(),
@@ -230,11 +234,11 @@ class Writer(Walk):
         self.sample |= {key: tensor for key, tensor in arguments.items() if key not in self.route.settings} | outputs
         return outputs
 
-    def send(self, crossing: Crossing, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def send(self, crossing: Crossing, tensors: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
         """Return what arrives of a tensor's bytes."""
         return through_bytes(crossing.codec, tensors, f"partition {crossing.producer}")
 
-    def receive(self, crossing: Crossing, payload: Any) -> dict[str, Tensor]:
+    def receive(self, crossing: Crossing, payload: Any, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return what arrived."""
         return payload
 

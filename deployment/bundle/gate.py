@@ -87,11 +87,11 @@ class Gate(Walk):
         _check_alone(module, arguments, expected, codec, name)
         return actual
 
-    def send(self, crossing: Crossing, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def send(self, crossing: Crossing, tensors: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
         """Return what arrives of a tensor's bytes."""
         return through_bytes(crossing.codec, tensors, self._where(crossing.producer))
 
-    def receive(self, crossing: Crossing, payload: Any) -> dict[str, Tensor]:
+    def receive(self, crossing: Crossing, payload: Any, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return what arrived."""
         return payload
 

@@ -181,10 +181,10 @@ class _SelfTest(Walk):
         self.parity |= compare(expected, self.bundle.partitions[name](arguments), f"partition {name}", tolerance)
         return expected
 
-    def send(self, crossing: Crossing, tensors: dict[str, Tensor]) -> None:
+    def send(self, crossing: Crossing, tensors: dict[str, Tensor], rows: Sequence[int]) -> None:
         through_bytes(crossing.codec, tensors, f"partition {crossing.producer}")
 
-    def receive(self, crossing: Crossing, payload: Any) -> dict[str, Tensor]:
+    def receive(self, crossing: Crossing, payload: Any, rows: Sequence[int]) -> dict[str, Tensor]:
         raise BundleError(f"a self-test takes {crossing.tensor} from its sample")
 
 

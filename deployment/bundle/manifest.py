@@ -21,7 +21,7 @@ from .limits import MAX_EXITS, MAX_OUTPUTS, MAX_PARTITIONS, at_most, check_depth
 from .route import Route
 from .specs import OutputSpec, PartitionSpec, TensorSpec
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -38,6 +38,7 @@ class Manifest:
         samples: For each placement, the file with its inputs for a sample batch and the outputs expected of it.
         exits: In the order in which they are reached, the network's own classifier last; empty where there are none.
         policy: Who decides at the exits; ``None``: all samples go on to the end.
+        envelope: Whether every payload has an :class:`~cleave.deployment.Envelope` in front.
         metrics: What was measured before the export: accuracy, payload bytes per sample, …
         parity: What the export's gate measured between the files and the modules they were made from.
         config: The resolved configuration the network was trained with.
@@ -54,6 +55,7 @@ class Manifest:
     samples: dict[str, FileEntry]
     exits: tuple[ExitSpec, ...] = ()
     policy: ExitPolicy | None = None
+    envelope: bool = True
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     parity: dict[str, Any] = dataclasses.field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -70,6 +72,11 @@ class Manifest:
             found = listed(self.samples)
             raise BundleError(f"each placement, {listed(self.route.placements)}, has one sample file, got {found}")
         self._check_tensors()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What the file says of itself if this was read from one, else what it would: 64 hexadecimal digits."""
+        return digest(self._values())
 
     @functools.cached_property
     def route(self) -> Route:
@@ -153,7 +160,11 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values with the schema version and the digest over all the rest."""
-        values = {
+        values = self._values()
+        return {**values, "digest": digest(values)}
+
+    def _values(self) -> dict[str, Any]:
+        return {
             "schema": SCHEMA,
             "versions": self.versions,
             "input": input_to_dict(self.input),
@@ -162,12 +173,12 @@ class Manifest:
             "route": [edge.to_dict() for edge in self.edges],
             "exits": [item.to_dict() for item in self.exits],
             "policy": None if self.policy is None else self.policy.to_dict(),
+            "envelope": self.envelope,
             "samples": {placement: dataclasses.asdict(entry) for placement, entry in self.samples.items()},
             "metrics": self.metrics,
             "parity": self.parity,
             "config": self.config,
         }
-        return {**values, "digest": digest(values)}
 
     @classmethod
     def from_dict(cls, values: Any) -> Manifest:
@@ -180,9 +191,9 @@ class Manifest:
         lists = dict.fromkeys(("outputs", "partitions", "route", "exits"), list)
         objects = dict.fromkeys(("input", "samples", "metrics", "parity", "config", "versions"), dict)
         policy = {"policy": (dict, type(None))}
-        found = typed(values, "the manifest", schema=int, digest=str, **lists, **objects, **policy)
+        found = typed(values, "the manifest", schema=int, digest=str, envelope=bool, **lists, **objects, **policy)
         try:
-            return cls(
+            manifest = cls(
                 input=input_from_dict(found["input"]),
                 outputs=tuple(OutputSpec.from_dict(item) for item in found["outputs"]),
                 partitions=tuple(PartitionSpec.from_dict(item) for item in found["partitions"]),
@@ -193,12 +204,14 @@ class Manifest:
                 },
                 exits=tuple(ExitSpec.from_dict(item) for item in found["exits"]),
                 policy=None if found["policy"] is None else policy_from_dict(found["policy"]),
-                **{key: found[key] for key in ("metrics", "parity", "config", "versions")},
+                **{key: found[key] for key in ("envelope", "metrics", "parity", "config", "versions")},
             )
         except BundleError:
             raise
         except ValueError as error:
             raise BundleError(f"the manifest is wrong: {error}") from error
+        manifest.__dict__["digest"] = found["digest"]
+        return manifest
 
 
 def route_results(outputs: Sequence[OutputSpec], exits: Sequence[ExitSpec]) -> tuple[str, ...]:
@@ -236,7 +249,11 @@ def _check_schema(values: Any) -> None:
         raise BundleError(
             f"the manifest has schema {found!r}{written}; this version of Cleave reads {SCHEMA}: export it again"
         )
-    if values.get("digest") != digest({key: value for key, value in values.items() if key != "digest"}):
+    try:
+        found = digest({key: value for key, value in values.items() if key != "digest"})
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"the manifest has no digest: {error}") from error
+    if values.get("digest") != found:
         raise BundleError("the manifest has changed: its own digest does not match its content")
 
 

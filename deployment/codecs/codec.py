@@ -89,6 +89,10 @@ class Codec(abc.ABC):
     def decode(self, payloads: Sequence[bytes]) -> dict[str, Tensor]:
         """Turn B payloads into the tensors named in ``delivers``; :class:`CodecError` if one is damaged."""
 
+    def prepare(self) -> None:
+        """Get ready to code: what is missed is named, and what can be made before the first sample is made."""
+        return
+
     @abc.abstractmethod
     def with_bits(self, bits: int) -> Codec:
         """Return this codec at another width; :class:`CodecError` where it cannot have that width."""

@@ -26,8 +26,10 @@ CHECK_BYTES = 4
 MAX_CODE = 2**24
 # As many table entries as a manifest can hold; a real prior has a few thousand.
 _MAX_ENTRIES = 2**19
-# The rarest symbol costs log2(TOTAL) = 16 bits, and a little for the coder's own rounding.
+# The rarest symbol costs log2(TOTAL) = 16 bits, and a little where the coder rounds its interval.
 _MOST_BITS = 17
+# The coder counts in 2^24ths: each frequency stands for as many times 2^8 of them.
+_UNIT = 2**8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +37,14 @@ class EntropyCodec(Codec):
     """Range-coded integer codes under one table of frequencies per channel; every payload has a length of its own.
 
     A payload is the bitstream, then a CRC-32 (big-endian) over that bitstream and the codes as little-endian int32.
-    The codes are coded channel after channel. The bitstream, read as a binary fraction, is the shortest whole number
-    of bytes inside the interval that the range coder arrived at; the decoder continues it with zeros. The check
-    covers the codes too, so that tables other than the sender's are found out like a damaged byte.
+    The codes are coded channel after channel. The coder is a range coder (Martin, "Range encoding", 1979) with 64 bits
+    of state and words of 32 bits, of which the bitstream keeps no more bytes than its last interval needs; the decoder
+    continues it with zeros. The check covers the codes too, so that tables other than the sender's are found out like
+    a damaged byte. ``docs/bundle.md`` says it bit by bit.
 
-    The tables are integers, so that both sides of an edge agree whatever their float arithmetic. Needs the package
-    ``constriction`` (Bamler, "Understanding Entropy Coding With Asymmetric Numeral Systems (ANS)", 2022) once
+    What is coded are these very integers: a code of frequency f takes log2(65536 / f) bits, and no float decides
+    anything, so both sides of an edge agree whatever their arithmetic. Needs the package ``constriction`` (Bamler,
+    "Understanding Entropy Coding With Asymmetric Numeral Systems (ANS)", 2022), Cleave's extra ``entropy``, once
     something is coded.
 
     Args:
@@ -172,6 +176,11 @@ class EntropyCodec(Codec):
             bits -= np.log2(np.array(table) / TOTAL)[symbols[:, channel]].sum(axis=1)
         return torch.from_numpy(bits)
 
+    def prepare(self) -> None:
+        """Make the coder's models; :class:`CodecError` if ``constriction`` is not installed."""
+        _ = self._models
+        check_coder()
+
     def with_bits(self, bits: int) -> NoReturn:
         """Refuse: a prior is learned for the codes as they are, so there is no other width."""
         raise CodecError(
@@ -213,11 +222,7 @@ class EntropyCodec(Codec):
     @functools.cached_property
     def _models(self) -> list[Any]:
         """One model per channel, ``None`` where there is but one code and nothing to tell."""
-        categorical = _stream().model.Categorical
-        return [
-            categorical(np.array(table, np.float64), perfect=False) if len(table) > 1 else None
-            for table in self.frequencies
-        ]
+        return [exact_model(table) if len(table) > 1 else None for table in self.frequencies]
 
     def _checked_codes(self, tensors: Mapping[str, Tensor]) -> npt.NDArray[np.int32]:
         """Return the codes (B, channels, positions); :class:`CodecError` unless each is in its channel's table."""
@@ -281,6 +286,17 @@ def integer_frequencies(probabilities: npt.ArrayLike) -> tuple[int, ...]:
     return tuple(frequencies)
 
 
+def exact_model(frequencies: Sequence[int]) -> Any:
+    """Return the coder's model of a table, in which each symbol has exactly its share f / 65536.
+
+    From weights w the coder makes its own whole numbers of 2^24ths: the n symbols get one each, and floor(w · scale)
+    of what is left, summed up, with scale = (2^24 - n) / Σw. Weights 2^8·f - 1 sum to 2^24 - n, so the scale is 1, all
+    sums are whole, and symbol s gets 2^8·f[s]: nothing is rounded.
+    """
+    weights = _UNIT * np.array(frequencies, np.float64) - 1
+    return _stream().model.Categorical(weights, perfect=False)
+
+
 def _shortest(encoder: Any) -> bytes:
     """Return the fewest bytes that, continued with zeros, lie in the interval that a range encoder arrived at.
 
@@ -305,12 +321,21 @@ def _check(bitstream: bytes, codes: npt.NDArray[np.int32]) -> bytes:
     return zlib.crc32(codes.astype("<i4").tobytes(), zlib.crc32(bitstream)).to_bytes(CHECK_BYTES, "big")
 
 
+def check_coder() -> None:
+    """Raise :class:`CodecError` unless the package that codes is installed."""
+    _stream()
+
+
 @functools.cache
 def _stream() -> Any:
     try:
         import constriction  # type: ignore[import-untyped]
     except ImportError as error:
-        raise CodecError("an entropy-coded edge needs the package constriction: pip install constriction") from error
+        raise CodecError(
+            "an entropy-coded edge (codec=entropy) needs the package constriction, which is Cleave's extra `entropy`: "
+            "pip install constriction, or pip install 'cleave[entropy]'. Where there is no wheel of it, as on ARM "
+            "Linux, pip builds it with Rust; or use another codec, such as codec=uniform"
+        ) from error
     return constriction.stream
 
 

@@ -208,6 +208,10 @@ class ZstdCodec(Codec):
                     f"payload {index} of {len(payload)} bytes is not one whole zstd frame: {error}"
                 ) from error
 
+    def prepare(self) -> None:
+        """Prepare the inner codec."""
+        self.inner.prepare()
+
     def with_bits(self, bits: int) -> ZstdCodec:
         """Return this codec around the inner one at another width."""
         return dataclasses.replace(self, inner=self.inner.with_bits(bits))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,6 +20,25 @@ _INTEGERS = (torch.int32, torch.uint8, torch.int8, torch.int16, torch.int64)
 
 class CodecError(ValueError):
     """Tensors that cannot be encoded, a payload that cannot be decoded, or a codec that cannot be described so."""
+
+
+class PayloadError(CodecError):
+    """Some samples of a batch could not be encoded or decoded; all others went on.
+
+    Attributes:
+        errors: What is wrong, by the sample's row in the request.
+        outcome: What became of all others: an :class:`~cleave.deployment.Outcome` of a side, a
+            :class:`~cleave.deployment.Result` of a pipeline.
+    """
+
+    def __init__(self, errors: Mapping[int, CodecError], outcome: Any) -> None:
+        first = next(iter(errors))
+        named = ", ".join(map(str, list(errors)[:10])) + (", …" if len(errors) > 10 else "")
+        super().__init__(
+            f"{len(errors)} of the samples failed, those of rows {named}; the others' results are in this error's "
+            f"outcome. Row {first}: {errors[first]}"
+        )
+        self.errors, self.outcome = dict(errors), outcome
 
 
 def check_bits(bits: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,6 +15,7 @@ from ..bundle.edges import Crossing
 from ..bundle.files import BundleError
 from ..bundle.loading import Bundle
 from ..codecs.codec import Codec
+from ..codecs.packing import CodecError, PayloadError
 from ..exits.policy import ExitPolicy
 from ..exits.specs import LOGITS
 from .preprocess import ImageInput, open_image
@@ -73,6 +75,7 @@ class Pipeline:
         bits: Width of all codes, 2 to 16; ``None`` keeps what the bundle says.
         policy: Another exit policy than the bundle's.
         codecs: Other codecs by tensor, such as one that tries a lossy link.
+        envelope: Whether payloads have an :class:`~cleave.deployment.Envelope`; ``None``: as the bundle says.
 
     Attributes:
         sides: The sides by placement.
@@ -94,12 +97,13 @@ class Pipeline:
         bits: int | None = None,
         policy: ExitPolicy | None = None,
         codecs: Mapping[str, Codec] | None = None,
+        envelope: bool | None = None,
     ) -> None:
         self.bundle = bundle
         placements = bundle.manifest.route.placements
         if missing := [placement for placement in placements if placement not in bundle.placements]:
             raise BundleError(f"a pipeline needs all placements, but {', '.join(missing)} was not loaded; take a Side")
-        self.sides = {place: Side(bundle, place, bits, policy, codecs) for place in placements}
+        self.sides = {place: Side(bundle, place, bits, policy, codecs, envelope=envelope) for place in placements}
         first = self.sides[placements[0]]
         self.route, self.policy = first.route, first.policy
         self.crossings = _named([*self.route.crossings, *first.states])
@@ -150,7 +154,8 @@ class Pipeline:
 
         Raises:
             BundleError: ``inputs`` is no tensor, or has another dtype or shape; or a partition cannot compute with it.
-            CodecError: A partition emits what its codec cannot send.
+            PayloadError: Some samples could not be sent. The others' result is the error's ``outcome``, in which the
+                outputs of those that failed are NaN, or 0 where they are whole numbers, and their exit is -1.
         """
         message = self.sides[self.route.entry].message(inputs)
         if not isinstance(inputs, Tensor):
@@ -163,11 +168,17 @@ class Pipeline:
         finally:
             for side in self.sides.values():
                 side.forget(request)
+        if gathered.errors:
+            raise PayloadError(gathered.errors, gathered.result())
         return gathered.result()
 
     def _step(self, place: str, request: object, gathered: _Gathered) -> Callable[[Message], dict[str, Message]]:
         def step(message: Message) -> dict[str, Message]:
-            outcome = self.sides[place].run(message, request)
+            try:
+                outcome = self.sides[place].run(message, request)
+            except PayloadError as error:
+                gathered.errors |= error.errors
+                outcome = error.outcome
             gathered.add(outcome)
             return outcome.messages
 
@@ -184,7 +195,8 @@ class _Gathered:
         self.part_seconds = dict.fromkeys(pipeline.route.order, 0.0)
         self.encode_seconds, self.decode_seconds = (dict.fromkeys(self.names.values(), 0.0) for _ in range(2))
         self.answers: dict[str, list[tuple[tuple[int, ...], Tensor]]] = collections.defaultdict(list)
-        self.exits = torch.zeros(batch, dtype=torch.int64) if self.manifest.exits else None
+        self.exits = torch.full((batch,), -1) if self.manifest.exits else None
+        self.errors: dict[int, CodecError] = {}
 
     def add(self, outcome: Outcome) -> None:
         """Add what one side made of a message."""
@@ -211,11 +223,15 @@ class _Gathered:
             if len(answers) == 1 and answers[0][0] == self.rows:
                 # A copy, as what comes out of inference mode cannot be trained on.
                 outputs[output.name] = answers[0][1].clone()
-            elif answers:
-                back = torch.tensor([row for rows, _ in answers for row in rows]).argsort()
-                outputs[output.name] = torch.cat([tensor for _, tensor in answers])[back]
-            else:
-                outputs[output.name] = torch.empty(0, *(0 if isinstance(n, str) else n for n in output.shape))
+                continue
+            empty = torch.empty(0, *(0 if isinstance(n, str) else n for n in output.shape))
+            found = torch.cat([tensor for _, tensor in answers] or [empty])
+            rows = [row for some, _ in answers for row in some]
+            nothing = math.nan if found.is_floating_point() else 0
+            whole = found.new_full((len(self.rows), *found.shape[1:]), nothing)
+            if rows:
+                whole[torch.tensor(rows)] = found
+            outputs[output.name] = whole
         seconds = (self.part_seconds, self.encode_seconds, self.decode_seconds)
         return Result(outputs, self.payloads, *seconds, self.exits)
 

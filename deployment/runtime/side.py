@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Hashable, Mapping, Sequence
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 
 from ..bundle.edges import Crossing
+from ..bundle.envelope import Envelope
 from ..bundle.files import BundleError
 from ..bundle.loading import Bundle
 from ..checks import is_whole
 from ..codecs.codec import Codec
+from ..codecs.packing import PayloadError
 from ..exits.policy import ExitPolicy
 from ..exits.specs import LOGITS, check_policy, exit_logits, state_crossings
+from .each import decode_each, encode_each
 from .walk import Message, Visit, Walk, taken
 
 
@@ -55,6 +59,8 @@ class Side:
         policy: Another exit policy than the bundle's.
         codecs: Other codecs by tensor, such as one that tries a lossy link.
         limit: How many requests may wait here; where more come, the oldest is forgotten.
+        envelope: Whether payloads have an :class:`~cleave.deployment.Envelope`; ``None``: as the bundle says. Both ends
+            need the same.
 
     Attributes:
         route: The bundle's route, at that width and with those codecs.
@@ -79,6 +85,7 @@ class Side:
         policy: ExitPolicy | None = None,
         codecs: Mapping[str, Codec] | None = None,
         limit: int = 256,
+        envelope: bool | None = None,
     ) -> None:
         manifest = bundle.manifest
         manifest.at(placement)  # refuses a placement that the bundle lacks
@@ -95,6 +102,7 @@ class Side:
         self.policy = manifest.policy if policy is None else policy
         self.states = state_crossings(self.policy, manifest.exits, len(bundle.class_names), self.route)
         self.examples = self._state_examples()
+        self.envelopes = self._envelopes(manifest.envelope if envelope is None else envelope)
         self._visits: dict[Hashable, Visit] = {}
         self._walk = _Running(self)
 
@@ -103,6 +111,18 @@ class Side:
         if self.policy is None or not self.states:
             return []
         return [self.policy.state_behind(exit, len(self.bundle.class_names)) for exit in range(self.policy.exits - 1)]
+
+    def _envelopes(self, wanted: bool) -> dict[tuple[str, str], Envelope]:
+        """Return the envelope of each tensor that comes or leaves here, by its name and where it goes."""
+        found = [item for item in (*self.route.crossings, *self.states) if self.placement in (item.source, item.target)]
+        for crossing in found:
+            crossing.codec.prepare()
+        digest = self.bundle.manifest.digest
+        return {
+            (item.tensor, item.target): Envelope(digest, item.tensor, item.target, item.codec)
+            for item in found
+            if wanted
+        }
 
     @property
     def waiting(self) -> tuple[Hashable, ...]:
@@ -125,12 +145,16 @@ class Side:
 
         Raises:
             BundleError: It is not what this side takes, or came before.
-            CodecError: A payload is damaged, or a partition emits what its codec cannot send.
+            PayloadError: The payloads of some samples are damaged or not this side's, or a partition emits of them what
+                its codec cannot send. The others are not touched by that: what became of them is the error's
+                ``outcome``; go on with it. The request forgets the samples that failed.
         """
         message = self.message(arrived)
         visit = self._visits.get(request) or Visit()
-        walk = self._walk
-        walk.outcome = outcome = Outcome()
+        # One of its own for each call, as threads may share a side.
+        walk = copy.copy(self._walk)
+        walk.outcome, walk.failed = Outcome(), {}
+        outcome = walk.outcome
         # What cannot be taken in is refused before anything that waits is touched.
         outcome.messages = walk.step(visit, message)
         if walk.finished(visit):
@@ -139,6 +163,8 @@ class Side:
             self._visits[request] = visit
             if len(self._visits) > self.limit:
                 self.forget(next(iter(self._visits)))
+        if walk.failed:
+            raise PayloadError(walk.failed, outcome)
         return outcome
 
     def message(self, arrived: Any) -> Message:
@@ -161,7 +187,7 @@ class _Running(Walk):
     def __init__(self, side: Side) -> None:
         super().__init__(side.route, side.placement, side.states)
         self.bundle, self.policy, self.outcome = side.bundle, side.policy, Outcome()
-        self.examples = side.examples
+        self.examples, self.envelopes = side.examples, side.envelopes
         manifest = side.bundle.manifest
         self.results = [output.name for output in manifest.outputs]
         self.last = len(manifest.exits) - 1
@@ -175,16 +201,18 @@ class _Running(Walk):
         self.outcome.part_seconds[name] = self._now() - start
         return outputs
 
-    def send(self, crossing: Crossing, tensors: dict[str, Tensor]) -> list[bytes]:
-        start = self._now()
-        payloads = crossing.codec.encode(tensors)
-        self.outcome.encode_seconds[crossing.tensor, crossing.target] = self._now() - start
+    def send(self, crossing: Crossing, tensors: dict[str, Tensor], rows: Sequence[int]) -> list[bytes]:
+        start, key = self._now(), (crossing.tensor, crossing.target)
+        payloads, errors = encode_each(crossing.codec, self.envelopes.get(key), tensors, rows)
+        self.failed |= errors
+        self.outcome.encode_seconds[key] = self._now() - start
         return payloads
 
-    def receive(self, crossing: Crossing, payload: Any) -> dict[str, Tensor]:
-        start = self._now()
-        tensors = crossing.codec.decode(payload)
-        self.outcome.decode_seconds[crossing.tensor, crossing.target] = self._now() - start
+    def receive(self, crossing: Crossing, payload: Any, rows: Sequence[int]) -> dict[str, Tensor]:
+        start, key = self._now(), (crossing.tensor, crossing.target)
+        tensors, errors = decode_each(crossing.codec, self.envelopes.get(key), payload, rows)
+        self.failed |= errors
+        self.outcome.decode_seconds[key] = self._now() - start
         return tensors
 
     def have_run(self, visit: Visit, name: str, outputs: dict[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..bundle.edges import Crossing
 from ..bundle.files import BundleError
 from ..bundle.route import Route
+from ..codecs.packing import CodecError
 from ..naming import listed
 
 
@@ -70,6 +71,9 @@ class Walk(abc.ABC):
         route: The partitions and their edges.
         placement: Whose partitions run.
         states: The parts of an exit policy's state that are sent as well.
+
+    Attributes:
+        failed: What is wrong with samples that could not be encoded or decoded, by their rows; they go no further.
     """
 
     def __init__(self, route: Route, placement: str, states: Sequence[Crossing] = ()) -> None:
@@ -81,18 +85,32 @@ class Walk(abc.ABC):
         settings = route.settings
         self.takes = {part.name: [name for name in part.inputs if name not in settings] for part in self.parts}
         self.sends = {crossing.tensor: list(crossing.codec.sent(crossing.tensor).items()) for crossing in self.leaving}
+        self.failed: dict[int, CodecError] = {}
 
     @abc.abstractmethod
     def run(self, name: str, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run a partition on its inputs and return its outputs, both by name."""
 
     @abc.abstractmethod
-    def send(self, crossing: Crossing, tensors: dict[str, Tensor]) -> Any:
-        """Return what goes to another placement for a tensor; ``tensors`` are by the codec's own names."""
+    def send(self, crossing: Crossing, tensors: dict[str, Tensor], rows: Sequence[int]) -> Any:
+        """Return what goes to another placement for a tensor.
+
+        Args:
+            crossing: The tensor, and where it goes.
+            tensors: Its parts by the codec's own names.
+            rows: The samples that they are of. Those that cannot be encoded are added to ``failed``.
+        """
 
     @abc.abstractmethod
-    def receive(self, crossing: Crossing, payload: Any) -> dict[str, Tensor]:
-        """Return what arrives, by the codec's own names."""
+    def receive(self, crossing: Crossing, payload: Any, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return what arrives, by the codec's own names.
+
+        Args:
+            crossing: The tensor, and where it goes.
+            payload: What came.
+            rows: The samples that it is of. Those that cannot be decoded are added to ``failed``; any row stands for
+                them in the tensors.
+        """
 
     def have_run(self, visit: Visit, name: str, outputs: dict[str, Tensor]) -> None:
         """Do what is to be done between a partition and the next one: answer, decide who leaves. Here, nothing."""
@@ -147,7 +165,7 @@ class Walk(abc.ABC):
                 raise BundleError(f"{name} must come as a list of payloads, got {type(payload).__name__}")
             if not isinstance(payload, Mapping) and len(payload) != len(message.rows):
                 raise BundleError(f"{name} has {len(payload)} payloads for {len(message.rows)} samples")
-            delivered = self.receive(crossing, payload)
+            delivered = self.receive(crossing, payload, message.rows)
             if crossing.state is not None:
                 state[crossing.state] = delivered[crossing.codec.delivers[0]]
             else:
@@ -158,10 +176,11 @@ class Walk(abc.ABC):
             tensors.pop(name, None)
         if visit.rows is None or visit.rows == message.rows:
             visit.rows = message.rows
-            visit.tensors |= tensors
-            visit.state |= state
-            return
-        stay = set(visit.rows) & set(message.rows)
+            if not self.failed:
+                visit.tensors |= tensors
+                visit.state |= state
+                return
+        stay = set(visit.rows) & set(message.rows) - self.failed.keys()
         visit.keep([place for place, row in enumerate(visit.rows) if row in stay])
         places = [place for place, row in enumerate(message.rows) if row in stay]
         if len(places) < len(message.rows):
@@ -171,18 +190,28 @@ class Walk(abc.ABC):
 
     def _messages(self, visit: Visit) -> dict[str, Message]:
         messages: dict[str, Message] = {}
-        for crossing in self.leaving:
-            if crossing.producer not in visit.ran or (crossing.tensor, crossing.target) in visit.went or not visit.rows:
-                continue
-            if crossing.state is not None:
-                value = visit.state[crossing.state].to(torch.float32)
-                tensors = {crossing.codec.sends[0]: value.reshape(len(value), *crossing.codec.shape)}
-            else:
-                tensors = {own: visit.tensors[name] for own, name in self.sends[crossing.tensor]}
-            message = messages.setdefault(crossing.target, Message(visit.rows, {}))
-            message.payloads[crossing.tensor] = self.send(crossing, tensors)
-            visit.went.add((crossing.tensor, crossing.target))
+        due = [
+            crossing
+            for crossing in self.leaving
+            if crossing.producer in visit.ran and (crossing.tensor, crossing.target) not in visit.went
+        ]
+        for crossing in due if visit.rows else ():
+            payload = self.send(crossing, self._sent(visit, crossing), visit.rows or ())
+            message = messages.setdefault(crossing.target, Message(visit.rows or (), {}))
+            message.payloads[crossing.tensor] = payload
+        if failed := self.failed.keys() & set(visit.rows or ()):
+            # What was encoded of the others has rows for these, so all is encoded again without them.
+            visit.keep([place for place, row in enumerate(visit.rows or ()) if row not in failed])
+            return self._messages(visit)
+        visit.went |= {(crossing.tensor, crossing.target) for crossing in due if visit.rows}
         return messages
+
+    def _sent(self, visit: Visit, crossing: Crossing) -> dict[str, Tensor]:
+        """Return what is sent of a tensor, by the codec's own names."""
+        if crossing.state is None:
+            return {own: visit.tensors[name] for own, name in self.sends[crossing.tensor]}
+        value = visit.state[crossing.state].to(torch.float32)
+        return {crossing.codec.sends[0]: value.reshape(len(value), *crossing.codec.shape)}
 
     def _drop_unneeded(self, visit: Visit) -> None:
         """Forget what no partition waits for and what has been sent."""

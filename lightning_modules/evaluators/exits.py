@@ -138,7 +138,8 @@ class Policy(Evaluator):
         sent = torch.zeros(len(left.index), device=left.index.device)
         for cut, payloads in passed.payloads.items():
             goes_on = left.index >= exits_before(network, cut)
-            sent += torch.tensor([float(len(payload)) for payload in payloads], device=sent.device) * goes_on
+            lengths = [float(len(payload) + passed.envelope_bytes) for payload in payloads]
+            sent += torch.tensor(lengths, device=sent.device) * goes_on
         cast(MeanMetric, self.metrics["payload_bytes"]).update(sent)
 
     def compute(self, stage: str) -> dict[str, Tensor]:

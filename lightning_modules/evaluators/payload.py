@@ -19,6 +19,8 @@ from cleave.lightning_modules.testing import Passed, all_widths
 class PayloadBytes(Evaluator):
     """Mean bytes of a sample's payloads as they are sent, and after zstd level 1, summed over all bottlenecks.
 
+    The envelope in front of each is counted, if the network sends one.
+
     Their ratio to the uint8 input, to the float32 feature at the cut where there is one cut, and to the image file is
     below 1 where fewer bytes are sent. Under a learned prior also ``estimated_bytes``, what the prior predicts for the
     bitstream; with several bottlenecks ``payload_bytes/LAYER`` of each; of a network of several widths
@@ -118,7 +120,7 @@ class PayloadBytes(Evaluator):
 
 def _lengths(payloads: Sequence[bytes], passed: Passed, length: Callable[[bytes], int] = len) -> Tensor:
     device = next(iter(passed.outputs.values())).device
-    return torch.tensor([float(length(payload)) for payload in payloads], device=device)
+    return torch.tensor([float(length(payload) + passed.envelope_bytes) for payload in payloads], device=device)
 
 
 def _estimated(passed: Passed) -> Tensor:

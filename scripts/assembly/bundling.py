@@ -20,6 +20,7 @@ from cleave.architectures.partitions import Partitions, network_partitions
 from cleave.datamodules import Digits, ImageDataModule
 from cleave.datamodules.sources import FileSource
 from cleave.deployment import (
+    ENVELOPE_BYTES,
     Bundle,
     ExitPolicy,
     ExitSpec,
@@ -142,6 +143,7 @@ def write_bundle(
         metrics=described,
         exits=found.exits,
         policy=exits.policy,
+        envelope=network.envelope,
         overwrite=overwrite,
     )
     bundle_table(bundle, directory)
@@ -165,7 +167,7 @@ def all_sent(
     for crossing in (*route.crossings, *states):
         if crossing.tensor in network.bottlenecks:
             continue
-        length = 4.0 * math.prod(crossing.codec.shape)
+        length = 4.0 * math.prod(crossing.codec.shape) + (ENVELOPE_BYTES if network.envelope else 0)
         found.pop("test/payload_zstd_bytes", None)  # of the bottlenecks' bytes alone
         found["test/payload_bytes"] = found.get("test/payload_bytes", 0.0) + length
         if measured.policy is not None:

@@ -49,7 +49,7 @@ def build_network(
     """
     split, exits = cfg.split, cfg.exits
     with keyed("split", split), keyed("exits", exits), keyed("channel", cfg.channel or {}):
-        return staged_network(
+        network = staged_network(
             backbone,
             sample_of(image_input),
             cuts=cuts,
@@ -68,6 +68,15 @@ def build_network(
             gradient_equilibrium=exits.gradient_equilibrium,
             inserts={layer: instantiate(each) for layer, each in (cfg.get("inserts") or {}).items()},
         )
+    choose_envelope(network, split.get("envelope", True))
+    return network
+
+
+def choose_envelope(network: StagedNetwork, envelope: Any) -> None:
+    """Say whether what a network sends has an envelope; ValueError unless that is true or false."""
+    if not isinstance(envelope, bool):
+        raise ValueError(f"split.envelope must be true or false, got {envelope!r}")
+    network.envelope = envelope
 
 
 def build_channel(cfg: DictConfig | None) -> Channel | None:
