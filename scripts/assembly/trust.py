@@ -22,7 +22,7 @@ FACTORIES = (
 
 
 def check_targets(config: Any, path: str, trusted: bool) -> None:
-    """Refuse a checkpoint whose config names code that is neither Cleave's nor one of torch's optimizers, losses or data sets.
+    """Refuse a checkpoint whose config names other code than Cleave and what torch has for optimizers, losses and data.
 
     ``weights_only=True`` keeps a file's tensors from running code; this keeps its config from it.
 
