@@ -210,7 +210,7 @@ def _checked_float(value: float, name: str) -> float:
         raise CodecError(f"{name} must be a number, got {value!r}")
     try:
         (rounded,) = struct.unpack("<f", struct.pack("<f", value))
-    except OverflowError:
+    except (OverflowError, struct.error):
         rounded = math.inf
     if not math.isfinite(rounded):
         raise CodecError(f"{name} must be a finite float32, got {value!r:.100}")
