@@ -152,7 +152,7 @@ def use_everything(folder, file):
     for codec in [
         SparseCodec((3, 4, 4), 4),
         ZstdCodec(UniformCodec((3, 4, 4), 4, 0.0, 1.0)),
-        *(TiledImageCodec((3, 4, 4), 4, 0.0, 1.0, format=format) for format in ("png", "webp")),
+        *(TiledImageCodec((3, 4, 4), 4, 0.0, 1.0, format=form) for form in ("png", "webp")),
         TiledImageCodec((3, 4, 4), 4, format="jpeg", quality=90),
     ]:
         payloads = codec.encode(sent)
@@ -478,7 +478,7 @@ CODECS = [
     UniformCodec((3, 4, 4), 5, 0.0, 1.0),
     SparseCodec((3, 4, 4), 4),
     ZstdCodec(SparseCodec((3, 4, 4), 4, 0.0, 1.0)),
-    *(TiledImageCodec((3, 4, 4), 4, format=format) for format in ("png", "webp")),
+    *(TiledImageCodec((3, 4, 4), 4, format=form) for form in ("png", "webp")),
     TiledImageCodec((3, 4, 4), 4, format="jpeg", quality=100),
     EntropyCodec((3, 4, 4), (0, 0, 0), ((4096,) * 16,) * 3),
     FloatCodec((3, 4, 4)),
@@ -500,7 +500,7 @@ def test_payloads_may_be_any_bytes(codec):
         with pytest.raises(CodecError, match="payloads must be a list"):
             codec.decode(wrong)
     with pytest.raises(CodecError):
-        codec.encode(dict.fromkeys(sent, [1, 2, 3]))
+        codec.encode({name: [1, 2, 3] for name in sent})
 
 
 def test_pictures_and_codes_may_be_any_bytes():

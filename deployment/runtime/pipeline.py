@@ -159,7 +159,9 @@ class Pipeline:
         request = object()
         steps = {place: self._step(place, request, gathered) for place in self.sides}
         try:
-            follow(steps, self.route.entry, message)
+            # Once for the whole route: what leaves it is copied outside.
+            with torch.inference_mode():
+                follow(steps, self.route.entry, message)
         finally:
             for side in self.sides.values():
                 side.forget(request)
@@ -215,7 +217,9 @@ class _Gathered:
                 back = torch.tensor([row for rows, _ in answers for row in rows]).argsort()
                 outputs[output.name] = torch.cat([tensor for _, tensor in answers])[back]
             else:
-                outputs[output.name] = torch.empty(0, *(0 if isinstance(n, str) else n for n in output.shape))
+                outputs[output.name] = torch.empty(
+                    0, *(0 if isinstance(n, str) else n for n in output.shape), dtype=torch.float32
+                )
         seconds = (self.part_seconds, self.encode_seconds, self.decode_seconds)
         return Result(outputs, self.payloads, *seconds, self.exits)
 
