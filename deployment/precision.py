@@ -7,12 +7,14 @@ import functools
 
 import torch
 
+_NOTHING = contextlib.nullcontext()
+
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which autocast is off for a device, and for the CPU beside it; for this thread alone."""
     kinds = [kind for kind in _kinds(device.type) if torch.is_autocast_enabled(kind)]
     if not kinds:
-        return contextlib.nullcontext()
+        return _NOTHING
     stack = contextlib.ExitStack()
     for kind in kinds:
         stack.enter_context(torch.autocast(kind, enabled=False))

@@ -12,12 +12,19 @@ from pathlib import Path
 from ..checks import is_whole
 
 MAX_FILE_BYTES = 4 * 2**30
+_MOST_WORDS = 4000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class BundleError(ValueError):
-    """A bundle that cannot be written, read or trusted; the message says what is wrong and where."""
+    """A bundle that cannot be written, read or trusted; the message says what is wrong and where.
+
+    Messages quote what they refuse, which may be as long as a file: they are cut to what a person can read.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message if len(message) <= _MOST_WORDS else f"{message[:_MOST_WORDS]} …")
 
 
 def check_name(name: str, what: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from .torchscript import ScriptError, load_torchscript
 
 # PyTorch profiles in the first run of a partition and compiles in the second.
 _WARM_UPS = 3
+_NOTHING = contextlib.nullcontext()
 # Signatures of calls that a partition remembers; a service sees a handful of batch sizes.
 _MOST_KNOWN = 256
 _MAX_HEADER_BYTES = 2**20
@@ -43,6 +45,7 @@ class Partition:
         self.module = module
         self.device = device
         self._names = [item.name for item in spec.inputs]
+        self._outputs = [item.name for item in spec.outputs]
         # What came in and out before and fitted: the checks look at dtypes and shapes alone, so once is enough.
         self._fitting: set[tuple[Any, ...]] = set()
 
@@ -69,7 +72,7 @@ class Partition:
         if len(results) != len(self.spec.outputs):
             raise BundleError(f"{self._where} returned {len(results)} tensors instead of {len(self.spec.outputs)}")
         self._check(self.spec.outputs, results)
-        return {spec.name: tensor for spec, tensor in zip(self.spec.outputs, results, strict=True)}
+        return dict(zip(self._outputs, results, strict=True))
 
     def warm_up(self, sample: Mapping[str, Tensor]) -> None:
         """Run on a sample, so that no request waits for the first runs, in which PyTorch profiles and compiles.
@@ -100,7 +103,7 @@ class Partition:
 
     def _computed(self, given: Sequence[Tensor]) -> tuple[Any, ...]:
         try:
-            with torch.inference_mode(), autocast_off(self.device):
+            with _NOTHING if torch.is_inference_mode_enabled() else torch.inference_mode(), autocast_off(self.device):
                 result = self.module(*[x if x.device == self.device else x.to(self.device) for x in given])
         except torch.OutOfMemoryError:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..checks import is_whole
 
 MIN_BITS, MAX_BITS, FLOAT_BITS = 2, 16, 32
 
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _INTEGERS = (torch.int32, torch.uint8, torch.int8, torch.int16, torch.int64)
 
 
@@ -168,11 +170,15 @@ def _pack_whole(codes: npt.NDArray[np.uint16], bits: int) -> npt.NDArray[np.uint
 
 
 def _unpack_whole(rows: npt.NDArray[np.uint8], count: int, bits: int) -> npt.NDArray[np.int32]:
-    each = 8 // bits
-    codes = np.empty((*rows.shape, each), np.int32)
-    for place in range(each):
-        codes[..., place] = rows >> (8 - bits * (place + 1)) & ((1 << bits) - 1)
-    return np.ascontiguousarray(codes.reshape(len(rows), rows.shape[1] * each)[:, :count])
+    codes = _codes_of_bytes(bits).take(rows, axis=0).reshape(len(rows), rows.shape[1] * (8 // bits))
+    return codes if codes.shape[1] == count else np.ascontiguousarray(codes[:, :count])
+
+
+@functools.cache
+def _codes_of_bytes(bits: int) -> npt.NDArray[np.int32]:
+    """The codes in each of the 256 bytes, where a whole number of them fills a byte."""
+    shifts = np.arange(8 - bits, -1, -bits)
+    return (np.arange(256)[:, None] >> shifts & ((1 << bits) - 1)).astype(np.int32)
 
 
 def _overlaps(bits: int) -> list[tuple[int, int, int]]:
@@ -188,9 +194,9 @@ def checked_codes(codes: Tensor, bits: int) -> npt.NDArray[np.uint16]:
     """Return integer codes as uint16; :class:`CodecError` for another dtype or a code outside 0..2**bits-1."""
     if codes.dtype not in _INTEGERS:
         raise CodecError(f"codes must be integers, got {codes.dtype}")
-    values = codes.detach().cpu().numpy()
+    values = codes.numpy(force=True)
     # Read as unsigned, a negative code is a large one.
-    if values.size and values.view(f"u{values.itemsize}").max() >= 2**bits:
+    if values.size and values.view(_UNSIGNED[values.itemsize]).max() >= 1 << bits:
         raise CodecError(
             f"codes of {bits} bits lie in 0..{2**bits - 1}, got values from {values.min()} to {values.max()}"
         )

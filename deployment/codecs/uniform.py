@@ -89,7 +89,7 @@ class CodesCodec(Codec):
         """
         codes, low, high = named(tensors, self.sends)
         check_batch_shape("codes", codes, self.shape)
-        values = checked_codes(codes.flatten(1), self.bits)
+        values = checked_codes(codes, self.bits).reshape(len(codes), self._count)
         ranges = self._checked_ranges(low, high, len(codes))
         bodies = self.pack(values, ranges)
         if self.low is not None:
@@ -134,6 +134,15 @@ class CodesCodec(Codec):
         """Return plain JSON values; ``low`` and ``high`` are null where each sample sends its own range."""
         return {"kind": self.kind, **dataclasses.asdict(self), "shape": list(self.shape)}
 
+    @functools.cached_property
+    def _count(self) -> int:
+        return math.prod(self.shape)
+
+    @functools.cached_property
+    def _ends(self) -> tuple[bytes, bytes]:
+        """Both ends of the fixed range as a float32 in memory."""
+        return np.float32(self.low).tobytes(), np.float32(self.high).tobytes()
+
     def _fixed_ranges(self, batch: int) -> npt.NDArray[np.float32]:
         return np.full((batch, 2), (self.low, self.high), np.float32)
 
@@ -141,8 +150,9 @@ class CodesCodec(Codec):
         for name, tensor in (("low", low), ("high", high)):
             if tensor.shape != (batch,) or tensor.dtype != torch.float32:
                 raise CodecError(f"{name} must be float32 ({batch},), got {_describe(tensor)}")
-        lows, highs = low.detach().cpu().numpy(), high.detach().cpu().numpy()
-        if self.low is not None and (lows == self.low).all() and (highs == self.high).all():
+        lows, highs = low.numpy(force=True), high.numpy(force=True)
+        # The usual case, told by a comparison of bytes: the device's range is the codec's own.
+        if self.low is not None and (lows.tobytes(), highs.tobytes()) == tuple(end * batch for end in self._ends):
             return self._fixed_ranges(batch)
         ranges = np.stack([lows, highs], 1)
         if self.low is None or self.high is None:
@@ -186,10 +196,10 @@ class UniformCodec(CodesCodec):
 
     kind: ClassVar[str] = "uniform"
 
-    @property
+    @functools.cached_property
     def payload_bytes(self) -> int:
         """Length of every payload in bytes, range parameters included."""
-        return packed_bytes(math.prod(self.shape), self.bits) + (_RANGE_BYTES if self.low is None else 0)
+        return packed_bytes(self._count, self.bits) + (_RANGE_BYTES if self.low is None else 0)
 
     def check_lengths(self, payloads: Sequence[bytes]) -> None:
         """Raise :class:`CodecError` unless every payload has ``payload_bytes``."""
@@ -201,8 +211,7 @@ class UniformCodec(CodesCodec):
 
     def unpack(self, bodies: Sequence[bytes], ranges: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
         """Read the codes (B, N) back; :class:`CodecError` if the padding is not zero."""
-        count = math.prod(self.shape)
-        return unpack_rows(payload_rows(bodies, packed_bytes(count, self.bits)), count, self.bits)
+        return unpack_rows(payload_rows(bodies, packed_bytes(self._count, self.bits)), self._count, self.bits)
 
 
 def _checked_float(value: float, name: str) -> float:
@@ -210,7 +219,7 @@ def _checked_float(value: float, name: str) -> float:
         raise CodecError(f"{name} must be a number, got {value!r}")
     try:
         (rounded,) = struct.unpack("<f", struct.pack("<f", value))
-    except OverflowError:
+    except (OverflowError, struct.error):
         rounded = math.inf
     if not math.isfinite(rounded):
         raise CodecError(f"{name} must be a finite float32, got {value!r:.100}")

@@ -158,7 +158,7 @@ class ExitPolicy(abc.ABC):
             >>> {name: tuple(x.shape) for name, x in build_policy("ensemble", exits=3).state_behind(1, 10).items()}
             {'log_p': (1, 2, 10)}
         """
-        logits = torch.zeros(1, classes)
+        logits = torch.zeros(1, classes, dtype=torch.float32)
         state = self.start(1, classes, logits)
         for earlier in range(exit + 1):
             state = self.decide(earlier, logits, state).state

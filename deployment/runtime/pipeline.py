@@ -164,7 +164,9 @@ class Pipeline:
         request = object()
         steps = {place: self._step(place, request, gathered) for place in self.sides}
         try:
-            follow(steps, self.route.entry, message)
+            # Once for the whole route: what leaves it is copied outside.
+            with torch.inference_mode():
+                follow(steps, self.route.entry, message)
         finally:
             for side in self.sides.values():
                 side.forget(request)
@@ -224,7 +226,7 @@ class _Gathered:
                 # A copy, as what comes out of inference mode cannot be trained on.
                 outputs[output.name] = answers[0][1].clone()
                 continue
-            empty = torch.empty(0, *(0 if isinstance(n, str) else n for n in output.shape))
+            empty = torch.empty(0, *(0 if isinstance(n, str) else n for n in output.shape), dtype=torch.float32)
             found = torch.cat([tensor for _, tensor in answers] or [empty])
             rows = [row for some, _ in answers for row in some]
             nothing = math.nan if found.is_floating_point() else 0

@@ -134,7 +134,8 @@ class Walk(abc.ABC):
             visit.ran.add(part.name)
             visit.tensors |= outputs
             self.have_run(visit, part.name, outputs)
-            self._drop_unneeded(visit)
+            if part is not self.parts[-1]:
+                self._drop_unneeded(visit)
         messages = self._messages(visit)
         self._drop_unneeded(visit)
         return messages
@@ -215,6 +216,9 @@ class Walk(abc.ABC):
 
     def _drop_unneeded(self, visit: Visit) -> None:
         """Forget what no partition waits for and what has been sent."""
+        if self.finished(visit) and len(visit.went) == len(self.leaving):
+            visit.tensors = {}
+            return
         needed = {name for part in self.parts if part.name not in visit.ran for name in self.takes[part.name]}
         for crossing in self.leaving:
             if (crossing.tensor, crossing.target) not in visit.went:
