@@ -74,7 +74,7 @@ class Envelope:
         Raises:
             CodecError: It is damaged, or sound and of another version, bundle, width or edge.
         """
-        if not isinstance(sealed, (bytes, bytearray, memoryview)):  # noqa: UP038 thrice as fast as a union
+        if not isinstance(sealed, (bytes, bytearray, memoryview)):
             raise CodecError(f"payload {index} must be bytes, got {type(sealed).__name__}")
         content = bytes(sealed)
         head, check, payload = content[: _HEAD.size], content[_HEAD.size : ENVELOPE_BYTES], content[ENVELOPE_BYTES:]
