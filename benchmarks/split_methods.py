@@ -75,7 +75,8 @@ def main() -> None:
     run("image_codecs", folder / "codecs", args.threads, f"ckpt_path={teacher}", "envelope=false")
     split = [
         f"base.ckpt_path={teacher}", "split.at=layer2", "split.envelope=false", "bottleneck.stride=4",
-        "bottleneck.width=56", "bottleneck.decoder_width=96", "training.optimizer.lr=3e-3", "training.channels_last=true",
+        "bottleneck.width=56", "bottleneck.decoder_width=96", "training.optimizer.lr=3e-3",
+        "training.channels_last=true",
     ]  # fmt: skip
     for name in args.only or METHODS:
         codes = [] if name in ENTROPIC else ["codec.bits=4", "codec.range=learned"]
