@@ -72,10 +72,11 @@ def main() -> None:
         "train", folder / "teacher", args.threads, *common, *sgd, "training.optimizer.weight_decay=1e-4",
         "trainer.max_epochs=3", f"backbone.weights={args.weights.absolute()}",
     )  # fmt: skip
-    run("image_codecs", folder / "codecs", args.threads, f"ckpt_path={teacher}")
+    run("image_codecs", folder / "codecs", args.threads, f"ckpt_path={teacher}", "envelope=false")
     split = [
-        f"base.ckpt_path={teacher}", "split.at=layer2", "bottleneck.stride=4", "bottleneck.width=56",
-        "bottleneck.decoder_width=96", "training.optimizer.lr=3e-3", "training.channels_last=true",
+        f"base.ckpt_path={teacher}", "split.at=layer2", "split.envelope=false", "bottleneck.stride=4",
+        "bottleneck.width=56", "bottleneck.decoder_width=96", "training.optimizer.lr=3e-3",
+        "training.channels_last=true",
     ]  # fmt: skip
     for name in args.only or METHODS:
         codes = [] if name in ENTROPIC else ["codec.bits=4", "codec.range=learned"]

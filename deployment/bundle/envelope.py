@@ -14,7 +14,7 @@ from .canonical_json import canonical
 ENVELOPE_BYTES = 12
 VERSION = 1
 _HEAD = struct.Struct(">BB3s3s")
-_CHECK = struct.Struct(">I")
+_CHECK_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +44,14 @@ class Envelope:
     target: str
     codec: Codec
     head: bytes = dataclasses.field(init=False, repr=False)
+    _start: int = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         edge = {"codec": self.codec.to_dict(), "target": self.target, "tensor": self.tensor}
         digest = hashlib.sha256(canonical(edge)).digest()
         head = _HEAD.pack(VERSION, self._bits, bytes.fromhex(self.bundle)[:3], digest[:3])
         object.__setattr__(self, "head", head)
+        object.__setattr__(self, "_start", zlib.crc32(head))
 
     @property
     def _bits(self) -> int:
@@ -60,7 +62,7 @@ class Envelope:
 
     def seal(self, payload: bytes) -> bytes:
         """Return a payload in its envelope."""
-        return b"".join((self.head, _CHECK.pack(zlib.crc32(payload, zlib.crc32(self.head))), payload))
+        return self.head + zlib.crc32(payload, self._start).to_bytes(_CHECK_BYTES, "big") + payload
 
     def opened(self, sealed: bytes, index: int = 0) -> bytes:
         """Return what is in an envelope.
@@ -72,19 +74,15 @@ class Envelope:
         Raises:
             CodecError: It is damaged, or sound and of another version, bundle, width or edge.
         """
-        if not isinstance(sealed, bytes | bytearray | memoryview):
+        if not isinstance(sealed, (bytes, bytearray, memoryview)):
             raise CodecError(f"payload {index} must be bytes, got {type(sealed).__name__}")
-        sealed = bytes(sealed)
-        if len(sealed) < ENVELOPE_BYTES:
+        content = bytes(sealed)
+        head, check, payload = content[: _HEAD.size], content[_HEAD.size : ENVELOPE_BYTES], content[ENVELOPE_BYTES:]
+        start = self._start if head == self.head else zlib.crc32(head)
+        if check != zlib.crc32(payload, start).to_bytes(_CHECK_BYTES, "big"):
             raise CodecError(
-                f"payload {index} has {len(sealed)} bytes, its envelope alone {ENVELOPE_BYTES}: cut short, or sent "
-                "without one; both sides need the same envelope"
-            )
-        head, payload = sealed[: _HEAD.size], sealed[ENVELOPE_BYTES:]
-        if sealed[_HEAD.size : ENVELOPE_BYTES] != _CHECK.pack(zlib.crc32(payload, zlib.crc32(head))):
-            raise CodecError(
-                f"payload {index} of {len(sealed)} bytes is damaged: the CRC of its envelope does not fit; or it was "
-                "sent without one, which both sides must agree on"
+                f"payload {index} of {len(content)} bytes is damaged or cut short: the CRC of its envelope does not "
+                "fit; or it was sent without an envelope, which both sides must agree on"
             )
         if head != self.head:
             raise CodecError(f"payload {index} {self._difference(head)}")
