@@ -123,7 +123,7 @@ class Side:
             What leaves for other placements, and the samples that were answered.
 
         Raises:
-            BundleError: It is not what this side takes, or came before.
+            BundleError: It is not what this side takes, or came before; or the network's answer is not finite.
             CodecError: A payload is damaged, or a partition emits what its codec cannot send.
         """
         if isinstance(arrived, Tensor):
@@ -178,6 +178,7 @@ class _Running(Walk):
             self._decide(visit, self.policy, exit, outputs[self.logits[exit]])
         elif found := {key: outputs[key] for key in self.results if key in outputs}:
             rows = visit.rows or ()
+            _check_finite(found, rows)
             self._answer(rows, found, [self.last] * len(rows) if self.exits else ())
 
     def _decide(self, visit: Visit, policy: ExitPolicy, exit: int, logits: Tensor) -> None:
@@ -216,3 +217,12 @@ class _Running(Walk):
         if self.bundle.device.type == "cuda":
             torch.cuda.synchronize(self.bundle.device)
         return time.perf_counter()
+
+
+def _check_finite(outputs: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+    """Refuse an answer that says nothing, as a policy does at its exits."""
+    for name, tensor in outputs.items():
+        finite = tensor.isfinite()
+        if not finite.all():
+            row = rows[int(finite.reshape(len(tensor), -1).all(1).int().argmin())]
+            raise BundleError(f"{name} of sample {row} holds NaN or infinity: its payload or its input is damaged")
