@@ -45,6 +45,7 @@ def staged_network(
     exit_head: Settings = None,
     cascade: bool = False,
     ensemble: bool = False,
+    ensemble_last: bool = True,
     gradient_equilibrium: bool = False,
     inserts: Mapping[str, Sequence[Insert]] | None = None,
 ) -> StagedNetwork:
@@ -74,6 +75,7 @@ def staged_network(
             shape, layout and the number of classes.
         cascade: Whether each exit also reads the class probabilities of the one before.
         ensemble: Whether each exit answers with the weighted geometric mean of all exits so far.
+        ensemble_last: Whether the last exit does so too; else it answers by itself.
         gradient_equilibrium: As of :class:`~cleave.architectures.StagedNetwork`.
         inserts: Other inserts by layer; they pass the feature on before a bottleneck there, and behind one that
             replaces all before it.
@@ -90,6 +92,8 @@ def staged_network(
     _check(splits, form, {"bottleneck_at": bottleneck_at, "codec_at": codec_at})
     if ensemble and not exit_cuts:
         raise ValueError("ensemble=True makes one answer of several exits; give exits or exits_count")
+    if not ensemble_last and not ensemble:
+        raise ValueError("ensemble_last=False has no meaning without an ensemble; give ensemble=True, or leave it out")
     stages, features = _cut(backbone, names, sample)
     splits = [name for name in stages.names if name in splits]
     exit_cuts = [name for name in stages.names if name in exit_cuts]
@@ -117,7 +121,7 @@ def staged_network(
         behind,
         sample=sample,
         replaced=bool(splits) and form == REPLACE,
-        ensemble=GeometricEnsemble(len(exit_cuts) + 1, features[LOGITS].shape[-1]) if ensemble else None,
+        ensemble=GeometricEnsemble(len(exit_cuts) + 1, features[LOGITS].shape[-1], ensemble_last) if ensemble else None,
         gradient_equilibrium=gradient_equilibrium,
     )
 
@@ -158,6 +162,7 @@ def multi_exit_network(
     head: Settings = None,
     cascade: bool = False,
     ensemble: bool = False,
+    ensemble_last: bool = True,
     gradient_equilibrium: bool = False,
     split: str | Sequence[str] | None = None,
     form: str = INSERT,
@@ -178,6 +183,7 @@ def multi_exit_network(
         head: Settings of the exits' classifiers.
         cascade: Whether each exit also reads the class probabilities of the one before.
         ensemble: Whether each exit answers with the weighted geometric mean of all exits so far.
+        ensemble_last: Whether the last exit does so too; else it answers by itself.
         gradient_equilibrium: Scale gradients where exits branch off.
         split: The layer or layers behind which a bottleneck is inserted.
         form: ``insert``, ``replace`` or ``none``.
@@ -203,6 +209,7 @@ def multi_exit_network(
         exit_head=head,
         cascade=cascade,
         ensemble=ensemble,
+        ensemble_last=ensemble_last,
         gradient_equilibrium=gradient_equilibrium,
     )
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 from .arguments import check_whole
 from .dataset import Batch
 from .feature_cache import FeatureCache
 from .precompute import Precomputation, check_dtype, check_views
-from .sampling import Loaders
+from .sampling import EpochSampler, Loaders
 from .splits import SPLITS, ImageSplits
 
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",), None: SPLITS}
@@ -196,6 +196,18 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
             ValueError: ``drop_last`` leaves no batch.
         """
         return self._loaders.training(self.dataset("train"), self.batch_size, self.drop_last)
+
+    def training_indices(self, batch: int) -> list[int] | None:
+        """Return which images of the split this rank's training batch of some number holds, in the present epoch.
+
+        ``None`` where another sampler than this module's is in use.
+        """
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, EpochSampler | SequentialSampler):
+            return None
+        order = sampler.order() if isinstance(sampler, EpochSampler) else list(sampler)
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation split."""

@@ -74,14 +74,17 @@ class EpochSampler(DistributedSampler):
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed, drop_last=drop_last)
         self.start = 0
 
-    def __iter__(self) -> Iterator[Key]:
+    def order(self) -> list[int]:
+        """Return this rank's indices of the epoch."""
         length = len(self.dataset)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", self.epoch))
         order = torch.randperm(length, generator=generator).tolist()
         while len(order) < self.total_size:
             order += order[: self.total_size - len(order)]
-        mine = order[self.rank : self.total_size : self.num_replicas]
-        return iter([(self.epoch, index) for index in mine[self.start :]])
+        return order[self.rank : self.total_size : self.num_replicas]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter([(self.epoch, index) for index in self.order()[self.start :]])
 
 
 class ShardSampler(DistributedSampler):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cleave.architectures import StagedNetwork
+from cleave.architectures.inserts.finite import DIVERGED, NumberError
 from cleave.lightning_modules.evaluators.evaluator import TEST, VAL, Evaluator, Measured
 from cleave.lightning_modules.testing import Passed, set_widths, through_bytes
 
@@ -38,6 +39,7 @@ class MeasuredModule(pl.LightningModule):
         self.trained_parts = tuple(trained)
         self.chosen_bits = {cut: cast(int, network.bits(cut)) for cut in network.widths}
         self.evaluators = bound(evaluators, network, trained)
+        self._broken: dict[str, Tensor] = {}
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map the network's inputs to its answer."""
@@ -64,6 +66,8 @@ class MeasuredModule(pl.LightningModule):
         """Measure the network on a validation batch, without bytes."""
         outputs = self.network.outputs(batch[self.reads], self._needed(VAL))
         passed = Passed(self.network, batch, outputs)
+        for name, output in outputs.items():
+            self._broken[name] = self._broken.get(name, False) | is_broken(output)
         for each in self._evaluators():
             each.update(VAL, passed)
 
@@ -75,6 +79,7 @@ class MeasuredModule(pl.LightningModule):
         """Refuse to measure codes whose range nobody has measured.
 
         Raises:
+            NumberError: The network has diverged, or an encoder is dead.
             ValueError: A quantiser's range still waits for its first training batch.
         """
         for bottleneck in self.network.bottlenecks.values():
@@ -88,10 +93,21 @@ class MeasuredModule(pl.LightningModule):
         """Reseed, so that a noisy channel does the same to the same images."""
         self.reseed("evaluation", batch_idx)
 
+    def broken_outputs(self) -> list[str]:
+        """Return the outputs that held NaN or infinity in the last validation."""
+        return [name for name, broken in self._broken.items() if broken]
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure the network on a test batch, through its bytes, at every width that it knows."""
+        """Measure the network on a test batch, through its bytes, at every width that it knows.
+
+        Raises:
+            NumberError: What the network makes of it is NaN or infinite, or what it would send is.
+        """
         names = self._needed(TEST)
         for passed in through_bytes(self.network, batch, batch[self.reads], names, self.chosen_bits):
+            for name, output in passed.outputs.items():
+                if is_broken(output):
+                    raise NumberError(f"{name} of the network holds NaN or infinity in testing: {DIVERGED}")
             for each in self._evaluators():
                 if passed.chosen or each.every_width:
                     each.update(TEST, passed)
@@ -123,6 +139,7 @@ class MeasuredModule(pl.LightningModule):
 
     def _start(self, stage: str) -> None:
         set_widths(self.network, self.chosen_bits)
+        self._broken = {}
         for each in self._evaluators():
             each.start(stage, self.network, getattr(self.trainer, "datamodule", None))
 
@@ -132,6 +149,11 @@ class MeasuredModule(pl.LightningModule):
                 # The metrics are the same on every rank by now; Lightning cannot know and would warn.
                 shown = stage == VAL and name in each.shown
                 self.log(f"{stage}/{name}", torch.as_tensor(value).float(), prog_bar=shown, sync_dist=True)
+
+
+def is_broken(output: Tensor) -> Tensor:
+    """Whether an output holds NaN or positive infinity; its opposite masks a class by right."""
+    return (output.isnan() | output.isposinf()).any()
 
 
 def bound(evaluators: Iterable[Evaluator], network: StagedNetwork, trained: Sequence[str]) -> nn.ModuleList:

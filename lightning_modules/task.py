@@ -54,6 +54,9 @@ class Task(MeasuredModule):
         extra_terms: More terms by name, such as a reconstruction beside distillation.
         reads: The part of a batch that the networks run on.
 
+    Attributes:
+        losses: The weighted values of the terms in the last training step.
+
     Raises:
         CutError: A term reads an output that its network lacks.
         TypeError: ``network`` is not made of stages.
@@ -89,6 +92,7 @@ class Task(MeasuredModule):
         measured_by = default_evaluators(network) if evaluators is None else evaluators
         super().__init__(network, measured_by, learning.parts, reads, training.seed)
         self.settings = training
+        self.losses: dict[str, Tensor] = {}
         self.feature_cache = dict(feature_cache or {})
         self.trained_terms = learning.terms
         self.term_names = tuple(named)
@@ -243,10 +247,11 @@ class Task(MeasuredModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the sum of the terms and log each of them."""
         losses = self.training_loss(batch)
+        self.losses = {name: value.detach() for name, value in losses.items()}
         total = torch.stack(list(losses.values())).sum()
         self.log("train/loss", total.detach(), prog_bar=True)
         if len(losses) > 1:
-            self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
+            self.log_dict({f"train/{name}": value for name, value in self.losses.items()})
         return total
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from cleave.losses.exit_distillation import ExitDistillationLoss
 from cleave.losses.generalized_head_distillation import GeneralizedHeadDistillationLoss
 from cleave.losses.geometric_ensemble import GeometricEnsembleLoss, geometric_ensemble
+from cleave.losses.geometric_ensemble_fit import fit_geometric_ensemble
 from cleave.losses.head_distillation import HeadDistillationLoss
 from cleave.losses.information_bottleneck import InformationBottleneckLoss
 from cleave.losses.joint_exit import JointExitLoss
@@ -20,5 +21,6 @@ __all__ = [
     "KnowledgeDistillationLoss",
     "RateLoss",
     "ReconstructionLoss",
+    "fit_geometric_ensemble",
     "geometric_ensemble",
 ]

@@ -1,5 +1,6 @@
 """Where to leave, cut and place: pure functions over what was measured. Never Lightning, never Hydra."""
 
+from cleave.planning.ensemble_fit import fit_ensemble, worse_than_exits
 from cleave.planning.exit_calibration import (
     Calibrated,
     budgeted_batch,
@@ -10,10 +11,12 @@ from cleave.planning.exit_calibration import (
 from cleave.planning.exit_placement import Placement, exit_bits, place_exits
 from cleave.planning.exit_statistics import (
     CurvePoint,
+    Excess,
     Overthinking,
     accuracy_at,
     calibration_error,
     exit_accuracy,
+    expected_excess,
     measure,
     overthinking,
 )
@@ -22,6 +25,7 @@ from cleave.planning.temperature import fit_temperatures
 __all__ = [
     "Calibrated",
     "CurvePoint",
+    "Excess",
     "Overthinking",
     "Placement",
     "accuracy_at",
@@ -32,8 +36,11 @@ __all__ = [
     "cost_curve",
     "exit_accuracy",
     "exit_bits",
+    "expected_excess",
+    "fit_ensemble",
     "fit_temperatures",
     "measure",
     "overthinking",
     "place_exits",
+    "worse_than_exits",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -179,3 +180,63 @@ def accuracy_at(curve: Sequence[CurvePoint], fractions: Sequence[float], backbon
         raise ValueError(f"backbone and fractions must be above 0, got {backbone} and {list(fractions)}")
     reached = [[p.accuracy for p in curve if p.cost <= fraction * backbone] for fraction in fractions]
     return [max(found, default=None) for found in reached]
+
+
+@dataclass(frozen=True)
+class Excess:
+    """How far the mean cost of other samples may lie from that of the samples that thresholds were chosen on.
+
+    Attributes:
+        error: Standard error of the mean over the other samples less the mean over these, in the unit of the costs.
+        expected: How far above the budget the other mean lies in expectation, counting 0 where it keeps to it.
+    """
+
+    error: float
+    expected: float
+
+
+def expected_excess(
+    shares: Sequence[float], costs: Sequence[float], budget: float, calibrated: int, tested: int
+) -> Excess:
+    r"""Return by how much a budget that was kept in calibration is overspent on other samples, by chance alone.
+
+    The cost of a sample has the variance :math:`\sigma^2` of the costs under the shares. The mean over n' other samples
+    less that over the n samples of calibration has about a normal distribution with
+
+    .. math::
+        s^2 = \sigma^2 \Big( \frac1n + \frac1{n'} \Big), \qquad
+        \mathrm{E} \max(0, \bar c' - B) = s \, \big( \varphi(z) - z \, (1 - \Phi(z)) \big), \qquad
+        z = \frac{B - \bar c}{s}.
+
+    Where the budget B is used up, z = 0, that is 0.4 s. Thresholds that were chosen to use it up lie a little nearer to
+    it than chance would put them, which this leaves out.
+
+    Args:
+        shares: Share of the samples of calibration that left at each exit.
+        costs: Cumulative cost of leaving at each exit.
+        budget: Mean cost allowed, in the unit of the costs.
+        calibrated: Samples n that thresholds were chosen on.
+        tested: Other samples n'.
+
+    Raises:
+        ValueError: There is not a cost for each share, or no sample.
+
+    Example:
+        >>> found = expected_excess([0.5, 0.5], [1.0, 3.0], budget=2.0, calibrated=200, tested=200)
+        >>> round(found.error, 4), round(found.expected, 4)
+        (0.1, 0.0399)
+    """
+    if len(shares) != len(costs) or min(calibrated, tested) < 1:
+        raise ValueError(
+            f"give a cost for each share and at least one sample, got {len(shares)} shares, {len(costs)} costs, "
+            f"calibrated={calibrated} and tested={tested}"
+        )
+    mean = sum(share * cost for share, cost in zip(shares, costs, strict=True))
+    variance = sum(share * (cost - mean) ** 2 for share, cost in zip(shares, costs, strict=True))
+    error = math.sqrt(variance * (1 / calibrated + 1 / tested))
+    if not error:
+        return Excess(0.0, max(0.0, mean - budget))
+    z = (budget - mean) / error
+    beyond = math.erfc(z / math.sqrt(2)) / 2
+    density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    return Excess(error, error * (density - z * beyond))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -57,7 +58,8 @@ def in_words(target: str) -> str:
 
 def number(value: float) -> str:
     """Format a number: whole ones in full, others with four significant digits."""
-    return f"{value:,.0f}" if value == int(value) and abs(value) >= 1000 else f"{value:.4g}"
+    whole = math.isfinite(value) and value == int(value)
+    return f"{value:,.0f}" if whole and abs(value) >= 1000 else f"{value:.4g}"
 
 
 def short(count: float) -> str:

@@ -74,7 +74,8 @@ def measured(
     costs = exit_costs(settings["costs"], network, batches, timing["batches"])
     val, test = (stored_logits(network, data, split, device) for split in ("val", "test"))
     temperatures = fit_temperatures(*val) if settings["temperatures"] else None
-    study = Study(network, costs, val, test, settings["scheme"], settings["shared"], temperatures)
+    how = (settings["scheme"], settings["shared"], temperatures, settings["fit_ensemble"])
+    study = Study(network, costs, val, test, *how)
     found = choose(study, chosen) if chosen else None
     placed = None if settings["placement"]["exits"] is None else place(study, settings["placement"])
     seconds: dict[str, Any] = {}
@@ -91,6 +92,8 @@ def measured(
         "shared": settings["shared"],
         "temperatures": None if temperatures is None else list(temperatures),
         "backbone_macs": network.backbone_macs,
+        "fit_ensemble": settings["fit_ensemble"],
+        "worse_ensembles": study.worse() if "ensemble" in settings["policies"] else [],
         "costs": {"unit": costs.unit, "backbone": costs.backbone, "exits": costs.exits},
         "exits": (exits := exit_figures(study)),
         "last_exit": {"accuracy": exits[-1]["accuracy"], "cost": costs.last / costs.backbone},

@@ -305,7 +305,44 @@ def test_json_is_plain():
         "latest": None,
         "weights": [[1.0, 0.0], [0.25, 0.75]],
         "log_bias": [[0.0, 1.0], [2.0, 3.0]],
+        "last": True,
     }
+
+
+def test_at_a_patience_of_0_all_leave_at_the_first_exit():
+    logits = torch.randn(3, 6, 4)
+    policy = build_policy("patience", 0, exits=3)
+    first = policy.decide(0, logits[0], policy.start(6, 4, logits[0]))
+    assert first.leave.all()
+    assert torch.equal(first.answer, logits[0])
+    assert 0 not in policy.candidates()  # a search never takes what looks at one exit
+
+
+@pytest.mark.parametrize("kind", ["confidence", "margin", "ensemble"])
+def test_a_tie_at_the_threshold_leaves(kind):
+    logits = torch.tensor([[0.75, 0.25]]).log()
+    score = build_policy(kind, exits=2).scores(torch.stack([logits, logits]))[0, 0].item()
+    for threshold, leaves in ((score, True), (float(np.nextafter(np.float32(score), np.float32(1))), False)):
+        policy = build_policy(kind, threshold, exits=2)
+        assert policy.decide(0, logits, policy.start(1, 2, logits)).leave.tolist() == [leaves]
+
+
+def test_the_last_exit_may_answer_by_itself():
+    logits = torch.randn(3, 5, 4)
+    both = [build_policy("ensemble", exits=3, last=last) for last in (True, False)]
+    assert [policy.final_needs_state for policy in both] == [True, False]
+    assert [policy.macs(2, 4) for policy in both] == [12, 0]
+    assert both[1].macs(1, 4) == 8
+    state, answers = both[1].start(5, 4, logits[0]), []
+    for exit, own in enumerate(logits):
+        answer, _, state = both[1].decide(exit, own, state)
+        answers.append(answer)
+    mean = (logits[0].log_softmax(1) + logits[1].log_softmax(1)) / 2
+    torch.testing.assert_close(answers[1], mean)
+    assert torch.equal(answers[2], logits[2])
+    assert policy_from_dict(both[1].to_dict()) == both[1]
+    with pytest.raises(ValueError, match="last must be true or false, got 0"):
+        build_policy("ensemble", exits=3, last=0)
 
 
 GOOD = {"kind": "confidence", "thresholds": [0.5], "temperatures": None, "latest": None}
@@ -360,7 +397,7 @@ def test_json_of_another_kind_key_or_type_is_refused(values, words):
         (("confidence", math.nan), {}, "from 0 to 1.*nan"),
         (("confidence", True), {}, "from 0 to 1.*True"),
         (("confidence", [0.5, "0.5"]), {}, "from 0 to 1.*'0.5'"),
-        (("patience", 0), {}, "patience must be a whole number of at least 1.*0"),
+        (("patience", -1), {}, "patience must be a whole number of at least 0.*-1"),
         (("patience", 1.0), {}, "patience must be a whole number.*1.0"),
         (("patience", True), {}, "patience must be a whole number.*True"),
         (("patience", math.nan), {}, "patience must be a whole number.*nan"),

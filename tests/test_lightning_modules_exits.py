@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,13 @@ from cleave.lightning_modules import (
     ZeroTimeWaste,
     default_evaluators,
 )
-from cleave.losses import ExitDistillationLoss, GeometricEnsembleLoss, JointExitLoss, geometric_ensemble
+from cleave.losses import (
+    ExitDistillationLoss,
+    GeometricEnsembleLoss,
+    JointExitLoss,
+    fit_geometric_ensemble,
+    geometric_ensemble,
+)
 
 from .split_tasks import (
     NAMES,
@@ -181,6 +188,54 @@ def test_zero_time_waste_learns_the_ensembles_of_frozen_exits() -> None:
     log_q = geometric_ensemble(logits_of(task, images), ensemble.weights, ensemble.log_bias)
     expected = [torch.nn.functional.nll_loss(row, labels) for row in log_q]
     torch.testing.assert_close(list(losses(task, images, labels).values()), expected)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_zero_time_waste_fits_the_ensembles_to_convergence(last: bool) -> None:
+    task = build(ZeroTimeWaste, {"ensemble_last": last}, fit="lbfgs")
+    before = snapshot(task)
+    data = batches()
+    names = task.network.group("exits")
+    task.set_modes()
+    with torch.no_grad():
+        found = [task.network.outputs(each["images"], names) for each in data]
+    logits = [torch.cat([each[name] for each in found]) for name in names]
+    weights, log_bias = fit_geometric_ensemble(logits, torch.cat([each["labels"] for each in data]))
+    trainer_of(epochs=1).fit(task, data, data)
+    torch.testing.assert_close(task.network.ensemble.weights.double(), weights, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(task.network.ensemble.log_bias.double(), log_bias, atol=1e-3, rtol=1e-3)
+    assert all("ensemble" in name for name in changed(before, task))
+    images = next(iter(data))["images"]
+    answers = task.network.eval().outputs(images, task.network.group("answers"))
+    own = task.network.outputs(images, names)[names[-1]]
+    assert torch.allclose(list(answers.values())[-1], own.log_softmax(1), atol=1e-6) is not last
+
+
+def test_an_ensemble_worse_than_its_exit_is_warned_of() -> None:
+    task = build(ZeroTimeWaste, training=training(optimizer=functools.partial(torch.optim.SGD, lr=0.0)))
+    data = batches()
+    labels = torch.cat([each["labels"] for each in data])
+    with torch.no_grad():
+        task.network.ensemble.log_bias[-1, labels.bincount(minlength=10).argmin()] = 1e3  # all are of the rarest class
+    with pytest.warns(UserWarning, match=r"the ensemble at \S+ is worse than its exit .*method.fit=lbfgs"):
+        trainer_of(epochs=1).fit(task, data, data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"fit": "lbfg"}, "fit must be one of gradients, lbfgs, got 'lbfg'. Did you mean 'lbfgs'"),
+        ({"fit": "lbfgs", "train": ["ensemble", "exits"]}, "trains nothing else"),
+    ],
+)
+def test_what_an_ensembles_fit_cannot_do_is_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        build(ZeroTimeWaste, **settings)
+
+
+def test_the_last_exit_answers_by_itself_only_beside_an_ensemble() -> None:
+    with pytest.raises(ValueError, match="ensemble_last=False has no meaning without an ensemble"):
+        multi_exit(ensemble_last=False)
 
 
 # --- frozen features ------------------------------------------------------------------------------------------------

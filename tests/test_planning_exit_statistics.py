@@ -4,7 +4,15 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cleave.deployment import build_policy
-from cleave.planning import CurvePoint, accuracy_at, calibration_error, exit_accuracy, measure, overthinking
+from cleave.planning import (
+    CurvePoint,
+    accuracy_at,
+    calibration_error,
+    exit_accuracy,
+    expected_excess,
+    measure,
+    overthinking,
+)
 
 COSTS = [1.5, 4, 7]
 
@@ -86,3 +94,23 @@ def test_refusals():
     for call, message in refused:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize(("calibrated", "tested"), [(300, 300), (500, 2000)])
+@pytest.mark.parametrize("slack", [0.0, 0.05])
+def test_the_expected_excess_is_that_of_many_draws(calibrated, tested, slack):
+    """Samples of calibration and of the test are drawn again and again; the budget is what the former cost or more."""
+    rng = np.random.default_rng(0)
+    costs, shares = np.array([1.0, 3.0, 8.0]), np.array([0.5, 0.3, 0.2])
+    drawn = [rng.multinomial(n, shares, 20_000) @ costs / n for n in (calibrated, tested)]
+    found = expected_excess(shares.tolist(), costs.tolist(), shares @ costs + slack, calibrated, tested)
+    assert found.error == pytest.approx((drawn[1] - drawn[0]).std(), rel=0.03)
+    excess = np.maximum(0, drawn[1] - drawn[0] - slack).mean()
+    assert found.expected == pytest.approx(excess, rel=0.05)
+
+
+def test_where_all_leave_at_one_exit_a_budget_is_sure():
+    found = expected_excess([1.0, 0.0], [2.0, 5.0], 2.0, 10, 10)
+    assert (found.error, found.expected) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="got 1 shares, 2 costs"):
+        expected_excess([1.0], [2.0, 5.0], 2.0, 10, 10)

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 import cleave.reports.exits.measure
+import cleave.reports.exits.points
 import cleave.reports.exits.timing
 import cleave.scripts.exits_report
-from cleave.deployment import build_policy, policy_from_dict, read_policy
+from cleave.deployment import build_policy, offline, policy_from_dict, read_policy
+from cleave.losses import fit_geometric_ensemble
 from cleave.reports.exits.place import place, stage_and_head_macs
 from cleave.reports.exits.timing import exit_seconds, wall_clock
 from cleave.scripts.assembly.building import compose_config
@@ -350,3 +352,35 @@ def test_what_cannot_be_reported_is_refused_before_anything_is_written(checkpoin
 def test_a_network_without_exits_is_refused(teacher_file, tmp_path):
     with pytest.raises(ValueError, match="without early exits; train one by method=exits_joint"):
         run(teacher_file, tmp_path)
+
+
+def test_a_fitted_ensemble_and_what_a_budget_may_come_to(checkpoint, stored, tmp_path, capsys):
+    overrides = ["policies=ensemble", "costs=[1,3,4]", "budgets=[0.6]", "choose.policy=ensemble", "choose.budget=0.6"]
+    quick = ["timing.limit=0", "timing.batches=0"]
+    files = run(checkpoint, tmp_path, *overrides, *quick, "fit_ensemble=true")
+    report = json.loads(files["exits_report.json"].read_text())
+    logits, labels = torch.tensor(stored["val"][2]), torch.tensor(stored["val"][1])
+    weights, log_bias = fit_geometric_ensemble(logits, labels)
+    policy = read_policy(files["exit_policy.json"])
+    torch.testing.assert_close(torch.tensor(policy.weights).double(), weights, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(torch.tensor(policy.log_bias).double(), log_bias, atol=2e-3, rtol=2e-3)
+    (point,) = report["policies"]["ensemble"]["points"]
+    index = offline(policy.with_thresholds(point["thresholds"]), logits).index
+    cost = torch.tensor([0.25, 0.75, 1.0])[index].double()
+    counts = [len(stored[split][1]) for split in ("val", "test")]
+    error = cost.std(unbiased=False) * math.sqrt(sum(1 / count for count in counts))
+    assert point["cost_error"] == pytest.approx(error.item(), rel=1e-4)
+    assert 0 <= point["expected_excess"] <= 0.4 * point["cost_error"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"a standard error of at most {100 * point['cost_error']:.2f} % of the backbone's" in told
+    assert f"overspent by at most {100 * point['expected_excess']:.2f} % of it in expectation" in told
+
+
+def test_an_ensemble_worse_than_its_exit_is_told_of(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cleave.reports.exits.points, "worse_than_exits", lambda *_: [(1, 0.725, 0.782)])
+    overrides = ["policies=ensemble", "costs=[1,3,4]", "budgets=[0.6]", "choose=null", "timing.batches=0"]
+    report = json.loads(run(checkpoint, tmp_path, *overrides)["exits_report.json"].read_text())
+    (worse,) = report["worse_ensembles"]
+    assert (worse["ensemble"], worse["exit"]) == (0.725, 0.782)
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"the ensemble at {worse['name']} is worse than its exit on val, 72.50 % against 78.20 %" in told

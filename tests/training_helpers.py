@@ -147,6 +147,32 @@ class FailAt(KillAt):
         raise KilledError
 
 
+class PoisonAt(pl.Callback):
+    """Makes a weight NaN as a bad gradient would, before a training step or behind the last one before a save."""
+
+    def __init__(self, step: int, behind: bool = False) -> None:
+        self.step, self.behind = step, behind
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if not self.behind and trainer.global_step == self.step:
+            next(pl_module.parameters()).data.view(-1)[0] = float("nan")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self.behind and trainer.global_step == self.step:
+            next(pl_module.parameters()).data.view(-1)[0] = float("nan")
+
+
+class KillEncoder(pl.Callback):
+    """Keeps the weights of every encoder at 0, so that it makes 0 of all images."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        for bottleneck in pl_module.network.bottlenecks.values():  # type: ignore[union-attr, operator]
+            for weight in bottleneck.encoder.parameters():
+                weight.data.zero_()
+
+    on_train_batch_end = on_train_batch_start
+
+
 class SaveFinal(pl.Callback):
     """Saves a whole checkpoint at the end of training, wherever the interval of the others falls."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cleave.architectures.inserts.calibration import calibrate_range
 from cleave.architectures.inserts.channels import Channel
+from cleave.architectures.inserts.finite import check_finite, named
 from cleave.architectures.inserts.gaussian import GaussianEncoder
 from cleave.architectures.inserts.insert import IN, OUT, Half, Halves, Insert, Step
 from cleave.architectures.inserts.quantizer import Quantizer, UniformQuantizer
@@ -186,12 +187,23 @@ class Bottleneck(Insert):
 
     @property
     def codec(self) -> Codec:
-        """How the representation becomes bytes, with the present bits, range or prior."""
-        return self.quantizer.codec(self.shape)
+        """How the representation becomes bytes, with the present bits, range or prior.
+
+        Raises:
+            NumberError: The network has diverged, or its encoder is dead.
+        """
+        with named(self.at):
+            return self.quantizer.codec(self.shape)
 
     def send(self, z: Tensor) -> dict[str, Tensor]:
-        """Return what the device sends of a representation (B, *shape), as the tensors that ``codec.encode`` takes."""
+        """Return what the device sends of a representation (B, *shape), as the tensors that ``codec.encode`` takes.
+
+        Raises:
+            NumberError: The network has diverged, or its encoder is dead.
+        """
         codec = self.codec
+        with named(self.at):
+            check_finite(z, "the representation")
         sent = self.quantizer.send(z, *(value.to(z.device) for value in codec.settings.values()))
         return dict(zip(codec.sends, sent if isinstance(sent, tuple) else (sent,), strict=True))
 
@@ -203,9 +215,11 @@ class Bottleneck(Insert):
         """Refuse codes whose range nobody has measured.
 
         Raises:
+            NumberError: The network has diverged, or its encoder is dead.
             ValueError: The quantiser's range still waits for its first training batch.
         """
-        self.quantizer.check_measured()
+        with named(self.at):
+            self.quantizer.check_measured()
 
     # --- width, range and link ------------------------------------------------------------------------------------
 
@@ -257,6 +271,7 @@ class Bottleneck(Insert):
             The range (low, high).
 
         Raises:
+            NumberError: The network has diverged, or its encoder is dead.
             ValueError: ``bits`` or ``method`` is out of range, nothing is there to measure, or a prior codes it.
         """
         if self.has_prior:
@@ -269,7 +284,8 @@ class Bottleneck(Insert):
                 device = z.device
                 yield z
 
-        low, high = calibrate_range(measured(), bits, method)
+        with named(self.at):
+            low, high = calibrate_range(measured(), bits, method)
         old = self.quantizer if isinstance(self.quantizer, UniformQuantizer) else UniformQuantizer(bits)
         quantizer = UniformQuantizer(bits, coding=old.coding, quality=old.quality)
         quantizer.widths = old.widths

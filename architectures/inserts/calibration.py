@@ -11,8 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cleave.architectures.inserts.finite import DEAD, DIVERGED, NumberError, check_finite
 from cleave.architectures.naming import whole_number
 from cleave.deployment import check_bits
+from cleave.deployment.codecs.uniform import usable_range
 
 METHODS = ("mse", "minmax", "percentile")
 _Values = npt.NDArray[np.float64]
@@ -54,7 +56,8 @@ def calibrate_range(
         low and high, which float32 represents exactly.
 
     Raises:
-        ValueError: An argument is out of range; there are no values, or one is not finite, or all are the same.
+        NumberError: A value is not finite, or all are the same.
+        ValueError: An argument is out of range, or there are no values.
 
     Example:
         >>> z = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))
@@ -95,9 +98,8 @@ def _collect(values: Iterable[Tensor], samples: int) -> tuple[_Values, float, fl
     kept, keys = np.empty(0), np.empty(0)
     low, high = math.inf, -math.inf
     for tensor in values:
+        check_finite(tensor, "the representation")
         new = tensor.detach().flatten().float().cpu().numpy().astype(np.float64)
-        if not np.isfinite(new).all():
-            raise ValueError("the representation holds NaN or infinity: the network has diverged; calibrate another")
         if not len(new):
             continue
         low, high = min(low, float(new.min())), max(high, float(new.max()))
@@ -109,7 +111,9 @@ def _collect(values: Iterable[Tensor], samples: int) -> tuple[_Values, float, fl
     if not len(kept):
         raise ValueError("calibration needs at least one batch, got none; give more batches or check the data")
     if low == high:
-        raise ValueError(f"the representation is {low:g} everywhere: its encoder is dead, and there is no range for it")
+        raise NumberError(f"the representation is {low:g} everywhere: {DEAD}")
+    if not usable_range(low, high):
+        raise NumberError(f"the representation reaches from {low:g} to {high:g}: {DIVERGED}")
     return kept, low, high
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cleave.architectures.inserts.finite import check_finite
 from cleave.architectures.naming import whole_number
 from cleave.deployment import CodecError, EntropyCodec
 from cleave.deployment.codecs.entropy_codec import MAX_SYMBOLS
@@ -159,11 +160,21 @@ class EntropyBottleneck(nn.Module):
     receive = decode
 
     def codec(self, shape: tuple[int, ...]) -> EntropyCodec:
-        """How codes of this per-sample shape become bytes under the present prior."""
+        """How codes of this per-sample shape become bytes under the present prior.
+
+        Raises:
+            NumberError: The network has diverged.
+        """
         return EntropyCodec.from_tables(shape, self.tables(), self.axis)
 
     def check_measured(self) -> None:
-        """Refuse nothing: the support of codes follows from the prior."""
+        """Refuse a prior that is no longer one; the support of codes follows from it.
+
+        Raises:
+            NumberError: The network has diverged.
+        """
+        for parameter in self.parameters():
+            check_finite(parameter, "the learned prior")
 
     def with_bits(self, bits: int) -> NoReturn:
         """Refuse: the prior is learned for steps of one, so there is no other width."""
@@ -175,7 +186,11 @@ class EntropyBottleneck(nn.Module):
 
         What lies beyond the support is clamped to its ends, so the ends hold the tails and the sum is 1. Computed in
         float64 on the CPU.
+
+        Raises:
+            NumberError: The network has diverged.
         """
+        self.check_measured()
         if self.training:
             self.update()
         low, high = self.low.cpu(), self.high.cpu()

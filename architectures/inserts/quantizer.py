@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
 
 from cleave.architectures.inserts.entropy_bottleneck import EntropyBottleneck
+from cleave.architectures.inserts.finite import DEAD, DIVERGED, NumberError
 from cleave.deployment import FLOAT_BITS, Codec, FloatCodec, check_bits, code_codec
+from cleave.deployment.codecs.uniform import RANGE_LIMIT, usable_range
 
 RANGES = ("learned", "observed", "sample")
 _TINY = 1e-8
+# A range no wider than this, or than this share of its ends, is one value.
+_NARROW = 1e-6
 
 
 class UniformQuantizer(nn.Module):
@@ -29,7 +34,8 @@ class UniformQuantizer(nn.Module):
         bits: 2 to 16.
         range: ``"learned"``: one range trained with the network, first set to that of the first training batch;
             ``"observed"``: a moving average of the batches' minimum and maximum; ``"sample"``: each sample's own
-            minimum and maximum, sent along with its codes.
+            minimum and maximum, sent along with its codes. A batch with NaN or infinity moves no range, and one of a
+            single value throughout does not count as the first.
         momentum: Weight of the newest batch in the moving average of ``"observed"``; ``None`` takes 0.1.
         coding: How codes become bytes; see :func:`cleave.deployment.code_codec`.
         quality: Of a lossy image codec among the codings.
@@ -113,13 +119,17 @@ class UniformQuantizer(nn.Module):
         Training goes on from there: a learned range is trained further, an observed one keeps following the batches.
 
         Raises:
-            ValueError: The range is not finite in float32 or upside down, or each sample sends its own.
+            ValueError: The range or its width is not finite in float32, or it is upside down, or each sample sends its
+                own.
         """
         if self.range == "sample":
             raise ValueError("range=sample takes each sample's own range; to set one, use learned or observed")
         ends = torch.tensor([low, high], dtype=torch.float32)
-        if not ends.isfinite().all() or ends[0] >= ends[1]:
-            raise ValueError(f"a range is two finite numbers in float32, the lower one first, got [{low}, {high}]")
+        if ends[0] >= ends[1] or not usable_range(low, high):
+            raise ValueError(
+                f"a range is two finite numbers in float32 of at most {RANGE_LIMIT:.3g} either way, the lower one "
+                f"first, got [{low}, {high}]"
+            )
         self.low.copy_(ends[0])
         if self.range == "learned":
             self.log_width.copy_((ends[1] - ends[0]).clamp_min(_TINY).log())
@@ -128,7 +138,12 @@ class UniformQuantizer(nn.Module):
         self.initialized.fill_(True)
 
     def codec(self, shape: tuple[int, ...]) -> Codec:
-        """How codes of this width and range become bytes; see :func:`cleave.deployment.code_codec`."""
+        """How codes of this width and range become bytes; see :func:`cleave.deployment.code_codec`.
+
+        Raises:
+            NumberError: The range is no longer one: the network has diverged, or its encoder is dead.
+        """
+        self._check_range()
         low, high = self.fixed_range or (None, None)
         return code_codec(self.coding, shape, self.bits, low, high, quality=self.quality)
 
@@ -137,13 +152,25 @@ class UniformQuantizer(nn.Module):
         """Refuse codes whose range nobody has measured.
 
         Raises:
+            NumberError: The network has diverged, or its encoder is dead.
             ValueError: The range still waits for its first training batch.
         """
+        self._check_range()
         if self.range != "sample" and not self.initialized:
             raise ValueError(
                 f"range={self.range} is measured in training, which this network's bottleneck has not seen; train it, "
                 "or use range=sample"
             )
+
+    def _check_range(self) -> None:
+        """Say what happened where the shared range cannot be coded with."""
+        if self.fixed_range is None:
+            return
+        low, high = self.fixed_range
+        if not usable_range(low, high):
+            raise NumberError(f"the range of the codes is [{low:g}, {high:g}]: {DIVERGED}")
+        if not self._is_wide(torch.tensor(low), torch.tensor(high)):
+            raise NumberError(f"the representation is {low:g} everywhere: {DEAD}")
 
     def with_bits(self, bits: int) -> UniformQuantizer | Unquantized:
         """Return this quantiser at another width; 32 is no quantiser at all."""
@@ -164,7 +191,11 @@ class UniformQuantizer(nn.Module):
             position = torch.minimum(((z - low) / step).clamp_min(0), (levels - 1).float())
             # In this order the sum is the code in every bit: eval mode gives exactly what the codes decode to.
             code = position.round().detach() + (position - position.detach())
-            return low + code * step
+            out = low + code * step
+            if not self.training or self.range == "sample":
+                return out
+            # No batch has had a range so far: one value passes as it is, as does the gradient that may revive it.
+            return torch.where(self.initialized, out, z)
 
     def encode(self, z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise to integer codes.
@@ -209,22 +240,32 @@ class UniformQuantizer(nn.Module):
 
     @torch.no_grad()
     def _observe(self, z: Tensor) -> None:
-        """Set the range from the first training batch; keep following it where it is observed.
+        """Set the range from the first training batch that has one; keep following it where it is observed.
+
+        While all batches are of one value the range lies there without a width.
 
         Written without a branch on the flag: reading it would make the host wait for the device at every step.
         """
         if self.range == "sample":
             return
         low, high = _over_ranks(*torch.aminmax(z))
+        # Of a batch that overflowed, what is finite is no measure either.
+        sound = (low.abs() <= RANGE_LIMIT) & (high.abs() <= RANGE_LIMIT)
+        first = sound & ~self.initialized
         if self.range == "learned":
-            self.low.copy_(torch.where(self.initialized, self.low, low))
-            width = (high - low).clamp_min(_TINY).log()
-            self.log_width.copy_(torch.where(self.initialized, self.log_width, width))
+            self.low.copy_(torch.where(first, low, self.low))
+            self.log_width.copy_(torch.where(first, (high - low).clamp_min(_TINY).log(), self.log_width))
         else:
-            weight = torch.where(self.initialized, self.momentum, 1.0)
-            self.low.lerp_(low, weight)
-            self.high.lerp_(high, weight)
-        self.initialized.fill_(True)
+            weight = torch.where(first, 1.0, self.momentum)
+            self.low.lerp_(torch.where(sound, low, self.low), weight)
+            self.high.lerp_(torch.where(sound, high, self.high), weight)
+        self.initialized.logical_or_(first & self._is_wide(low, high))
+
+    def _is_wide(self, low: Tensor, high: Tensor) -> Tensor:
+        """Whether a range holds more than one value, and steps that a gradient can widen."""
+        least = _TINY * (2 ** max(self.bits, *self.widths, 0) - 1)
+        ends = torch.maximum(low.abs(), high.abs()).clamp_min(1)
+        return high - low > (_NARROW * ends).clamp_min(least)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniformQuantizer:
         """Move with the network, but keep the range in float32 when the network is cast to half precision."""
@@ -283,6 +324,7 @@ def _over_ranks(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Return the extremes over all ranks, which each set their range from their own part of the batch."""
     if not distributed.is_available() or not distributed.is_initialized():
         return low, high
-    extremes = torch.stack([-low, high])
+    # A maximum over ranks may lose a NaN on its way, and never an infinity.
+    extremes = torch.stack([-low, high]).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     distributed.all_reduce(extremes, distributed.ReduceOp.MAX)
     return -extremes[0], extremes[1]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cleave.architectures.inserts.finite import check_finite
 from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d
 from cleave.architectures.modes import evaluating
 
@@ -29,6 +30,7 @@ def recalibrate_batchnorm(network: nn.Module, part: nn.Module, batches: Iterable
         The number of BatchNorm layers measured; 0 changes nothing and reads no batch.
 
     Raises:
+        NumberError: What is measured is not finite.
         ValueError: ``batches`` is empty, so that there is nothing to measure.
     """
     idle = {norm for each in part.modules() if isinstance(each, SwitchableBatchNorm2d) for norm in each.idle()}
@@ -51,4 +53,7 @@ def recalibrate_batchnorm(network: nn.Module, part: nn.Module, batches: Iterable
                 layer.momentum = momentum
     if not seen:
         raise ValueError("recalibration needs at least one batch, got none; give more batches or check the data")
+    for layer in layers:
+        for statistic in layer.buffers():
+            check_finite(statistic, "a BatchNorm statistic that was measured again")
     return len(layers)

@@ -18,6 +18,9 @@ from torch import Tensor
 from .codec import CODECS, Codec, bytes_of, check_batch_shape, check_length, checked_shape, named, payload_rows
 from .packing import CodecError, check_code_bits, checked_codes, pack_rows, packed_bytes, unpack_rows
 
+RANGE_LIMIT = 2.0**126
+"""How far from 0 a range may reach, so that float32 holds its width and every value decoded from it."""
+
 _RANGE_BYTES = 8
 
 
@@ -63,8 +66,14 @@ class CodesCodec(Codec):
             # Kept as the float32 that the network computes with, so that both sides of an edge agree to the bit.
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, _checked_float(value, name))
-        if self.low is not None and self.high is not None and self.low >= self.high:
-            raise CodecError(f"low must be below high, got low={self.low} and high={self.high}")
+        if self.low is not None and self.high is not None:
+            if self.low >= self.high:
+                raise CodecError(f"low must be below high, got low={self.low} and high={self.high}")
+            if not usable_range(self.low, self.high):
+                raise CodecError(
+                    f"low and high must lie within ±{RANGE_LIMIT:.4g}, or what is decoded overflows float32, got "
+                    f"low={self.low} and high={self.high}"
+                )
 
     @property
     def levels(self) -> int:
@@ -85,7 +94,7 @@ class CodesCodec(Codec):
 
         Raises:
             CodecError: A tensor is missing or of the wrong shape or dtype, a code is outside 0..2**bits-1, a range is
-                not finite or upside down, or differs from the codec's fixed one.
+                not finite, too wide or upside down, or differs from the codec's fixed one.
         """
         codes, low, high = named(tensors, self.sends)
         check_batch_shape("codes", codes, self.shape)
@@ -100,7 +109,7 @@ class CodesCodec(Codec):
         """Turn B payloads into codes int32 (B, *shape), low and high float32 (B,), and levels, an int64 scalar.
 
         Raises:
-            CodecError: A payload is damaged, or has a range that is not finite or upside down.
+            CodecError: A payload is damaged, or has a range that is not finite, too wide or upside down.
         """
         payloads = bytes_of(payloads)
         self.check_lengths(payloads)
@@ -226,11 +235,20 @@ def _checked_float(value: float, name: str) -> float:
     return float(rounded)
 
 
+def usable_range(low: float, high: float) -> bool:
+    """Whether two ends are finite, and so far within float32 that nothing decoded from between them overflows."""
+    return bool(abs(low) <= RANGE_LIMIT and abs(high) <= RANGE_LIMIT)
+
+
 def _check_ranges(ranges: npt.NDArray[np.floating]) -> None:
-    wrong = ~np.isfinite(ranges).all(axis=1) | (ranges[:, 0] > ranges[:, 1])
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise CodecError(f"the range of sample {row} must be finite with low <= high, got {ranges[row].tolist()}")
+    # NaN compares as false.
+    right = (np.abs(ranges) <= RANGE_LIMIT).all(axis=1) & (ranges[:, 0] <= ranges[:, 1])
+    if not right.all():
+        row = int(right.argmin())
+        raise CodecError(
+            f"the range of sample {row} must be finite, within ±{RANGE_LIMIT:.4g}, with low <= high, got "
+            f"{ranges[row].tolist()}"
+        )
 
 
 def _describe(tensor: Tensor) -> str:

@@ -89,7 +89,8 @@ class PatiencePolicy(ExitPolicy):
         0 & \text{else} \end{cases}, \qquad n_m \ge t
 
     The rule for classification of Zhou, Xu, Ge, McAuley, Xu and Wei, "BERT Loses Patience: Fast and Robust Inference
-    with Early Exit", 2020, section 3. All early exits share one t of at least 1; from E - 1 on none leaves early.
+    with Early Exit", 2020, section 3. All early exits share one t: at 0 all leave at the first exit, and from E - 1 on
+    none leaves early. A search for t begins at 1.
 
     Example:
         >>> policy = PatiencePolicy(thresholds=(1, 1))
@@ -133,8 +134,8 @@ class PatiencePolicy(ExitPolicy):
 
     def _checked_thresholds(self, thresholds: Sequence[Any]) -> tuple[float | None, ...]:
         for value in thresholds:
-            if value is not None and not (is_whole(value) and value >= 1):
-                raise ValueError(f"a patience must be a whole number of at least 1, or None, got {value!r}")
+            if value is not None and not (is_whole(value) and value >= 0):
+                raise ValueError(f"a patience must be a whole number of at least 0, or None, got {value!r}")
         if len(set(thresholds)) > 1:
             raise ValueError(f"all early exits share one patience, got {list(thresholds)}; give one number")
         return tuple(None if value is None else int(value) for value in thresholds)
@@ -156,6 +157,8 @@ class EnsemblePolicy(ConfidencePolicy):
         weights: w > 0, E rows of E; row m weighs the exits up to m. What stands above the diagonal is not looked at.
             ``None`` is the plain geometric mean, 1 / m each.
         log_bias: log b, E rows of one number for each class; ``None`` is 0.
+        last: Whether the last exit answers with its ensemble, as the paper has it; else with its own logits, as the
+            authors' code does.
 
     Raises:
         ValueError: An argument is out of range; the message names it and its value.
@@ -175,9 +178,13 @@ class EnsemblePolicy(ConfidencePolicy):
 
     weights: tuple[tuple[float, ...], ...] | None = None
     log_bias: tuple[tuple[float, ...], ...] | None = None
+    last: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.last, bool):
+            raise ValueError(f"last must be true or false, got {self.last!r}")
+        object.__setattr__(self, "final_needs_state", self.last)
         if self.weights is not None:
             object.__setattr__(self, "weights", self._checked_weights(self._rows("weights")))
         if self.log_bias is not None:
@@ -186,13 +193,18 @@ class EnsemblePolicy(ConfidencePolicy):
                 raise ValueError("log_bias must be as many finite numbers for each exit as there are classes")
             object.__setattr__(self, "log_bias", tuple(tuple(map(float, row)) for row in rows))
 
+    def with_ensemble(self, weights: Sequence[Sequence[float]], log_bias: Sequence[Sequence[float]]) -> Self:
+        """Return this policy with other weights and biases."""
+        rows, biases = tuple(map(tuple, weights)), tuple(map(tuple, log_bias))
+        return dataclasses.replace(self, weights=rows, log_bias=biases)
+
     def start(self, batch: int, classes: int, like: Tensor) -> dict[str, Tensor]:
         """Return room for the log-probabilities of B samples, (B, 0, C)."""
         return {"log_p": at_least_single(like.new_empty(batch, 0, classes))}
 
     def macs(self, exit: int, classes: int) -> int:
         """One for each class of each exit so far."""
-        return (exit + 1) * classes
+        return 0 if exit == self.exits - 1 and not self.last else (exit + 1) * classes
 
     def _answer(self, exit: int, logits: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         batch, classes = logits.shape

@@ -144,7 +144,7 @@ class Side:
             What leaves for other placements, and the samples that were answered.
 
         Raises:
-            BundleError: It is not what this side takes, or came before.
+            BundleError: It is not what this side takes, or came before; or the network's answer is not finite.
             PayloadError: The payloads of some samples are damaged or not this side's, or a partition emits of them what
                 its codec cannot send. The others are not touched by that: what became of them is the error's
                 ``outcome``; go on with it. The request forgets the samples that failed.
@@ -221,6 +221,7 @@ class _Running(Walk):
             self._decide(visit, self.policy, exit, outputs[self.logits[exit]])
         elif found := {key: outputs[key] for key in self.results if key in outputs}:
             rows = visit.rows or ()
+            _check_finite(found, rows)
             self._answer(rows, found, [self.last] * len(rows) if self.exits else ())
 
     def _decide(self, visit: Visit, policy: ExitPolicy, exit: int, logits: Tensor) -> None:
@@ -259,3 +260,12 @@ class _Running(Walk):
         if self.waits:
             torch.cuda.synchronize(self.bundle.device)
         return time.perf_counter()
+
+
+def _check_finite(outputs: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+    """Refuse an answer that says nothing, as a policy does at its exits."""
+    for name, tensor in outputs.items():
+        finite = tensor.isfinite()
+        if not finite.all():
+            row = rows[int(finite.reshape(len(tensor), -1).all(1).int().argmin())]
+            raise BundleError(f"{name} of sample {row} holds NaN or infinity: its payload or its input is damaged")

@@ -1,7 +1,8 @@
-"""Callbacks: the progress bar, what checkpoints carry, how far a fit came, and what W&B keeps."""
+"""Callbacks: the guard, the progress bar, what checkpoints carry, how far a fit came, and what W&B keeps."""
 
 from cleave.lightning_modules.callbacks.best import BestCheckpoint
 from cleave.lightning_modules.callbacks.early_stopping import EarlyStopping
+from cleave.lightning_modules.callbacks.guard import Guard
 from cleave.lightning_modules.callbacks.last import LastCheckpoint
 from cleave.lightning_modules.callbacks.metadata import CheckpointMetadata
 from cleave.lightning_modules.callbacks.progress import ProgressBar
@@ -14,6 +15,7 @@ __all__ = [
     "CheckpointMetadata",
     "EarlyStopping",
     "FitRecord",
+    "Guard",
     "LastCheckpoint",
     "ProgressBar",
     "StepMarker",

@@ -85,5 +85,6 @@ def network_policy(network: StagedNetwork, settings: Mapping[str, Any]) -> ExitP
         raise ValueError("an exit policy has no meaning here: the network has no exits; give exits.at or exits.count")
     if settings.get("kind") == "ensemble" and network.ensemble is not None:
         learned = {"weights": network.ensemble.weights, "log_bias": network.ensemble.log_bias}
-        settings = {name: value.detach().tolist() for name, value in learned.items()} | settings  # type: ignore[operator]
+        own = {name: value.detach().tolist() for name, value in learned.items()}  # type: ignore[operator]
+        settings = {**own, "last": network.ensemble.last, **settings}
     return build_policy(**settings, exits=len(network.exits))

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from cleave.architectures import StagedNetwork
@@ -111,9 +112,25 @@ class CalibrationError(MulticlassCalibrationError):
         super().update(preds.softmax(1), target)
 
 
-class MeanCrossEntropy(MeanMetric):
-    """Cross entropy of logits (B, classes) against labels (B,), averaged over all samples, in nats."""
+class MeanCrossEntropy(Metric):
+    """Cross entropy of logits (B, classes) against labels (B,), averaged over all samples, in nats.
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
+    Where the network has diverged it is NaN: torchmetrics' own mean would leave out the batches that went wrong.
+    """
+
+    total: Tensor
+    samples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "samples"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch."""
-        super().update(F.cross_entropy(logits, labels), weight=len(labels))
+        self.total = self.total + F.cross_entropy(logits, labels) * len(labels)
+        self.samples = self.samples + len(labels)
+
+    def compute(self) -> Tensor:
+        """Return the mean."""
+        return self.total / self.samples

@@ -15,12 +15,14 @@ from cleave.architectures import StagedNetwork
 from cleave.deployment import ExitPolicy, offline
 from cleave.lightning_modules.evaluators.answers import Answers
 from cleave.lightning_modules.evaluators.classification import CalibrationError
-from cleave.lightning_modules.evaluators.evaluator import TEST, Evaluator, Measured, PolicyFigures
+from cleave.lightning_modules.evaluators.evaluator import TEST, VAL, Evaluator, Measured, PolicyFigures
 from cleave.lightning_modules.testing import Passed
 
 
 class Exits(Evaluator):
     """Accuracy ``acc_exit/NAME`` and calibration error ``ece_exit/NAME`` of every exit, and ``acc_exits``, their mean.
+
+    Where an ensemble is trained, in validation also ``acc_own/NAME``, what the exit answers without it.
 
     Args:
         answers: What the exits answer.
@@ -35,6 +37,7 @@ class Exits(Evaluator):
         self.labels = labels
         self.names: tuple[str, ...] = ()
         self.metrics = nn.ModuleList()
+        self.own = nn.ModuleList()
 
     def bind(self, network: StagedNetwork, trained: Sequence[str]) -> None:
         """Build the metrics of each exit."""
@@ -47,6 +50,8 @@ class Exits(Evaluator):
             )
             for _ in self.names
         )
+        if self.answers.trains_ensemble:
+            self.own = nn.ModuleList(MulticlassAccuracy(classes, average="micro") for _ in self.names)
 
     def monitor(self, trained: Sequence[str]) -> str | None:
         """Return the mean accuracy where exits or their ensemble are trained."""
@@ -59,11 +64,15 @@ class Exits(Evaluator):
 
     def needs(self, stage: str, network: StagedNetwork) -> Sequence[str]:
         """Return the outputs that the answers are made of."""
-        return self.answers.needs(stage, network)
+        own = network.group("exits") if stage == VAL and len(self.own) else ()
+        return tuple(dict.fromkeys([*self.answers.needs(stage, network), *own]))
 
     def update(self, stage: str, passed: Passed) -> None:
         """Add a batch."""
         labels = passed.batch[self.labels]
+        if stage == VAL and len(self.own):
+            for alone, name in zip(self.own, passed.network.group("exits"), strict=True):
+                cast(Metric, alone).update(passed[name].float(), labels)
         for group, logits in zip(self.metrics, self.answers.of(stage, passed), strict=True):
             for metric in cast(nn.ModuleDict, group).values():
                 cast(Metric, metric).update(logits, labels)
@@ -74,6 +83,9 @@ class Exits(Evaluator):
         for name, group in zip(self.names, self.metrics, strict=True):
             for kind, metric in cast(nn.ModuleDict, group).items():
                 found[f"{kind}_exit/{name}"] = cast(Metric, metric).compute()
+        if stage == VAL and len(self.own):
+            own = zip(self.names, self.own, strict=True)
+            found |= {f"acc_own/{name}": cast(Metric, alone).compute() for name, alone in own}
         found["acc_exits"] = torch.stack([found[f"acc_exit/{name}"] for name in self.names]).mean()
         return found
 

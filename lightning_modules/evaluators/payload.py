@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from cleave.architectures import StagedNetwork
+from cleave.architectures.inserts.finite import DEAD
 from cleave.deployment import zstd_bytes
 from cleave.lightning_modules.evaluators.evaluator import TEST, Evaluator, Measured, Width
 from cleave.lightning_modules.testing import Passed, all_widths
@@ -37,6 +39,8 @@ class PayloadBytes(Evaluator):
         self.cuts: tuple[str, ...] = ()
         self.bits: int | None = None
         self.sizes: dict[str, float] = {}
+        self.firsts: dict[str, bytes] = {}
+        self.alive: set[str] = set()
 
     def bind(self, network: StagedNetwork, trained: Sequence[str]) -> None:
         """Build the metrics of each bottleneck and width.
@@ -62,7 +66,7 @@ class PayloadBytes(Evaluator):
         super().start(stage, network, data)
         if stage != TEST:
             return
-        self.bits = network.bits()
+        self.bits, self.firsts, self.alive = network.bits(), {}, set()
         sizes = network.sizes(self.cuts[0])
         self.sizes = {name: float(size) for name, size in sizes.items() if name != "feature" or len(self.cuts) == 1}
         if hasattr(data, "image_file_bytes"):
@@ -83,6 +87,10 @@ class PayloadBytes(Evaluator):
         if not passed.chosen:
             return
         cast(MeanMetric, self.metrics["payload_bytes"]).update(total)
+        for cut, payloads in passed.payloads.items():
+            first = self.firsts.setdefault(cut, payloads[0])
+            if any(payload != first for payload in payloads):
+                self.alive.add(cut)
         compressed = [_lengths(payloads, passed, zstd_bytes) for payloads in passed.payloads.values()]
         cast(MeanMetric, self.metrics["payload_zstd_bytes"]).update(torch.stack(compressed).sum(0))
         for metric, length in zip(self.by_cut, lengths, strict=bool(len(self.by_cut))):
@@ -94,6 +102,9 @@ class PayloadBytes(Evaluator):
         """Return what was measured."""
         if stage != TEST:
             return {}
+        if cast(MeanMetric, self.metrics["payload_bytes"]).weight > 1:
+            for cut in self.firsts.keys() - self.alive:
+                warnings.warn(f"{cut}: all representations of the test images are equal: {DEAD}", stacklevel=2)
         found = {name: cast(MeanMetric, metric).compute() for name, metric in self.metrics.items()}
         found |= {f"payload_to_{name}": found["payload_bytes"] / size for name, size in self.sizes.items()}
         for cut, metric in zip(self.cuts, self.by_cut, strict=bool(len(self.by_cut))):

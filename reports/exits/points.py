@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cleave.architectures import StagedNetwork
-from cleave.deployment import ExitPolicy
+from cleave.deployment import EnsemblePolicy, ExitPolicy
 from cleave.lightning_modules.evaluators import network_policy
 from cleave.planning import (
     Calibrated,
@@ -18,9 +18,12 @@ from cleave.planning import (
     calibration_error,
     cost_curve,
     exit_accuracy,
+    expected_excess,
+    fit_ensemble,
     fit_temperatures,
     measure,
     overthinking,
+    worse_than_exits,
 )
 from cleave.planning.stored_logits import decisions
 from cleave.planning.threshold_search import ROUNDING
@@ -39,6 +42,7 @@ class Study:
         scheme: ``budget`` or ``budgeted_batch``.
         shared: One threshold for all exits, or one each.
         temperatures: One for each exit, or ``None``.
+        fit_ensemble: Whether an ensemble takes weights fitted on val, instead of the network's own.
     """
 
     network: StagedNetwork
@@ -48,11 +52,26 @@ class Study:
     scheme: str
     shared: bool
     temperatures: tuple[float, ...] | None
+    fit_ensemble: bool = False
+    _fitted: dict[str, ExitPolicy] = dataclasses.field(default_factory=dict)
     _known: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def policy(self, kind: str) -> ExitPolicy:
         """Return a policy that fits the network; its thresholds are still to be found."""
-        return network_policy(self.network, {"kind": kind, "thresholds": 1}).with_temperatures(self.temperatures)
+        if kind not in self._fitted:
+            found = network_policy(self.network, {"kind": kind, "thresholds": 1}).with_temperatures(self.temperatures)
+            if self.fit_ensemble and isinstance(found, EnsemblePolicy):
+                found = fit_ensemble(found, *self.val)
+            self._fitted[kind] = found
+        return self._fitted[kind]
+
+    def worse(self) -> list[dict[str, Any]]:
+        """Return the exits that answer better alone than in the ensemble, on val."""
+        policy = self.policy("ensemble")
+        assert isinstance(policy, EnsemblePolicy)
+        names = self.network.exits
+        found = worse_than_exits(policy, *self.val)
+        return [{"name": names[i], "ensemble": both, "exit": alone} for i, both, alone in found]
 
     def costs_of(self, policy: ExitPolicy) -> list[float]:
         """Return the cumulative cost of leaving at each exit."""
@@ -80,15 +99,20 @@ class Study:
 
     def point(self, found: Calibrated, budget: float | None) -> dict[str, Any]:
         """Measure calibrated thresholds on test."""
-        tested = measure(found.policy, *self.test, self.costs_of(found.policy))
+        costs, backbone = self.costs_of(found.policy), self.costs.backbone
+        tested = measure(found.policy, *self.test, costs)
+        samples = len(self.val.labels), len(self.test.labels)
+        excess = expected_excess(found.shares, costs, math.inf if budget is None else budget * backbone, *samples)
         return {
             "budget": budget,
             "accuracy": tested.accuracy,
-            "cost": tested.cost / self.costs.backbone,
+            "cost": tested.cost / backbone,
             "shares": list(tested.shares),
             "thresholds": list(found.policy.thresholds),
             "val_accuracy": found.accuracy,
-            "val_cost": found.cost / self.costs.backbone,
+            "val_cost": found.cost / backbone,
+            "cost_error": excess.error / backbone,
+            "expected_excess": None if budget is None else excess.expected / backbone,
             "scheme": found.scheme,
         }
 
@@ -123,7 +147,17 @@ def policy_figures(study: Study, kind: str, budgets: Sequence[float], curve: int
 
 
 NOT_KEPT: dict[str, Any] = dict.fromkeys(
-    ("accuracy", "cost", "shares", "thresholds", "val_accuracy", "val_cost", "scheme")
+    (
+        "accuracy",
+        "cost",
+        "shares",
+        "thresholds",
+        "val_accuracy",
+        "val_cost",
+        "cost_error",
+        "expected_excess",
+        "scheme",
+    )
 )
 
 

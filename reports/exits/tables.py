@@ -15,8 +15,14 @@ OF = {"macs": "the backbone's MACs", "seconds": "the backbone's seconds", "given
 def print_report(report: Mapping[str, Any]) -> None:
     """Print what was found: accuracy at each budget, each exit alone, seconds, and which exits to keep."""
     budgets_table(report)
+    excess_words(report)
     shares_table(report)
     exits_table(report)
+    for each in report["worse_ensembles"]:
+        say(
+            f"Warning: the ensemble at {each['name']} is worse than its exit on val, {percent(each['ensemble'])} "
+            f"against {percent(each['exit'])}: set fit_ensemble=true, or train it by method.fit=lbfgs."
+        )
     lost, wasted = 100 * report["overthinking"], 100 * report["wasteful"]
     oracle = report["oracle"]
     say(
@@ -49,6 +55,21 @@ def budgets_table(report: Mapping[str, Any]) -> None:
     header = ("policy", *(f"budget {share(budget)}" for budget in budgets), "best")
     title = f"Accuracy on {report['images']['test']:,} test images at their mean share of {OF[report['costs']['unit']]}"
     table(title, rows, header)
+
+
+def excess_words(report: Mapping[str, Any]) -> None:
+    """Say how far a budget that is kept on val may be overspent on other images by chance."""
+    every = [point for figures in report["policies"].values() for point in figures["points"]]
+    points = [point for point in every if point["accuracy"] is not None]
+    if not points:
+        return
+    val, test = (f"{report['images'][split]:,}" for split in ("val", "test"))
+    error, excess = (max(point[key] for point in points) for key in ("cost_error", "expected_excess"))
+    say(
+        f"Budgets are kept on {val} validation images. On {test} others the mean cost differs by chance, by a standard "
+        f"error of at most {100 * error:.2f} % of the backbone's; a budget is overspent by at most "
+        f"{100 * excess:.2f} % of it in expectation. To keep to it more surely, ask for that much less."
+    )
 
 
 def shares_table(report: Mapping[str, Any]) -> None:

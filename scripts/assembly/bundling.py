@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cleave.architectures import StagedNetwork, recalibrate_batchnorm
 from cleave.architectures.inserts.calibration import METHODS
+from cleave.architectures.inserts.finite import DIVERGED, NumberError, check_learned
 from cleave.architectures.naming import did_you_mean
 from cleave.architectures.network.outputs import LOGITS
 from cleave.architectures.partitions import Partitions, network_partitions
@@ -113,7 +114,8 @@ def write_bundle(
         data: The data it was tested on, for its input, class names and sample images.
         directory: The folder to write.
         config: The resolved config.
-        metrics: What was measured of the network; non-numbers are refused.
+        metrics: What was measured of the network; what was not finite in the last validation, of weights that are not
+            the exported ones, is left out.
         measured: The same by what it means; ``None`` where it was not tested.
         points: The same as a comparison of runs takes it, which reads it from the manifest.
         sample: Test images kept in the bundle with their expected outputs.
@@ -122,11 +124,15 @@ def write_bundle(
 
     Returns:
         The folder written.
+
+    Raises:
+        NumberError: A metric of the test is not finite, or the network's weights are not.
     """
+    check_learned(network, "the network")
     network, exits = network.cpu().float().eval(), exits or Exits()
     accuracies = measured.exits if measured else None
     found = network_partitions(network, data.input, exits.placements, exits.policy, accuracies)
-    described: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
+    described: dict[str, Any] = dict(_finite(metrics))
     if measured is not None:
         route = _route(network, data, found, exits.policy)
         described = all_sent(described, network, measured, route, found.exits, exits.policy)
@@ -148,6 +154,14 @@ def write_bundle(
     )
     bundle_table(bundle, directory)
     return directory
+
+
+def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
+    found = {name: float(value) for name, value in metrics.items()}
+    for name, value in found.items():
+        if name.startswith("test/") and not math.isfinite(value):
+            raise NumberError(f"{name} is {value}: {DIVERGED}")
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def all_sent(

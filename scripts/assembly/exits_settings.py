@@ -32,6 +32,9 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
     one_of("scheme", settings["scheme"], ["budget", "budgeted_batch"])
     if not isinstance(settings["costs"], list):
         one_of("costs", settings["costs"], ["macs", "seconds"])
+    for key in ("shared", "temperatures", "fit_ensemble"):
+        if not isinstance(settings[key], bool):
+            raise ValueError(f"{key} must be true or false, got {settings[key]!r}")
     if settings["calibrate_on"] != "val":
         raise ValueError(
             f"calibrate_on must be val, got {settings['calibrate_on']!r}: thresholds chosen on the images that are "

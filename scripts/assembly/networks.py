@@ -27,6 +27,7 @@ ARGUMENTS = {
     "split": "split.at",
     "form": "split.form",
     "ensemble": "exits.ensemble",
+    "ensemble_last": "exits.ensemble_last",
     "cascade": "exits.cascade",
 }
 """Keys of a config by the arguments of :func:`~cleave.architectures.staged_network` that are called otherwise."""
@@ -65,6 +66,7 @@ def build_network(
             exit_head=builder(exits, "head", "exits.head"),
             cascade=exits.cascade,
             ensemble=exits.ensemble,
+            ensemble_last=exits.ensemble_last,
             gradient_equilibrium=exits.gradient_equilibrium,
             inserts={layer: instantiate(each) for layer, each in (cfg.get("inserts") or {}).items()},
         )

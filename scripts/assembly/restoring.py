@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from cleave.architectures import StagedNetwork
+from cleave.architectures.inserts.finite import check_learned
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import FLOAT_BITS, ImageInput, check_bits
 from cleave.lightning_modules.callbacks.metadata import KEY, read_metadata
@@ -127,6 +128,7 @@ def load_strictly(network: nn.Module, state: dict[str, Tensor], source: str) -> 
     """Load a state dict that must fit exactly.
 
     Raises:
+        NumberError: A weight or a running statistic is not finite.
         ValueError: Names or shapes differ; the message lists them.
     """
     own = network.state_dict()
@@ -147,6 +149,7 @@ def load_strictly(network: nn.Module, state: dict[str, Tensor], source: str) -> 
         )
         raise ValueError(f"{source} is of another architecture than {type(network).__name__}: {told}")
     network.load_state_dict(state)
+    check_learned(network, source)
 
 
 def file_sha256(path: str | Path) -> str:
