@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+from torch import Tensor
 
 
 def restore_loaders(trainer: pl.Trainer) -> None:
@@ -13,6 +15,22 @@ def restore_loaders(trainer: pl.Trainer) -> None:
     Asking for the number of steps of a run, as schedulers do, makes them.
     """
     trainer.fit_loop._load_combined_loader_states()
+
+
+def restore_metrics(trainer: pl.Trainer, metrics: Mapping[str, Tensor]) -> None:
+    """Let a resumed run know what was measured last, as an uninterrupted one would."""
+    trainer.callback_metrics.update(metrics)
+
+
+def accumulating(trainer: pl.Trainer) -> bool:
+    """Return whether the last batch gave gradients that no optimizer step has used yet."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def validates_now(trainer: pl.Trainer) -> bool:
+    """Return whether a validation follows the training batch that has just ended."""
+    loop = trainer.fit_loop
+    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def logged_steps(trainer: pl.Trainer) -> int:
