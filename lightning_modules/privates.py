@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
 
@@ -41,6 +42,12 @@ def logged_steps(trainer: pl.Trainer) -> int:
 def set_logged_steps(trainer: pl.Trainer, steps: int) -> None:
     """Let the loggers' steps go on from where another fit ended; each trainer would begin at 0."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = steps
+
+
+def kill_of_spawned(trainer: pl.Trainer) -> Callable[[int], None] | None:
+    """Return what sends a signal to the processes that a trainer spawns, ``None`` where it spawns none."""
+    launcher = trainer.strategy.launcher
+    return launcher.kill if isinstance(launcher, _MultiProcessingLauncher) else None
 
 
 def misses_unused(trainer: pl.Trainer) -> bool:

@@ -89,4 +89,5 @@ class ResumingModule(pl.LightningModule):
 
 def _place(trainer: pl.Trainer, config: Any) -> int:
     """Return how many steps or epochs are behind a run."""
-    return trainer.global_step if config.interval == "step" else trainer.fit_loop.epoch_progress.current.processed
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return trainer.global_step if config.interval == "step" else progress.processed

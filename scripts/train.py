@@ -12,6 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cleave.architectures import Cost
+from cleave.lightning_modules import signals
 from cleave.lightning_modules.callbacks.metadata import KEY
 from cleave.lightning_modules.callbacks.tracking import recorded_outcome
 from cleave.scripts.assembly.building import Assembly, assemble, instantiate_each, plain
@@ -20,6 +21,7 @@ from cleave.scripts.assembly.fitting import Fit, Fitted, fit, only_tested, prepa
 from cleave.scripts.assembly.outcome import Outcome, finish
 from cleave.scripts.assembly.recipe import all_steps, steps_to_go
 from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
+from cleave.scripts.assembly.stopping import forwarding, telling_what_is_kept
 from cleave.scripts.assembly.terminal import CONF, friendly, quiet, start
 
 
@@ -69,7 +71,8 @@ def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None) -> 
     if not cfg.test:
         return Outcome(metrics, None)
     file = best or (None if cfg.train else cfg.ckpt_path)
-    planned.trainer.test(planned.task, datamodule=parts.data, ckpt_path=file, weights_only=True, verbose=False)
+    with forwarding(planned.trainer):
+        planned.trainer.test(planned.task, datamodule=parts.data, ckpt_path=file, weights_only=True, verbose=False)
     return Outcome(metrics | planned.trainer.callback_metrics, planned.task.measured(planned.trainer.callback_metrics))
 
 
@@ -112,7 +115,7 @@ def refuse_subprocess_sweep(cfg: DictConfig) -> None:
 @friendly
 def main(cfg: DictConfig) -> float | None:
     """Train and return the optimised metric to the sweeper."""
-    with recorded_outcome():
+    with telling_what_is_kept(cfg), recorded_outcome():
         metrics = train(cfg)
         if cfg.train and cfg.optimized_metric and cfg.optimized_metric not in metrics:
             known = ", ".join(sorted(metrics))
@@ -124,3 +127,4 @@ if __name__ == "__main__":
     start(main)
 elif __name__ == "__mp_main__":  # a rank of ddp_spawn
     quiet()
+    signals.install()

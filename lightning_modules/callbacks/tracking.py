@@ -171,7 +171,7 @@ _recording = ContextVar("recording", default=False)
 
 @contextmanager
 def recorded_outcome() -> Iterator[None]:
-    """Finish the W&B run started within: exit code 0, or 1 on any exception, an interrupt included.
+    """Finish the W&B run started within: exit code 0, that of a ``SystemExit``, or 1 on any other exception.
 
     W&B itself records an exception that the script turns into an exit status as a success, and whatever is tracked next
     in the same process, such as the next job of a sweep, would write into a run left open. A run that was open before
@@ -183,8 +183,9 @@ def recorded_outcome() -> Iterator[None]:
     before, token = _open_run(), _recording.set(True)
     try:
         yield
-    except BaseException:
-        _finish(1, before)
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        _finish(code, before)
         raise
     else:
         _finish(0, before)

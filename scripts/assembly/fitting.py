@@ -18,6 +18,7 @@ from cleave.reports.terminal import console, number
 from cleave.scripts.assembly.building import Assembly, build_task, instantiate_each, plain
 from cleave.scripts.assembly.recipe import Step
 from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
+from cleave.scripts.assembly.stopping import forwarding
 
 
 class Fit(NamedTuple):
@@ -136,7 +137,8 @@ def fit(planned: Fit, parts: Assembly, before: list[Fitted]) -> Fitted:
         warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")
     if step.name:
         announce(planned, last)
-    trainer.fit(task, datamodule=parts.data, ckpt_path=step.ckpt_path, weights_only=True)
+    with forwarding(trainer):
+        trainer.fit(task, datamodule=parts.data, ckpt_path=step.ckpt_path, weights_only=True)
     progress._batches_that_stepped = record.steps  # of this process, where ranks of their own fitted
     fitted = only_tested(planned)._replace(
         epochs=record.epochs, steps=record.steps, seconds=record.seconds, score=record.score
