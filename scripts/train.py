@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from cleave.architectures import Cost
 from cleave.lightning_modules import signals
@@ -35,9 +35,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     steps = all_steps(cfg)
     to_go = steps_to_go(cfg, steps, checkpoint)
     parts = assemble(to_go[0].config, [step.config.method for step in steps])
+    tracked = checkpoint[KEY].get("wandb_id") if checkpoint else None
+    track_on(cfg, tracked)
     loggers = instantiate_each(cfg.get("logger"))
     # What cannot be built or resumed from is named before any training time is spent, of the last step too.
     fits = [prepare(step, parts, loggers) for step in to_go]
+    for planned in fits:
+        planned.metadata.wandb_id = tracked
     if not any("teacher" in planned.task.asked for planned in fits) and cfg.teacher.ckpt_path is not None:
         raise ValueError(
             f"teacher.ckpt_path={cfg.teacher.ckpt_path} would be ignored: nothing learns from a teacher; set a method "
@@ -63,6 +67,24 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if fits[-1].trainer.is_global_zero:
         finish(fits[-1].step.config, parts, fitted, outcome, perfect, fits[-1].trainer)
     return {name: float(value) for name, value in outcome.metrics.items()}
+
+
+def track_on(cfg: DictConfig, run: str | None) -> None:
+    """Let a resumed run go on in its W&B run, unless the config names another or says not to.
+
+    What is only tested, and each job of a sweep, is a run of its own.
+    """
+    logger = (cfg.get("logger") or {}).get("wandb")
+    if run is None or logger is None or not cfg.train or not logger.get("resume", True) or sweeping():
+        return
+    if logger.get("id") is None:
+        with open_dict(logger):
+            logger.id = run
+
+
+def sweeping() -> bool:
+    """Return whether this is one of the jobs of a Hydra multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None) -> Outcome:
@@ -102,9 +124,8 @@ def refuse_subprocess_sweep(cfg: DictConfig) -> None:
     """
     strategy = str(cfg.trainer.get("strategy") or "auto")
     in_process = ("spawn", "fork", "notebook")
-    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     many = str(cfg.trainer.get("devices")) != "1" or int(cfg.trainer.get("num_nodes") or 1) > 1
-    if sweeping and many and not any(word in strategy for word in in_process):
+    if sweeping() and many and not any(word in strategy for word in in_process):
         raise ValueError(
             f"a multirun with trainer.strategy={strategy} on several devices would launch ranks with other "
             "hyper-parameters than the job's; use trainer.devices=1, trainer.strategy=ddp_spawn, or single runs"

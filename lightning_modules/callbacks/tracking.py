@@ -21,11 +21,12 @@ class WandbLogger(pl_loggers.WandbLogger):
     """Lightning's ``WandbLogger``, with a clear word where W&B cannot start the run and none about settings it dropped.
 
     Args:
+        resume: Whether the run with the given ``id`` goes on; or one of the words of ``wandb.init``.
         **kwargs: Arguments of Lightning's logger and of ``wandb.init``.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, resume: bool | str = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs, resume={True: "allow", False: None}.get(resume, resume))
         # Lightning 2.6 always passes `anonymous`, and W&B warns of it at every start.
         self._wandb_init.pop("anonymous", None)
 
@@ -135,6 +136,12 @@ def wandb_run(trainer: pl.Trainer) -> Any | None:
             run = logger.experiment
             return None if run.disabled else run
     return None
+
+
+def wandb_id(trainer: pl.Trainer) -> str | None:
+    """Return the id of the trainer's W&B run, ``None`` where there is none."""
+    run = wandb_run(trainer)
+    return None if run is None else str(run.id)
 
 
 def log_artifact(

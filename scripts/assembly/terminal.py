@@ -1,11 +1,9 @@
-"""A user's mistakes as one line, and quiet frameworks."""
+"""How a command starts and ends: a user's mistakes as one line, quiet frameworks, signals."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -18,6 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from cleave.lightning_modules import signals
 from cleave.lightning_modules.signals import Stopped
+from cleave.scripts.assembly.logs import quiet
 from cleave.scripts.assembly.stopping import stopped_by
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
@@ -85,16 +84,6 @@ def end(stopped: Stopped) -> NoReturn:
         sys.stdout.flush()
         print(stopped.in_words(), file=sys.stderr, flush=True)
     raise SystemExit(stopped.code)
-
-
-def quiet() -> None:
-    """Keep what frameworks say to themselves off the terminal; their warnings and errors stay."""
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning 2.6 asks torch 2.15 about trees in a form torch is about to drop; no user can mend that.
-    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated", FutureWarning)
-    # A run shorter than the interval still logs at the end of each epoch.
-    warnings.filterwarnings("ignore", r"The number of training batches .* is smaller than the logging interval")
 
 
 def unwrapped(error: BaseException) -> BaseException:
