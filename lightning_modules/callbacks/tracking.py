@@ -26,7 +26,7 @@ class WandbLogger(pl_loggers.WandbLogger):
     """
 
     def __init__(self, resume: bool | str = True, **kwargs: Any) -> None:
-        super().__init__(**kwargs, resume={True: "allow", False: None}.get(resume, resume))
+        super().__init__(**kwargs, resume=("allow" if resume else None) if isinstance(resume, bool) else resume)
         # Lightning 2.6 always passes `anonymous`, and W&B warns of it at every start.
         self._wandb_init.pop("anonymous", None)
 

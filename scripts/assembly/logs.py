@@ -6,12 +6,13 @@ import logging
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
 FRAMEWORKS = ("pytorch_lightning", "lightning_fabric")
 _ASKED_FOR = {"callbacks", "profilers"}
-"""Folders of Lightning that log nothing unless a setting asks for it: a profiler's report, a summary, why a run stopped."""
+"""Folders of Lightning that log nothing unless asked to: a profiler's report, a summary, why a run stopped."""
 
 
 def quiet() -> None:
@@ -36,11 +37,16 @@ def _hand_over(logger: logging.Logger) -> None:
         if logger.level > logging.DEBUG:  # else hydra.verbose names it
             logger.setLevel(logging.NOTSET)
     verbose = HydraConfig.get().verbose if HydraConfig.initialized() else False
-    if verbose is True or (verbose and logger.name in ([verbose] if isinstance(verbose, str) else verbose)):
+    if verbose is True or any(f"{name}.".startswith(f"{logger.name}.") for name in _named(verbose)):
         return
     for handler in _terminals([*root.handlers, *logger.handlers]):
         if not any(isinstance(each, _AskedFor) and each.name == logger.name for each in handler.filters):
             handler.addFilter(_AskedFor(logger.name))
+
+
+def _named(verbose: Any) -> list[str]:
+    """Return the loggers that ``hydra.verbose`` names."""
+    return [verbose] if isinstance(verbose, str) else [] if isinstance(verbose, bool) else list(verbose)
 
 
 def _terminals(handlers: Iterable[logging.Handler]) -> list[logging.StreamHandler]:
