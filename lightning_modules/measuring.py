@@ -6,19 +6,19 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from cleave.architectures import StagedNetwork
 from cleave.architectures.inserts.finite import DIVERGED, NumberError
 from cleave.lightning_modules.evaluators.evaluator import TEST, VAL, Evaluator, Measured
+from cleave.lightning_modules.resuming import ResumingModule
 from cleave.lightning_modules.testing import Passed, set_widths, through_bytes
 
 Batch = Mapping[str, Any]
 
 
-class MeasuredModule(pl.LightningModule):
+class MeasuredModule(ResumingModule):
     """Measures a network: it runs once a batch for all evaluators, in testing through the real bytes of what is sent.
 
     Args:

@@ -229,6 +229,7 @@ class Task(MeasuredModule):
         """Set every part's mode and the loader's place: a run resumed inside an epoch gets no epoch start."""
         self.set_modes()
         privates.restore_loaders(self.trainer)
+        super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
         """Set every part's mode; Lightning leaves each as it finds it."""
@@ -284,11 +285,13 @@ class Task(MeasuredModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which frozen networks the student learns from."""
+        super().on_save_checkpoint(checkpoint)
         if self.others:
             checkpoint["others"] = {name: frozen.record() for name, frozen in self.others.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with other frozen networks."""
+        super().on_load_checkpoint(checkpoint)
         for name, recorded in checkpoint.get("others", {}).items():
             if name in self.others:
                 self.others[name].check(name, recorded)

@@ -12,7 +12,7 @@ from cleave.reports.terminal import console, next_command, table
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.bundling import parity_words
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.terminal import USER_ERRORS, fail, quiet
+from cleave.scripts.assembly.terminal import quiet, start
 from cleave.scripts.exits_report import POLICY, exits_report
 from cleave.scripts.export import export
 from cleave.scripts.train import train
@@ -106,7 +106,4 @@ def percent(share: float) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except USER_ERRORS as error:
-        fail(error)
+    start(main)

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import hydra
 import pytorch_lightning as pl
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from cleave.lightning_modules.callbacks.tracking import recorded_outcome
 from cleave.reports.rates.measured import measured_points
 from cleave.reports.rates.results import RESULTS, write_results
 from cleave.reports.terminal import cost_rows, next_command, results_table, table
-from cleave.scripts.assembly.building import build_task, instantiate_each
+from cleave.scripts.assembly.building import build_task, build_trainer, instantiate_each
 from cleave.scripts.assembly.bundling import recalibrate
 from cleave.scripts.assembly.networks import build_channel, keyed
 from cleave.scripts.assembly.outcome import run_of
@@ -35,7 +34,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     variant = [recalibrate(restored, data, cfg.recalibrate), set_channel(restored, cfg.get("channel"))]
     task = build_task(restored.config, restored.network, restored.class_names)
     loggers = instantiate_each(cfg.get("logger"))
-    trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(logger=loggers, enable_checkpointing=False)
+    trainer = build_trainer(cfg, logger=loggers, enable_checkpointing=False)
     run = trainer.test if cfg.split == "test" else trainer.validate
     run(task, datamodule=data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import hydra
 import pytorch_lightning as pl
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from cleave.deployment import check_target
 from cleave.lightning_modules.callbacks.tracking import WandbTracking, log_artifact, recorded_outcome, wandb_run
 from cleave.reports.rates.measured import measured_points
 from cleave.reports.terminal import next_command, results_table
-from cleave.scripts.assembly.building import build_task, instantiate_each, plain
+from cleave.scripts.assembly.building import build_task, build_trainer, instantiate_each, plain
 from cleave.scripts.assembly.bundling import chosen_exits, example_input, recalibrate, write_bundle
 from cleave.scripts.assembly.networks import choose_envelope
 from cleave.scripts.assembly.outcome import run_of
@@ -35,9 +34,7 @@ def export(cfg: DictConfig) -> Path:
     recalibrate(restored, data, cfg.recalibrate)
     restored.network.set_channel(None)  # a bundle is measured through its bytes, which its runtime delivers whole
     loggers = instantiate_each(cfg.get("logger"))
-    trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(
-        callbacks=[WandbTracking()], logger=loggers, enable_checkpointing=False
-    )
+    trainer = build_trainer(cfg, callbacks=[WandbTracking()], logger=loggers, enable_checkpointing=False)
     if trainer.world_size > 1:
         raise ValueError("export runs on one device; add trainer.devices=1")
     for logger in trainer.loggers:

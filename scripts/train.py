@@ -9,9 +9,10 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from cleave.architectures import Cost
+from cleave.lightning_modules import signals
 from cleave.lightning_modules.callbacks.metadata import KEY
 from cleave.lightning_modules.callbacks.tracking import recorded_outcome
 from cleave.scripts.assembly.building import Assembly, assemble, instantiate_each, plain
@@ -20,6 +21,7 @@ from cleave.scripts.assembly.fitting import Fit, Fitted, fit, only_tested, prepa
 from cleave.scripts.assembly.outcome import Outcome, finish
 from cleave.scripts.assembly.recipe import all_steps, steps_to_go
 from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
+from cleave.scripts.assembly.stopping import forwarding, telling_what_is_kept
 from cleave.scripts.assembly.terminal import CONF, friendly, quiet, start
 
 
@@ -33,9 +35,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     steps = all_steps(cfg)
     to_go = steps_to_go(cfg, steps, checkpoint)
     parts = assemble(to_go[0].config, [step.config.method for step in steps])
+    tracked = checkpoint[KEY].get("wandb_id") if checkpoint else None
+    track_on(cfg, tracked)
     loggers = instantiate_each(cfg.get("logger"))
     # What cannot be built or resumed from is named before any training time is spent, of the last step too.
     fits = [prepare(step, parts, loggers) for step in to_go]
+    for planned in fits:
+        planned.metadata.wandb_id = tracked
     if not any("teacher" in planned.task.asked for planned in fits) and cfg.teacher.ckpt_path is not None:
         raise ValueError(
             f"teacher.ckpt_path={cfg.teacher.ckpt_path} would be ignored: nothing learns from a teacher; set a method "
@@ -63,13 +69,32 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     return {name: float(value) for name, value in outcome.metrics.items()}
 
 
+def track_on(cfg: DictConfig, run: str | None) -> None:
+    """Let a resumed run go on in its W&B run, unless the config names another or says not to.
+
+    What is only tested, and each job of a sweep, is a run of its own.
+    """
+    logger = (cfg.get("logger") or {}).get("wandb")
+    if run is None or logger is None or not cfg.train or not logger.get("resume", True) or sweeping():
+        return
+    if logger.get("id") is None:
+        with open_dict(logger):
+            logger.id = run
+
+
+def sweeping() -> bool:
+    """Return whether this is one of the jobs of a Hydra multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None) -> Outcome:
     """Test the best weights, if the config says so, and return what was measured by now."""
     metrics = dict(planned.trainer.callback_metrics)
     if not cfg.test:
         return Outcome(metrics, None)
     file = best or (None if cfg.train else cfg.ckpt_path)
-    planned.trainer.test(planned.task, datamodule=parts.data, ckpt_path=file, weights_only=True, verbose=False)
+    with forwarding(planned.trainer):
+        planned.trainer.test(planned.task, datamodule=parts.data, ckpt_path=file, weights_only=True, verbose=False)
     return Outcome(metrics | planned.trainer.callback_metrics, planned.task.measured(planned.trainer.callback_metrics))
 
 
@@ -99,9 +124,8 @@ def refuse_subprocess_sweep(cfg: DictConfig) -> None:
     """
     strategy = str(cfg.trainer.get("strategy") or "auto")
     in_process = ("spawn", "fork", "notebook")
-    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     many = str(cfg.trainer.get("devices")) != "1" or int(cfg.trainer.get("num_nodes") or 1) > 1
-    if sweeping and many and not any(word in strategy for word in in_process):
+    if sweeping() and many and not any(word in strategy for word in in_process):
         raise ValueError(
             f"a multirun with trainer.strategy={strategy} on several devices would launch ranks with other "
             "hyper-parameters than the job's; use trainer.devices=1, trainer.strategy=ddp_spawn, or single runs"
@@ -112,7 +136,7 @@ def refuse_subprocess_sweep(cfg: DictConfig) -> None:
 @friendly
 def main(cfg: DictConfig) -> float | None:
     """Train and return the optimised metric to the sweeper."""
-    with recorded_outcome():
+    with telling_what_is_kept(cfg), recorded_outcome():
         metrics = train(cfg)
         if cfg.train and cfg.optimized_metric and cfg.optimized_metric not in metrics:
             known = ", ".join(sorted(metrics))
@@ -124,3 +148,4 @@ if __name__ == "__main__":
     start(main)
 elif __name__ == "__mp_main__":  # a rank of ddp_spawn
     quiet()
+    signals.install()

@@ -1,6 +1,7 @@
 """Offline W&B runs of the scripts, read back from their own files; every script runs as a user would run it."""
 
 import base64
+import csv
 import hashlib
 import json
 import math
@@ -213,6 +214,45 @@ def test_what_runs_in_one_process_is_tracked_as_runs_of_its_own(tmp_path, monkey
     assert wandb.run is None
 
 
+def test_a_resumed_run_goes_on_in_its_wandb_run_unless_told_otherwise(tmp_path, monkeypatch):
+    for kind in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{kind}_DIR", str(tmp_path / "wandb-own"))
+    quick = ["trainer=cpu", "+trainer.enable_progress_bar=false", "experiment=digits_teacher", "debug=limit"]
+    quick += ["callbacks.progress=null"]
+    tracked, untracked = ["logger=wandb", "logger.wandb.mode=offline"], ["logger=csv"]
+    again = ["logger.wandb.resume=false"]
+    plan = [(tracked, None), (untracked, 0), (tracked, 1), (tracked + again, 0), ([*tracked, "train=false"], 0)]
+    for number, (logger, after) in enumerate(plan):
+        resume = [] if after is None else [f"ckpt_path={tmp_path}/{after}/checkpoints/last.ckpt"]
+        epochs = f"trainer.max_epochs={number + 1}"
+        train(compose_config("train", [*quick, *logger, *resume, epochs, "test=false"], tmp_path / str(number)))
+    runs = {folder: [run.run.run_id for run in offline_runs(tmp_path / folder)] for folder in "01234"}
+    first = runs["0"]
+    assert len(first) == 1
+    assert (runs["1"], runs["2"]) == ([], first)
+    assert len(runs["3"]) == len(runs["4"]) == 1
+    assert first != runs["3"] != runs["4"] != first
+    kept = [read_checkpoint(tmp_path / f"{folder}/checkpoints/last.ckpt")["cleave"]["wandb_id"] for folder in "0123"]
+    assert kept == [*first * 3, *runs["3"]]
+
+
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+def test_the_log_of_a_resumed_run_leaves_what_is_there(logger, tmp_path):
+    quick = ["trainer=cpu", "+trainer.enable_progress_bar=false", "experiment=digits_teacher", "debug=limit"]
+    quick += ["callbacks.progress=null", "test=false", f"logger={logger}", f"+logger.{logger}.version=0"]
+    train(compose_config("train", [*quick, "trainer.max_epochs=1"], tmp_path / "run"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run" / logger).rglob("*") if path.is_file()}
+    last = f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt"
+    train(compose_config("train", [*quick, "trainer.max_epochs=2", last], tmp_path / "run"))
+    for path, text in before.items():
+        if path.suffix != ".yaml":
+            assert path.read_bytes().startswith(text)
+    if logger == "csv":
+        (file,) = (tmp_path / "run").rglob("metrics.csv")
+        rows = list(csv.DictReader(file.read_text().splitlines()))
+        assert [row["epoch"] for row in rows if row["val/acc"]] == ["0", "1"]
+
+
 def test_each_job_of_a_sweep_is_its_own_run_and_a_crash_is_recorded_as_one(tmp_path):
     overrides = ["-m", "seed=0,1", "experiment=digits_teacher", *QUICK, "test=false"]
     overrides += ["+callbacks.crash._target_=misbehaving.Crash", "+callbacks.crash.seed=${seed}"]
@@ -264,10 +304,10 @@ def test_an_interrupted_run_is_recorded_as_failed(tmp_path):
     overrides = ["experiment=digits_teacher", *QUICK, "logger.wandb.mode=offline"]
     overrides += ["+callbacks.interrupt._target_=misbehaving.Interrupt"]
     process = run_script("train", overrides, tmp_path, WANDB_MODE="online")
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert "Traceback" not in process.stderr
     (run,) = offline_runs(tmp_path / "logs")
-    assert run.exit_codes == [1]
+    assert run.exit_codes == [130]
     assert run.series("test/acc") == []
 
 

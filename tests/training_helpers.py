@@ -173,6 +173,30 @@ class KillEncoder(pl.Callback):
     on_train_batch_end = on_train_batch_start
 
 
+class SignalAt(pl.Callback):
+    """Sends a signal to its own process, and a number of times: after a batch of training, or in a test."""
+
+    def __init__(self, name: str, step: int = 4, times: int = 1, stage: str = "fit") -> None:
+        self.signum, self.step, self.times, self.stage = signal.Signals[name], step, times, stage
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.stage == "fit" and trainer.global_step == self.step:
+            self.send()
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.stage == "validate":
+            self.send()
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        if self.stage == "test":
+            self.send()
+
+    def send(self) -> None:
+        for _ in range(self.times):
+            os.kill(os.getpid(), self.signum)
+        self.times = 0
+
+
 class SaveFinal(pl.Callback):
     """Saves a whole checkpoint at the end of training, wherever the interval of the others falls."""
 

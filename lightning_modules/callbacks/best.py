@@ -20,7 +20,9 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what was best; its file is copied into this run's folder."""
         old, folder = Path(state_dict["best_model_path"]), str(self.dirpath)
-        if state_dict["dirpath"] != folder and state_dict["best_model_path"] and old.is_file():
+        if not state_dict["best_model_path"]:
+            state_dict = {**state_dict, "dirpath": folder, "last_model_path": ""}  # Lightning would warn of the move
+        elif state_dict["dirpath"] != folder and old.is_file():
             new = Path(folder, old.name)
             _copy(old, new)
             score = state_dict["best_model_score"]

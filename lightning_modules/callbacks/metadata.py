@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning import Callback
 
 from cleave.deployment import ImageInput
+from cleave.lightning_modules.callbacks.tracking import wandb_id
 
 KEY = "cleave"
 SCHEMA = 2
@@ -32,6 +33,7 @@ class CheckpointMetadata(Callback):
 
     Attributes:
         before: What each earlier step of a recipe came to, as plain containers.
+        wandb_id: The W&B run that the run goes on in, also where this part of it is tracked elsewhere.
     """
 
     def __init__(self, config: Mapping[str, Any], class_names: Sequence[str], image_input: ImageInput) -> None:
@@ -42,6 +44,7 @@ class CheckpointMetadata(Callback):
             "image_input": image_input.to_dict(),
         }
         self.before: list[dict[str, Any]] = []
+        self.wandb_id: str | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that what will be saved can be loaded.
@@ -62,7 +65,8 @@ class CheckpointMetadata(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the metadata."""
-        checkpoint[KEY] = {**self.metadata, "before": self.before}
+        self.wandb_id = wandb_id(trainer) or self.wandb_id
+        checkpoint[KEY] = {**self.metadata, "before": self.before, "wandb_id": self.wandb_id}
 
 
 def read_metadata(checkpoint: Any, path: str) -> dict[str, Any]:

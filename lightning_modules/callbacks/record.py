@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,10 +17,14 @@ class FitRecord(Timer):
     """Epochs, steps, seconds and score of a fit, also of one that ran in processes of its own.
 
     From those Lightning brings back little more than the weights, so the figures lie in memory that all share.
+
+    Args:
+        max_time: After what time training ends, as of Lightning's ``Timer``. A trainer ignores its own ``max_time``
+            where such a timer stands among its callbacks.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, max_time: str | timedelta | dict[str, int] | None = None) -> None:
+        super().__init__(max_time)
         self._values = torch.full((4,), math.nan, dtype=torch.float64).share_memory_()
 
     @property

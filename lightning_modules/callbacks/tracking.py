@@ -21,11 +21,12 @@ class WandbLogger(pl_loggers.WandbLogger):
     """Lightning's ``WandbLogger``, with a clear word where W&B cannot start the run and none about settings it dropped.
 
     Args:
+        resume: Whether the run with the given ``id`` goes on; or one of the words of ``wandb.init``.
         **kwargs: Arguments of Lightning's logger and of ``wandb.init``.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, resume: bool | str = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs, resume=("allow" if resume else None) if isinstance(resume, bool) else resume)
         # Lightning 2.6 always passes `anonymous`, and W&B warns of it at every start.
         self._wandb_init.pop("anonymous", None)
 
@@ -137,6 +138,12 @@ def wandb_run(trainer: pl.Trainer) -> Any | None:
     return None
 
 
+def wandb_id(trainer: pl.Trainer) -> str | None:
+    """Return the id of the trainer's W&B run, ``None`` where there is none."""
+    run = wandb_run(trainer)
+    return None if run is None else str(run.id)
+
+
 def log_artifact(
     run: Any,
     path: Path,
@@ -171,7 +178,7 @@ _recording = ContextVar("recording", default=False)
 
 @contextmanager
 def recorded_outcome() -> Iterator[None]:
-    """Finish the W&B run started within: exit code 0, or 1 on any exception, an interrupt included.
+    """Finish the W&B run started within: exit code 0, that of a ``SystemExit``, or 1 on any other exception.
 
     W&B itself records an exception that the script turns into an exit status as a success, and whatever is tracked next
     in the same process, such as the next job of a sweep, would write into a run left open. A run that was open before
@@ -183,8 +190,9 @@ def recorded_outcome() -> Iterator[None]:
     before, token = _open_run(), _recording.set(True)
     try:
         yield
-    except BaseException:
-        _finish(1, before)
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        _finish(code, before)
         raise
     else:
         _finish(0, before)

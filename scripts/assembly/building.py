@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import pytorch_lightning as pl
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,11 @@ from cleave.scripts.assembly.taking_over import check_taken, take_over
 from cleave.scripts.assembly.terminal import CONF
 
 TEACHER = "teacher"
+_INSTEAD = {
+    "logger": "choose by logger=csv, logger=none and the like",
+    "callbacks": "add one by +callbacks.NAME._target_=…",
+    "enable_checkpointing": "nothing is trained here; leave it out",
+}
 
 
 def compose_config(name: str, overrides: Sequence[str], output_dir: Path) -> DictConfig:
@@ -87,6 +93,20 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def instantiate_each(group: DictConfig | None) -> list[Any]:
     """Instantiate the entries of a group such as ``callbacks``; an entry set to null is left out."""
     return [instantiate(entry) for entry in (group or {}).values() if entry is not None]
+
+
+def build_trainer(cfg: DictConfig, **own: Any) -> pl.Trainer:
+    """Build the trainer of ``cfg.trainer`` with what the script sets itself.
+
+    Raises:
+        ValueError: The config sets one of these, too.
+    """
+    for key, value in own.items():
+        given = cfg.trainer.get(key)
+        if given is not None and given != value:
+            raise ValueError(f"trainer.{key}={given} would be ignored: {_INSTEAD.get(key, 'leave it out')}")
+    trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(**own)
+    return trainer
 
 
 def build_task(

@@ -8,16 +8,16 @@ import warnings
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-from hydra.utils import instantiate
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.utilities import rank_zero_only
 
 from cleave.lightning_modules import Task
 from cleave.lightning_modules.callbacks import CheckpointMetadata, FitRecord, StepMarker, WandbTracking
 from cleave.reports.terminal import console, number
-from cleave.scripts.assembly.building import Assembly, build_task, instantiate_each, plain
+from cleave.scripts.assembly.building import Assembly, build_task, build_trainer, instantiate_each, plain
 from cleave.scripts.assembly.recipe import Step
 from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
+from cleave.scripts.assembly.stopping import forwarding
 
 
 class Fit(NamedTuple):
@@ -67,11 +67,12 @@ def prepare(step: Step, parts: Assembly, loggers: list[Any]) -> Fit:
         if not loggers:  # Lightning refuses to watch the rate where nothing writes it down
             callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
         cfg.cuts = list(parts.network.cuts)
-        metadata, record = CheckpointMetadata(plain(cfg), parts.data.class_names, parts.data.input), FitRecord()
+        metadata = CheckpointMetadata(plain(cfg), parts.data.class_names, parts.data.input)
+        record = FitRecord(plain(cfg)["trainer"].get("max_time"))
         callbacks += [record, metadata, WandbTracking(step=step.name)]
         if step.name:
             callbacks.append(StepMarker(step.number))
-        trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=loggers)
+        trainer = build_trainer(cfg, callbacks=callbacks, logger=loggers)
     return Fit(step, task, trainer, metadata, record)
 
 
@@ -136,7 +137,8 @@ def fit(planned: Fit, parts: Assembly, before: list[Fitted]) -> Fitted:
         warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")
     if step.name:
         announce(planned, last)
-    trainer.fit(task, datamodule=parts.data, ckpt_path=step.ckpt_path, weights_only=True)
+    with forwarding(trainer):
+        trainer.fit(task, datamodule=parts.data, ckpt_path=step.ckpt_path, weights_only=True)
     progress._batches_that_stepped = record.steps  # of this process, where ranks of their own fitted
     fitted = only_tested(planned)._replace(
         epochs=record.epochs, steps=record.steps, seconds=record.seconds, score=record.score

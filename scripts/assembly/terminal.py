@@ -1,20 +1,23 @@
-"""A user's mistakes as one line, and quiet frameworks."""
+"""How a command starts and ends: a user's mistakes as one line, quiet frameworks, signals."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from cleave.lightning_modules import signals
+from cleave.lightning_modules.signals import Stopped
+from cleave.scripts.assembly.logs import quiet
+from cleave.scripts.assembly.stopping import stopped_by
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
 FULL_ERRORS = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -38,7 +41,7 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
                 )
             return task(cfg)
         except USER_ERRORS as error:
-            if FULL_ERRORS:
+            if FULL_ERRORS or signals.received() is not None:
                 raise
             fail(error)
 
@@ -57,24 +60,30 @@ def missing_values(cfg: DictConfig) -> list[str]:
 
 
 def start(main: Callable[[], Any]) -> None:
-    """Run a script; what Hydra itself refuses (a misspelt key, a folder it cannot write) is one line as well."""
+    """Run a script; what Hydra itself refuses (a misspelt key, a folder it cannot write) is one line as well.
+
+    SIGTERM and Ctrl-C end it with status 143 and 130, and a word on what is kept.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a trace
+    signals.install()
     try:
         main()
-    except USER_ERRORS as error:
-        if FULL_ERRORS:
+    except BaseException as error:
+        if (stopped := stopped_by(error)) is not None:
+            end(stopped)
+        if FULL_ERRORS or not isinstance(error, USER_ERRORS):
             raise
         fail(error)
 
 
-def quiet() -> None:
-    """Keep what frameworks say to themselves off the terminal; their warnings and errors stay."""
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning 2.6 asks torch 2.15 about trees in a form torch is about to drop; no user can mend that.
-    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated", FutureWarning)
-    # A run shorter than the interval still logs at the end of each epoch.
-    warnings.filterwarnings("ignore", r"The number of training batches .* is smaller than the logging interval")
+def end(stopped: Stopped) -> NoReturn:
+    """Leave as a signal asked."""
+    if stopped.speaks:
+        if not getattr(stopped, "__notes__", []):
+            stopped.add_note("It did not finish; what it reads is as it was, and the same command starts it again.")
+        sys.stdout.flush()
+        print(stopped.in_words(), file=sys.stderr, flush=True)
+    raise SystemExit(stopped.code)
 
 
 def unwrapped(error: BaseException) -> BaseException:

@@ -1,0 +1,83 @@
+"""What a command says where SIGTERM or Ctrl-C ends it: what is kept, and how to go on."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from cleave.lightning_modules import privates, signals
+from cleave.lightning_modules.signals import Stopped
+
+_PLAIN = re.compile(r"[\w./+-]+")
+_OF_A_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.sweeper", "hydra.launcher")
+
+
+@contextmanager
+def telling_what_is_kept(cfg: DictConfig) -> Iterator[None]:
+    """Say what is kept of a run of ``train.py`` that a signal ends within, and the command that goes on with it."""
+    try:
+        yield
+    except BaseException as error:
+        stopped = stopped_by(error)
+        if stopped is None:
+            raise
+        file = stopped.checkpoint or _saved_last(cfg)
+        if file is None:
+            stopped.add_note("Nothing of it was saved.")
+        else:
+            stopped.add_note(f"What was trained is kept in {file}")
+            stopped.add_note(f"Go on: {resume_command(file)}")
+        raise stopped from error
+
+
+def stopped_by(error: BaseException) -> Stopped | None:
+    """Return the signal behind an exception; what breaks once a signal was received, such as a worker, is its doing."""
+    if isinstance(error, Stopped):
+        return error
+    signum = signals.received()
+    return None if signum is None else Stopped(signum, speaks=signals.speaks())
+
+
+@contextmanager
+def forwarding(trainer: pl.Trainer) -> Iterator[None]:
+    """Pass signals on to the processes that a trainer spawns; they save, and end this one by ending."""
+    kill = privates.kill_of_spawned(trainer)
+    if kill is None or not signals.installed():
+        yield
+        return
+    with signals.deferring(lambda signum: kill(signals.SIGNALS[0]), at_once=lambda: kill(9)):
+        yield
+
+
+def resume_command(file: str) -> str:
+    """Return the command of this run, resumed from a checkpoint, quoted for the shell."""
+    overrides: list[str] = []
+    if HydraConfig.initialized():
+        given = HydraConfig.get().overrides
+        own = [each for each in given.hydra if not each.startswith(_OF_A_SWEEP)]
+        overrides = [*(each for each in given.task if not each.lstrip("+").startswith("ckpt_path=")), *own]
+    script = sys.argv[0] if HydraConfig.initialized() else "scripts/train.py"
+    words = ["python", script, *overrides, f"ckpt_path={_in_hydra(file)}"]
+    return " ".join(map(shlex.quote, words))
+
+
+def _in_hydra(value: str) -> str:
+    """Quote a value for the grammar of Hydra's overrides, where it needs it."""
+    if _PLAIN.fullmatch(value):
+        return value
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return f"'{escaped}'"
+
+
+def _saved_last(cfg: DictConfig) -> str | None:
+    """Return the latest ``last.ckpt`` of a run, or else what it was itself resumed from."""
+    found = sorted(Path(cfg.paths.checkpoints).rglob("last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    return str(found[-1]) if found else cfg.ckpt_path
