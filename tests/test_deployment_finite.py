@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 
-from cleave.deployment import BundleError, CodecError, Message, Side, UniformCodec, code_codec, load_bundle
+from cleave.deployment import CodecError, Message, PayloadError, Side, UniformCodec, code_codec, load_bundle
 
 from .deployment_networks import images, make_bundle
 
@@ -37,11 +37,17 @@ def test_all_that_a_range_decodes_to_is_finite(bits):
 
 def test_an_answer_that_is_not_finite_is_an_error_of_its_request_alone(tmp_path):
     make_bundle(tmp_path / "bundle", "float")
-    device, server = (Side(load_bundle(tmp_path / "bundle", placement=place), place) for place in ("device", "server"))
+    device, server = (
+        Side(load_bundle(tmp_path / "bundle", placement=place), place, envelope=False) for place in ("device", "server")
+    )
     message = device.run(images(), request="a").messages["server"]
     ((name, payloads),) = message.payloads.items()
     damaged = [*payloads]
     damaged[3] = struct.pack("<ff", 3e38, math.nan) + damaged[3][8:]
-    with pytest.raises(BundleError, match="logits of sample 3 holds NaN or infinity"):
+    with pytest.raises(PayloadError, match="rows 3; .* Row 3: logits holds NaN or infinity") as caught:
         server.run(Message(message.rows, {name: damaged}), request="a")
-    assert server.run(message, request="b").outputs["logits"].isfinite().all()
+    others = [row for row in message.rows if row != 3]
+    whole = server.run(message, request="b").outputs["logits"]
+    assert whole.isfinite().all()
+    assert caught.value.outcome.rows == tuple(others)
+    assert torch.equal(caught.value.outcome.outputs["logits"], whole[others])

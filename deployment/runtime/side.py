@@ -17,7 +17,7 @@ from ..bundle.files import BundleError
 from ..bundle.loading import Bundle
 from ..checks import is_whole
 from ..codecs.codec import Codec
-from ..codecs.packing import PayloadError
+from ..codecs.packing import CodecError, PayloadError
 from ..exits.policy import ExitPolicy
 from ..exits.specs import LOGITS, check_policy, exit_logits, state_crossings
 from .each import decode_each, encode_each
@@ -144,10 +144,10 @@ class Side:
             What leaves for other placements, and the samples that were answered.
 
         Raises:
-            BundleError: It is not what this side takes, or came before; or the network's answer is not finite.
-            PayloadError: The payloads of some samples are damaged or not this side's, or a partition emits of them what
-                its codec cannot send. The others are not touched by that: what became of them is the error's
-                ``outcome``; go on with it. The request forgets the samples that failed.
+            BundleError: It is not what this side takes, or came before.
+            PayloadError: The payloads of some samples are damaged or not this side's, a partition emits of them what
+                its codec cannot send, or their answers are not finite. The others are not touched by that: what became of
+                them is the error's ``outcome``; go on with it. The request forgets the samples that failed.
         """
         message = self.message(arrived)
         visit = self._visits.get(request) or Visit()
@@ -218,11 +218,29 @@ class _Running(Walk):
     def have_run(self, visit: Visit, name: str, outputs: dict[str, Tensor]) -> None:
         exit = self.exits.get(name)
         if exit is not None and self.policy is not None:
-            self._decide(visit, self.policy, exit, outputs[self.logits[exit]])
+            found = self._sound(visit, {self.logits[exit]: outputs[self.logits[exit]]})
+            if visit.rows:
+                self._decide(visit, self.policy, exit, found[self.logits[exit]])
         elif found := {key: outputs[key] for key in self.results if key in outputs}:
-            rows = visit.rows or ()
-            _check_finite(found, rows)
-            self._answer(rows, found, [self.last] * len(rows) if self.exits else ())
+            found, rows = self._sound(visit, found), visit.rows or ()
+            if rows:
+                self._answer(rows, found, [self.last] * len(rows) if self.exits else ())
+
+    def _sound(self, visit: Visit, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leave samples out whose answer says nothing, as a damaged payload may make it; the others go on."""
+        broken: set[int] = set()
+        for name, tensor in outputs.items():
+            finite = tensor.isfinite()
+            if not finite.all():
+                for place in (~finite.reshape(len(tensor), -1).all(1)).nonzero().squeeze(1).tolist():
+                    broken.add(place)
+                    error = CodecError(f"{name} holds NaN or infinity: the payload or the input is damaged")
+                    self.failed[(visit.rows or ())[place]] = error
+        if not broken:
+            return outputs
+        places = [place for place in range(len(visit.rows or ())) if place not in broken]
+        visit.keep(places)
+        return taken(outputs, places)
 
     def _decide(self, visit: Visit, policy: ExitPolicy, exit: int, logits: Tensor) -> None:
         batch, classes = logits.shape
@@ -260,12 +278,3 @@ class _Running(Walk):
         if self.waits:
             torch.cuda.synchronize(self.bundle.device)
         return time.perf_counter()
-
-
-def _check_finite(outputs: Mapping[str, Tensor], rows: Sequence[int]) -> None:
-    """Refuse an answer that says nothing, as a policy does at its exits."""
-    for name, tensor in outputs.items():
-        finite = tensor.isfinite()
-        if not finite.all():
-            row = rows[int(finite.reshape(len(tensor), -1).all(1).int().argmin())]
-            raise BundleError(f"{name} of sample {row} holds NaN or infinity: its payload or its input is damaged")
