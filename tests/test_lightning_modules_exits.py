@@ -211,6 +211,28 @@ def test_zero_time_waste_fits_the_ensembles_to_convergence(last: bool) -> None:
     assert torch.allclose(list(answers.values())[-1], own.log_softmax(1), atol=1e-6) is not last
 
 
+def test_a_fit_interrupted_inside_an_epoch_is_of_the_whole_epoch() -> None:
+    whole, half, resumed = (build(ZeroTimeWaste, fit="lbfgs") for _ in range(3))
+    first, *rest = batches()
+    checkpoint: dict[str, Any] = {}
+    half.set_modes()
+    half.training_loss(first)
+    half.on_save_checkpoint(checkpoint)
+    resumed.on_load_checkpoint(checkpoint)
+    for task, seen in ((whole, [first, *rest]), (resumed, rest)):
+        task.set_modes()
+        for each in seen:
+            task.training_loss(each)
+    trainer = trainer_of(epochs=1)
+    for task in (whole, resumed):
+        task.trainer = trainer
+        trainer.fit_loop.epoch_loop.batch_progress.current.ready = 3
+        trainer.fit_loop.max_batches = 3
+        task.on_train_batch_end(None, {}, 2)
+    assert torch.equal(whole.network.ensemble.log_weights, resumed.network.ensemble.log_weights)
+    assert not torch.equal(whole.network.ensemble.log_weights, half.network.ensemble.log_weights)
+
+
 def test_an_ensemble_worse_than_its_exit_is_warned_of() -> None:
     task = build(ZeroTimeWaste, training=training(optimizer=functools.partial(torch.optim.SGD, lr=0.0)))
     data = batches()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from cleave.architectures import GeometricEnsemble
+from cleave.losses import fit_geometric_ensemble
+from cleave.reports.exits.measure import stored_logits
 from cleave.scripts.assembly.building import compose_config
-from cleave.scripts.assembly.restoring import restore
+from cleave.scripts.assembly.restoring import restore, restore_data
 from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.train import train
@@ -69,6 +73,23 @@ def test_zero_time_waste_runs_its_three_steps_on_stored_features(tmp_path: Path,
     assert moved("exits", "ensemble") == {name for name in states["exits"] if name.startswith("ensemble.")}
     # The backbone's features for the exits, and what the exits make of them for the ensembles.
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_ensembles_are_fitted_in_one_epoch_to_the_logits_of_their_images(tmp_path: Path, teacher_file: Path) -> None:
+    """On stored features, with the last exit by itself."""
+    cache = [f"feature_cache.directory={tmp_path / 'cache'}", "feature_cache.use=true", "data.augment=none"]
+    chosen = ["experiment=zero_time_waste", EXITS, f"base.ckpt_path={teacher_file}", "exits.ensemble_last=false"]
+    chosen += ["~steps.backbone", "steps.ensemble.method.fit=lbfgs", *cache, "data.drop_last=false"]
+    chosen += ["trainer.limit_train_batches=null"]
+    run(tmp_path / "run", *chosen)
+    restored = restore(tmp_path / "run/checkpoints/ensemble/best.ckpt")
+    data = restore_data(restored, OmegaConf.create({}))
+    found = stored_logits(restored.network, data, "train", torch.device("cpu"))
+    weights, log_bias = fit_geometric_ensemble(list(found.logits), found.labels)
+    ensemble = cast(GeometricEnsemble, restored.network.ensemble)
+    assert not ensemble.last
+    torch.testing.assert_close(ensemble.weights.double(), weights, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(ensemble.log_bias.double(), log_bias, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize(
