@@ -146,8 +146,8 @@ class Side:
         Raises:
             BundleError: It is not what this side takes, or came before.
             PayloadError: The payloads of some samples are damaged or not this side's, a partition emits of them what
-                its codec cannot send, or their answers are not finite. The others are not touched by that: what became of
-                them is the error's ``outcome``; go on with it. The request forgets the samples that failed.
+                its codec cannot send, or their answers are not finite. The others are not touched by that: what became
+                of them is the error's ``outcome``; go on with it. The request forgets the samples that failed.
         """
         message = self.message(arrived)
         visit = self._visits.get(request) or Visit()
