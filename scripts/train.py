@@ -21,7 +21,7 @@ from cleave.scripts.assembly.fitting import Fit, Fitted, fit, only_tested, prepa
 from cleave.scripts.assembly.outcome import Outcome, finish
 from cleave.scripts.assembly.recipe import all_steps, steps_to_go
 from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
-from cleave.scripts.assembly.stopping import forwarding, telling_what_is_kept
+from cleave.scripts.assembly.stopping import forwarding, requeued, telling_what_is_kept
 from cleave.scripts.assembly.terminal import CONF, friendly, quiet, start
 
 
@@ -31,6 +31,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     refuse_subprocess_sweep(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
+    if cfg.train and cfg.ckpt_path is None:
+        cfg.ckpt_path = requeued(cfg)
     checkpoint = read_checkpoint(cfg.ckpt_path) if cfg.ckpt_path else None
     steps = all_steps(cfg)
     to_go = steps_to_go(cfg, steps, checkpoint)

@@ -29,8 +29,8 @@ def command_of(told: str) -> list[str]:
     return shlex.split(line.removeprefix("Go on: "))
 
 
-def started(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": python_path(ROOT, ROOT / "tests"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+def started(*command: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": python_path(ROOT / "tests"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | more
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
 
 
@@ -126,9 +126,32 @@ start(main)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp"])
-def test_of_several_processes_one_speaks_and_all_end(strategy, tmp_path):
-    overrides = [*RUN, "trainer=ddp_sim", f"trainer.strategy={strategy}", *signalled("SIGTERM")]
+@pytest.mark.parametrize(("strategy", "parent"), [("ddp_spawn", False), ("ddp_spawn", True), ("ddp", False)])
+def test_of_several_processes_one_speaks_and_all_end(strategy, parent, tmp_path):
+    overrides = [*RUN, "trainer=ddp_sim", f"trainer.strategy={strategy}", *signalled("SIGTERM", parent=parent)]
     told = run_script("train", *overrides, folder=tmp_path / "run", code=143, fresh=True)
     assert told.count("Stopped by SIGTERM") == 1
-    assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 5
+    saved = load(tmp_path / "run/checkpoints/last.ckpt")["global_step"]
+    assert saved >= 5 if parent else saved == 5
+
+
+@pytest.mark.slow
+def test_a_job_that_slurm_requeues_goes_on_in_its_folder(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/scontrol").write_text(f"#!/bin/sh\necho $* > {tmp_path}/scontrol\n")
+    (tmp_path / "bin/scontrol").chmod(0o755)
+    slurm = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "cleave", "SLURM_NTASKS_PER_NODE": "1"}
+    slurm |= {"SLURM_LOCALID": "0", "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+    slurm["PATH"] = f"{tmp_path}/bin:{os.environ['PATH']}"
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *RUN, f"hydra.run.dir={tmp_path}/run"]
+    ends = [each.replace("callbacks.signal", "callbacks.end") for each in signalled("SIGTERM", step=4)]
+    first = started(*command, *signalled("SIGUSR1", step=3), *ends, folder=tmp_path, **slurm)
+    assert first.returncode == 143, first.stderr
+    assert (tmp_path / "scontrol").read_text() == "requeue 1234\n"
+    assert list((tmp_path / "run/checkpoints").glob("hpc_ckpt_*.ckpt"))
+    again = started(*command, folder=tmp_path, **slurm, SLURM_RESTART_COUNT="1")
+    assert again.returncode == 0, again.stderr
+    assert load(tmp_path / "run/final.ckpt")["global_step"] == 2 * BATCHES
+    assert not list((tmp_path / "run").rglob("hpc_ckpt_*.ckpt"))
+    lost = started(*command[:-1], f"hydra.run.dir={tmp_path}/other", folder=tmp_path, **slurm, SLURM_RESTART_COUNT="1")
+    assert "holds nothing to go on from" in lost.stderr

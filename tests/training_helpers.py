@@ -176,11 +176,12 @@ class KillEncoder(pl.Callback):
 class SignalAt(pl.Callback):
     """Sends a signal to its own process, and a number of times: after a batch of training, or in a test."""
 
-    def __init__(self, name: str, step: int = 4, times: int = 1, stage: str = "fit") -> None:
+    def __init__(self, name: str, step: int = 4, times: int = 1, stage: str = "fit", parent: bool = False) -> None:
         self.signum, self.step, self.times, self.stage = signal.Signals[name], step, times, stage
+        self.parent = parent
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.stage == "fit" and trainer.global_step == self.step:
+        if self.stage == "fit" and trainer.global_step == self.step and not (self.parent and trainer.global_rank):
             self.send()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -193,7 +194,7 @@ class SignalAt(pl.Callback):
 
     def send(self) -> None:
         for _ in range(self.times):
-            os.kill(os.getpid(), self.signum)
+            os.kill(os.getppid() if self.parent else os.getpid(), self.signum)
         self.times = 0
 
 

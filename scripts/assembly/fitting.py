@@ -17,7 +17,7 @@ from cleave.reports.terminal import console, number
 from cleave.scripts.assembly.building import Assembly, build_task, build_trainer, instantiate_each, plain
 from cleave.scripts.assembly.recipe import Step
 from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
-from cleave.scripts.assembly.stopping import forwarding
+from cleave.scripts.assembly.stopping import forwarding, used_up
 
 
 class Fit(NamedTuple):
@@ -139,6 +139,7 @@ def fit(planned: Fit, parts: Assembly, before: list[Fitted]) -> Fitted:
         announce(planned, last)
     with forwarding(trainer):
         trainer.fit(task, datamodule=parts.data, ckpt_path=step.ckpt_path, weights_only=True)
+    used_up(trainer)
     progress._batches_that_stepped = record.steps  # of this process, where ranks of their own fitted
     fitted = only_tested(planned)._replace(
         epochs=record.epochs, steps=record.steps, seconds=record.seconds, score=record.score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -12,11 +13,14 @@ from pathlib import Path
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from torch.multiprocessing import ProcessExitedException
 
 from cleave.lightning_modules import privates, signals
 from cleave.lightning_modules.signals import Stopped
 
 _PLAIN = re.compile(r"[\w./+-]+")
+REQUEUED = "hpc_ckpt_*.ckpt"
 _OF_A_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.sweeper", "hydra.launcher")
 
 
@@ -43,6 +47,8 @@ def stopped_by(error: BaseException) -> Stopped | None:
     if isinstance(error, Stopped):
         return error
     signum = signals.received()
+    if isinstance(error, ProcessExitedException) and error.exit_code - 128 in signals.SIGNALS:
+        signum = error.exit_code - 128  # the signal reached a spawned process alone
     return None if signum is None else Stopped(signum, speaks=signals.speaks())
 
 
@@ -55,6 +61,33 @@ def forwarding(trainer: pl.Trainer) -> Iterator[None]:
         return
     with signals.deferring(lambda signum: kill(signals.SIGNALS[0]), at_once=lambda: kill(9)):
         yield
+
+
+def requeued(cfg: DictConfig) -> str | None:
+    """Return the checkpoint from which a job goes on that SLURM started again, the latest that it saved.
+
+    Lightning would look for its own in every step of a recipe, and load it for a test as well.
+    """
+    if not SLURMEnvironment.detect():
+        return None
+    folder = Path(cfg.paths.output_dir)
+    if any(folder.rglob(REQUEUED)):
+        files = [*folder.rglob(REQUEUED), *folder.rglob("last.ckpt")]
+        return str(max(files, key=lambda path: path.stat().st_mtime_ns))
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and signals.speaks():
+        print(
+            f"SLURM started this job again, but {folder} holds nothing to go on from; give the job a folder of its own "
+            "that stays the same, hydra.run.dir=FOLDER",
+            file=sys.stderr,
+        )
+    return None
+
+
+def used_up(trainer: pl.Trainer) -> None:
+    """Remove what a job saved to be started again, once its fit has come to its end."""
+    if trainer.is_global_zero:
+        for file in Path(trainer.default_root_dir).glob(REQUEUED):
+            file.unlink()
 
 
 def resume_command(file: str) -> str:
