@@ -16,6 +16,7 @@ from cleave.deployment import (
     Part,
     Pipeline,
     build_policy,
+    code_codec,
     export_bundle,
 )
 from cleave.deployment.bundle.canonical_json import digest, dump
@@ -30,6 +31,7 @@ from .deployment_networks import (
     exit_bundle,
     images,
     make_bundle,
+    make_parts,
 )
 
 pytestmark = [
@@ -110,8 +112,30 @@ BUNDLES = {
         f"exits by {kind}": lambda folder, kind=kind, threshold=threshold: exit_bundle(
             folder, build_policy(kind, threshold, exits=3), placements=TIERS, split="layer1", seed=3, cascade=True
         )
-        for kind, threshold in (("confidence", 0.6), ("entropy", 0.6), ("margin", 0.4))
+        for kind, threshold in (
+            ("confidence", 0.6),
+            ("entropy", 0.6),
+            ("margin", 0.4),
+            ("patience", 1),
+            ("ensemble", 0.5),
+        )
     },
+    "an ensemble past a placement": lambda folder: exit_bundle(
+        folder,
+        build_policy(
+            "ensemble",
+            [0.5],
+            exits=2,
+            temperatures=[0.5, 2.0],
+            weights=[[1.0, 0.0], [0.25, 0.75]],
+            log_bias=[[0.1, 0.0, 0.0, 0.2], [0.0, 0.3, 0.0, 0.0]],
+        ),
+        placements=TIERS,
+        exits=("layer1", "final"),
+    ),
+    "a deadline": lambda folder: exit_bundle(
+        folder, build_policy("patience", 1, exits=3).with_deadline(250, costs=[100, 200, 300]), placements=TIERS
+    ),
     "exits on two sides": lambda folder: exit_bundle(
         folder, build_policy("confidence", (0.6, None), exits=3), placements=("device", "device", "server"), seed=3
     ),
@@ -166,9 +190,12 @@ def test_damage_is_found(reader, tmp_path, name):
 
 
 def test_what_the_example_does_not_know_is_named(reader, tmp_path):
-    folder = exit_bundle(tmp_path / "bundle", build_policy("patience", 1, exits=3)).directory
+    parts, _ = make_parts("sample")
+    edges = [edge("head", "tail", cut=code_codec("tiled_png", SHAPE, 4))]
+    folder = tmp_path / "bundle"
+    export_bundle(folder, parts, edges, input=INPUT, outputs=OUTPUTS, images=images())
     ran = subprocess.run([str(reader), str(folder)], capture_output=True, text=True)
-    assert "knows the policies confidence, entropy and margin, not patience" in ran.stderr
+    assert "knows the codecs float32, uniform and entropy, not tiled_image" in ran.stderr
     values = json.loads((folder / "manifest.json").read_text())
     values = {key: value for key, value in values.items() if key != "digest"} | {"schema": 5}
     (folder / "manifest.json").write_bytes(dump({**values, "digest": digest(values)}))

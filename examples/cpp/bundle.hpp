@@ -32,6 +32,7 @@ class Bundle {
     for (auto& part : partitions)
       for (auto& edge : manifest["route"].items)
         if (edge["producer"].text == part.name) read_edge(part, edge, bits);
+    if (!manifest["policy"].null()) read_states(manifest["policy"]["kind"].text);
   }
 
   std::string place(const std::string& partition) const {
@@ -110,8 +111,42 @@ class Bundle {
       if (codec.kind == "uniform") settings[tensor + ".levels"] = torch::tensor(int64_t(1) << codec.bits());
       bool known = false;
       for (auto& other : crossings) known = known || (other.tensor == tensor && other.target == target);
-      if (!known) add({tensor, producer.name, producer.placement, target, codec, ""});
+      if (!known) add({tensor, producer.name, producer.placement, target, codec});
     }
+  }
+
+  // What a policy must know of an exit goes with the edges to the next exit, where that stands in another placement.
+  void read_states(const std::string& kind) {
+    auto& exits = manifest["exits"].items;
+    double classes = static_cast<double>(manifest["outputs"].items[0]["class_names"].items.size());
+    std::vector<std::string> names;
+    if (kind == "patience") names = {"answered", "agreed"};
+    if (kind == "ensemble") names = {"log_p"};
+    for (size_t i = 0; i + (kind == "patience" ? 2 : 1) < exits.size(); ++i) {
+      std::string from = exits[i]["partition"].text, to = exits[i + 1]["partition"].text;
+      if (names.empty() || place(from) == place(to)) continue;
+      Codec codec{JsonReader(R"({"kind": "float32", "shape": [1]})").read()};
+      if (kind == "ensemble") codec.spec.set("shape", Json::of(std::vector<int64_t>{int64_t(i) + 1, int64_t(classes)}));
+      for (auto edge : path(from, to))
+        for (auto& name : names) {
+          std::string producer = (*edge)["producer"].text, target = place((*edge)["consumer"].text);
+          add({exits[i]["name"].text + "/" + name, producer, place(producer), target, codec, name});
+        }
+    }
+  }
+
+  // The edges between placements on the way from one partition to another that has the fewest of them.
+  std::vector<const Json*> path(const std::string& from, const std::string& to) const {
+    std::map<std::string, std::vector<const Json*>> best = {{from, {}}};
+    for (auto& part : partitions)
+      for (auto& edge : manifest["route"].items) {
+        const std::string& before = edge["producer"].text;
+        if (edge["consumer"].text != part.name || !best.count(before)) continue;
+        auto way = best[before];
+        if (place(before) != part.placement) way.push_back(&edge);
+        if (!best.count(part.name) || way.size() < best[part.name].size()) best[part.name] = way;
+      }
+    return best.at(to);
   }
 
   void add(Crossing crossing) {

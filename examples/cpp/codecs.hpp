@@ -128,7 +128,8 @@ struct Codec {
 struct Crossing {
   std::string tensor, producer, source, target;
   Codec codec;
-  std::string head;  // the first 8 bytes of its envelope; empty where the bundle has none
+  std::string state = "";  // what an exit policy calls it, if it is part of a policy's state
+  std::string head = "";   // the first 8 bytes of its envelope; empty where the bundle has none
 
   void enclose(const std::string& bundle_digest) {
     Json edge;

@@ -3,17 +3,19 @@
 //   payload TENSOR TARGET ROW HEXADECIMAL
 //   answer ROW EXIT VALUE ...
 //
-// Usage: reader BUNDLE [BITS]. The policies confidence, entropy and margin are known, or none.
+// Usage: reader BUNDLE [BITS]
 #include <cstdio>
 #include <deque>
 
 #include "bundle.hpp"
+#include "policy.hpp"
 
 // What one placement knows of the request.
 struct Side {
   bool begun = false;
   std::vector<int64_t> rows;
   std::map<std::string, torch::Tensor> tensors;  // one row for each of `rows`
+  State state;
   std::set<std::string> ran, went;
 
   void keep(const std::vector<int64_t>& places) {
@@ -22,6 +24,7 @@ struct Side {
     for (auto place : places) kept.push_back(rows[place]);
     rows = kept;
     for (auto& [name, tensor] : tensors) tensor = tensor.index_select(0, torch::tensor(places, torch::kLong));
+    for (auto& [name, tensor] : state) tensor = tensor.index_select(0, torch::tensor(places, torch::kLong));
   }
 };
 
@@ -29,6 +32,7 @@ struct Message {
   std::string target;
   std::vector<int64_t> rows;
   std::map<std::string, torch::Tensor> tensors;
+  State state;
 };
 
 static void arrive(Side& side, Message message) {
@@ -41,22 +45,8 @@ static void arrive(Side& side, Message message) {
     if (std::count(side.rows.begin(), side.rows.end(), message.rows[i])) places.push_back(i);
   for (auto& [name, tensor] : message.tensors)
     side.tensors[name] = tensor.index_select(0, torch::tensor(places, torch::kLong));
-}
-
-static torch::Tensor leaving(const Json& policy, size_t exit, size_t exits, torch::Tensor& logits) {
-  auto everyone = torch::ones({logits.size(0)}, torch::kBool);
-  if (!policy["temperatures"].null()) logits = logits / policy["temperatures"].items[exit].number;
-  bool last = exit + 1 == exits || (!policy["latest"].null() && static_cast<int64_t>(exit) >= policy["latest"].whole());
-  if (last) return everyone;
-  const Json& threshold = policy["thresholds"].items[exit];
-  if (threshold.null()) return ~everyone;
-  auto p = logits.softmax(1);
-  const std::string& kind = policy["kind"].text;
-  if (kind == "confidence") return p.amax(1) >= threshold.number;
-  if (kind == "entropy") return (at::special_entr(p).sum(1) / std::log(p.size(1))).clamp_max(1) <= threshold.number;
-  auto two = std::get<0>(p.topk(2, 1));
-  if (kind == "margin") return two.select(1, 0) - two.select(1, 1) >= threshold.number;
-  throw std::runtime_error("this example knows the policies confidence, entropy and margin, not " + kind);
+  for (auto& [name, tensor] : message.state)
+    side.state[name] = tensor.index_select(0, torch::tensor(places, torch::kLong));
 }
 
 static void answer(const Side& side, const std::vector<int64_t>& places, int exit, const torch::Tensor& logits) {
@@ -83,7 +73,8 @@ static void run(Partition& part, Side& side, const Bundle& bundle) {
     if (!std::count(part.outputs.begin(), part.outputs.end(), name)) continue;
     auto logits = side.tensors[name];
     auto leave = torch::full({logits.size(0)}, final, torch::kBool);
-    if (!bundle.manifest["policy"].null()) leave = leaving(bundle.manifest["policy"], exit, exits.size(), logits);
+    if (!bundle.manifest["policy"].null()) 
+      leave = leaving(bundle.manifest["policy"], exit, exits.size(), logits, side.state);
     std::vector<int64_t> gone, stay;
     for (int64_t i = 0; i < logits.size(0); ++i) (leave[i].item<bool>() ? gone : stay).push_back(i);
     answer(side, gone, exits.empty() ? -1 : static_cast<int>(exit), logits);
@@ -98,13 +89,17 @@ static void send(const Crossing& crossing, Side& side, std::map<std::string, Mes
   std::map<std::string, std::vector<torch::Tensor>> arrived;
   for (size_t place = 0; place < side.rows.size(); ++place) {
     Tensors sent;
-    for (auto& part : crossing.codec.parts()) sent[part] = side.tensors.at(crossing.tensor + part).narrow(0, place, 1);
+    for (auto& part : crossing.codec.parts()) {
+      auto& known = crossing.state.empty() ? side.tensors.at(crossing.tensor + part) : side.state.at(crossing.state);
+      sent[part] = known.narrow(0, place, 1);
+    }
     std::string payload = crossing.seal(crossing.codec.encode(sent));
     std::printf("payload %s %s %ld %s\n", crossing.tensor.c_str(), crossing.target.c_str(), static_cast<long>(side.rows[place]),
                 hexadecimal(payload).c_str());
     for (auto& [part, tensor] : crossing.codec.decode(crossing.opened(payload))) arrived[part].push_back(tensor);
   }
-  for (auto& [part, rows] : arrived) message.tensors[crossing.tensor + part] = torch::cat(rows);
+  for (auto& [part, rows] : arrived)
+    (crossing.state.empty() ? message.tensors[crossing.tensor + part] : message.state[crossing.state]) = torch::cat(rows);
 }
 
 int main(int argc, char** argv) try {
@@ -116,7 +111,7 @@ int main(int argc, char** argv) try {
   for (auto& part : bundle.partitions)
     if (std::count(part.inputs.begin(), part.inputs.end(), input)) entry = part.placement;
   auto images = bundle.sample(entry).at(input);
-  Message request{entry, {}, {{input, images}}};
+  Message request{entry, {}, {{input, images}}, {}};
   for (int64_t row = 0; row < images.size(0); ++row) request.rows.push_back(row);
   std::map<std::string, Side> sides;
   std::deque<Message> waiting = {request};
