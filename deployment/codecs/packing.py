@@ -195,8 +195,8 @@ def checked_codes(codes: Tensor, bits: int) -> npt.NDArray[np.uint16]:
     if codes.dtype not in _INTEGERS:
         raise CodecError(f"codes must be integers, got {codes.dtype}")
     values = codes.numpy(force=True)
-    # Read as unsigned, a negative code is a large one.
-    if values.size and values.view(_UNSIGNED[values.itemsize]).max() >= 1 << bits:
+    # Read as unsigned, a negative code is a large one; all bits that occur together exceed what no code exceeds alone.
+    if np.bitwise_or.reduce(values.view(_UNSIGNED[values.itemsize]), axis=None) >= 1 << bits:
         raise CodecError(
             f"codes of {bits} bits lie in 0..{2**bits - 1}, got values from {values.min()} to {values.max()}"
         )

@@ -22,6 +22,7 @@ RANGE_LIMIT = 2.0**126
 """How far from 0 a range may reach, so that float32 holds its width and every value decoded from it."""
 
 _RANGE_BYTES = 8
+_FEW = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,18 @@ class CodesCodec(Codec):
         return np.float32(self.low).tobytes(), np.float32(self.high).tobytes()
 
     def _fixed_ranges(self, batch: int) -> npt.NDArray[np.float32]:
-        return np.full((batch, 2), (self.low, self.high), np.float32)
+        """Return the fixed range for each of so many samples; for few of them it is kept, and cannot be written to."""
+        found = self._kept_ranges.get(batch)
+        if found is None:
+            found = np.full((batch, 2), (self.low, self.high), np.float32)
+            found.flags.writeable = False
+            if batch <= _FEW:
+                self._kept_ranges[batch] = found
+        return found
+
+    @functools.cached_property
+    def _kept_ranges(self) -> dict[int, npt.NDArray[np.float32]]:
+        return {}
 
     def _checked_ranges(self, low: Tensor, high: Tensor, batch: int) -> npt.NDArray[np.float32]:
         for name, tensor in (("low", low), ("high", high)):

@@ -84,6 +84,7 @@ class Walk(abc.ABC):
         self.coming = {crossing.tensor: crossing for crossing in crossings if crossing.target == placement}
         settings = route.settings
         self.takes = {part.name: [name for name in part.inputs if name not in settings] for part in self.parts}
+        self.delivers = {name: crossing.codec.delivered(name) for name, crossing in self.coming.items()}
         self.sends = {crossing.tensor: list(crossing.codec.sent(crossing.tensor).items()) for crossing in self.leaving}
         self.failed: dict[int, CodecError] = {}
 
@@ -170,7 +171,7 @@ class Walk(abc.ABC):
             if crossing.state is not None:
                 state[crossing.state] = delivered[crossing.codec.delivers[0]]
             else:
-                names = crossing.codec.delivered(name)
+                names = self.delivers[name]
                 tensors |= {names[own]: value for own, value in delivered.items()}
         visit.came |= message.payloads.keys()
         for name in self.route.settings:
