@@ -2,15 +2,15 @@
 
 from .bundle.edges import Crossing, Edge, Transfer
 from .bundle.envelope import ENVELOPE_BYTES, Envelope
-from .bundle.export import Part, check_parts, export_bundle
 from .bundle.files import BundleError, FileEntry
-from .bundle.folder import check_target
 from .bundle.loading import Bundle, Partition, load_bundle
 from .bundle.manifest import Manifest, read_manifest, write_manifest
 from .bundle.parity import Parity, ParityError
 from .bundle.route import Route
 from .bundle.specs import OutputSpec, PartitionSpec, TensorSpec
 from .bundle.torchscript import load_torchscript, save_torchscript
+from .bundle.writing.export import Part, check_parts, export_bundle
+from .bundle.writing.folder import check_target
 from .codecs.codec import CODECS, Codec, FloatCodec, codec_from_dict
 from .codecs.entropy_codec import EntropyCodec, integer_frequencies
 from .codecs.feature_codecs import CODINGS, SparseCodec, ZstdCodec, code_codec

@@ -15,7 +15,7 @@ from torch import nn
 
 from cleave.architectures.inserts.entropy_bottleneck import LIKELIHOOD_BOUND, TAIL_MASS, EntropyBottleneck
 from cleave.deployment import Edge, EntropyCodec, Part, Pipeline, Transfer, export_bundle
-from cleave.deployment.bundle.data_dependence import data_dependent_lines
+from cleave.deployment.bundle.writing.data_dependence import data_dependent_lines
 from cleave.deployment.codecs.entropy_codec import CHECK_BYTES, MAX_SYMBOLS, TOTAL
 
 from .deployment_networks import INPUT, OUTPUTS, SHAPE, Encoder, Server, images

@@ -8,8 +8,8 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d, draw_width, select, switchable
-from cleave.deployment.bundle.data_dependence import data_dependent_lines
 from cleave.deployment.bundle.torchscript import load_torchscript, save_torchscript
+from cleave.deployment.bundle.writing.data_dependence import data_dependent_lines
 
 WIDTHS = (2, 4, 8)
 

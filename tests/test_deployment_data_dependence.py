@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cleave.deployment.bundle.data_dependence import data_dependent_lines
+from cleave.deployment.bundle.writing.data_dependence import data_dependent_lines
 
 
 class Reads(nn.Module):

@@ -14,6 +14,7 @@ import torch
 
 from cleave.architectures import entropy_codec
 from cleave.deployment import CODECS, CodecError, EntropyCodec, ZstdCodec, codec_from_dict, integer_frequencies
+from cleave.deployment.codecs.coder import stream
 from cleave.deployment.codecs.entropy_codec import (
     _MAX_ENTRIES,
     CHECK_BYTES,
@@ -21,7 +22,6 @@ from cleave.deployment.codecs.entropy_codec import (
     MAX_SYMBOLS,
     TOTAL,
     _shortest,
-    _stream,
     exact_model,
 )
 
@@ -140,7 +140,7 @@ def test_estimated_bits_by_hand():
 def decodes(bitstream, model, symbols):
     words = np.frombuffer(bitstream + bytes(-len(bitstream) % 4 + 8), ">u4").astype(np.uint32)
     try:
-        return np.array_equal(_stream().queue.RangeDecoder(words).decode(model, len(symbols)), symbols)
+        return np.array_equal(stream().queue.RangeDecoder(words).decode(model, len(symbols)), symbols)
     except AssertionError:
         return False
 
@@ -152,7 +152,7 @@ def test_no_shorter_bitstream_decodes_to_the_symbols():
         frequencies = integer_frequencies(generator.dirichlet(np.full(count, generator.choice([0.05, 0.3, 1, 10]))))
         model = exact_model(frequencies)
         symbols = generator.choice(count, length, p=np.array(frequencies) / TOTAL).astype(np.int32)
-        encoder = _stream().queue.RangeEncoder()
+        encoder = stream().queue.RangeEncoder()
         encoder.encode(symbols, model)
         shortest = _shortest(encoder)
         assert decodes(shortest, model, symbols)
@@ -296,7 +296,7 @@ def test_a_missing_coder_is_named_with_its_cure(monkeypatch):
             raise ImportError(name)
         return given(name, *arguments, **settings)
 
-    _stream.cache_clear()
+    stream.cache_clear()
     monkeypatch.delitem(sys.modules, "constriction", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
     calls = [
@@ -428,7 +428,7 @@ def test_a_frequency_is_coded_as_it_is(size, evenness):
     ):
         symbols = np.unique(generator.integers(0, size, 40)).astype(np.int32)
         for symbol in symbols:
-            encoder = _stream().queue.RangeEncoder()
+            encoder = stream().queue.RangeEncoder()
             encoder.encode(np.array([symbol], np.int32), exact_model(table))
             (low, width), step = encoder.pos()[1], (2**64 - 1) >> 24
             assert (low, width) == (step * 256 * sum(table[:symbol]), step * 256 * table[symbol])

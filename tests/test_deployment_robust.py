@@ -55,7 +55,7 @@ from cleave.deployment import (
 )
 from cleave.deployment.bundle.canonical_json import digest, dump
 from cleave.deployment.bundle.edges import Signature
-from cleave.deployment.bundle.private import without_paths
+from cleave.deployment.bundle.writing.private import without_paths
 from cleave.deployment.codecs.image_codecs import JPEGCodec, PNGCodec, WebPCodec
 from cleave.deployment.codecs.tiled_image import TiledImageCodec
 from cleave.deployment.naming import did_you_mean

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cleave.deployment import CodecError, EntropyCodec, Pipeline, Side, export_bundle
-from cleave.deployment.codecs.entropy_codec import _stream
+from cleave.deployment.codecs.coder import stream
 
 from .deployment_networks import INPUT, OUTPUTS, SHAPE, Encoder, Part, Server, edge, images
 
@@ -70,7 +70,7 @@ def test_a_side_that_must_code_names_the_missing_coder_before_the_first_picture(
     ]
     edges = [edge("head", "tail", cut=EntropyCodec(SHAPE, (-8,) * 4, ((4096,) * 16,) * 4))]
     bundle = export_bundle(tmp_path / "bundle", parts, edges, input=INPUT, outputs=OUTPUTS, images=images())
-    _stream.cache_clear()
+    stream.cache_clear()
     monkeypatch.setitem(sys.modules, "constriction", None)
     for call in (lambda: Side(bundle, "device"), lambda: Side(bundle, "server"), lambda: Pipeline(bundle)):
         with pytest.raises(CodecError, match="extra `entropy`: pip install constriction"):

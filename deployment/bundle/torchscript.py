@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..precision import autocast_off
 from .archive import check_archive
 from .files import BundleError
-from .functions import inlined
+from .writing.functions import inlined
 
 FORMAT = "torchscript"
 ScriptError = torch.jit.Error

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..checks import is_whole
 from .codec import CODECS, Codec, bytes_of, check_batch_shape, checked_shape, named
+from .coder import check_coder, stream
 from .packing import CodecError, packed_bytes
 
 TOTAL = 2**16
@@ -133,7 +134,7 @@ class EntropyCodec(Codec):
         symbols = codes - self._lows
         payloads = []
         for sample, rows in zip(codes, symbols, strict=True):
-            encoder = _stream().queue.RangeEncoder()
+            encoder = stream().queue.RangeEncoder()
             for row, model in zip(rows, self._models, strict=True):
                 if model is not None:
                     encoder.encode(row, model)
@@ -246,7 +247,7 @@ class EntropyCodec(Codec):
         """Decode a bitstream into ``codes`` (channels, positions); False if no codes encode to it."""
         padding = -len(bitstream) % 4 + 8
         words = np.frombuffer(bitstream + bytes(padding), ">u4").astype(np.uint32)
-        decoder = _stream().queue.RangeDecoder(words)
+        decoder = stream().queue.RangeDecoder(words)
         try:
             for row, model in zip(codes, self._models, strict=True):
                 row[:] = 0 if model is None else decoder.decode(model, row.size)
@@ -294,7 +295,7 @@ def exact_model(frequencies: Sequence[int]) -> Any:
     sums are whole, and symbol s gets 2^8·f[s]: nothing is rounded.
     """
     weights = _UNIT * np.array(frequencies, np.float64) - 1
-    return _stream().model.Categorical(weights, perfect=False)
+    return stream().model.Categorical(weights, perfect=False)
 
 
 def _shortest(encoder: Any) -> bytes:
@@ -319,24 +320,6 @@ def _shortest(encoder: Any) -> bytes:
 
 def _check(bitstream: bytes, codes: npt.NDArray[np.int32]) -> bytes:
     return zlib.crc32(codes.astype("<i4").tobytes(), zlib.crc32(bitstream)).to_bytes(CHECK_BYTES, "big")
-
-
-def check_coder() -> None:
-    """Raise :class:`CodecError` unless the package that codes is installed."""
-    _stream()
-
-
-@functools.cache
-def _stream() -> Any:
-    try:
-        import constriction  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise CodecError(
-            "an entropy-coded edge (codec=entropy) needs the package constriction, which is Cleave's extra `entropy`: "
-            "pip install constriction, or pip install 'cleave[entropy]'. Where there is no wheel of it, as on ARM "
-            "Linux, pip builds it with Rust; or use another codec, such as codec=uniform"
-        ) from error
-    return constriction.stream
 
 
 def _integers(values: Any, name: str, least: int) -> tuple[int, ...]:

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codecs.codec import Codec
-from ..codecs.packing import MIN_BITS
-from ..precision import autocast_off
-from ..runtime.walk import Walk, walk_all
-from .edges import Crossing
-from .files import BundleError
-from .loading import Bundle
-from .parity import Parity, ParityError, Tolerance, compare, through_bytes
-from .route import Route
-from .specs import TensorSpec
+from ...codecs.codec import Codec
+from ...codecs.packing import MIN_BITS
+from ...precision import autocast_off
+from ...runtime.walk import Walk, walk_all
+from ..edges import Crossing
+from ..files import BundleError
+from ..loading import Bundle
+from ..parity import Parity, ParityError, Tolerance, compare, through_bytes
+from ..route import Route
+from ..specs import TensorSpec
 
 
 def run_module(

@@ -13,23 +13,23 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..exits.policy import ExitPolicy
-from ..exits.specs import ExitSpec, check_exits, check_places
-from ..precision import autocast_off
-from ..runtime.inputs import Input
-from ..runtime.walk import Walk, walk_all
+from ...exits.policy import ExitPolicy
+from ...exits.specs import ExitSpec, check_exits, check_places
+from ...precision import autocast_off
+from ...runtime.inputs import Input
+from ...runtime.walk import Walk, walk_all
+from ..edges import Crossing, Edge, Signature
+from ..files import BundleError, FileEntry, check_name
+from ..loading import Bundle, load_bundle
+from ..manifest import Manifest, route_results, write_manifest
+from ..parity import ParityError, through_bytes
+from ..route import Route
+from ..specs import OutputSpec, PartitionSpec, TensorSpec, check_placement
+from ..torchscript import FORMAT, save_torchscript
 from .data_dependence import data_dependent_lines
-from .edges import Crossing, Edge, Signature
-from .files import BundleError, FileEntry, check_name
 from .folder import new_folder
 from .gate import first_sample, parity_gate, run_module
-from .loading import Bundle, load_bundle
-from .manifest import Manifest, route_results, write_manifest
-from .parity import ParityError, through_bytes
 from .private import without_paths
-from .route import Route
-from .specs import OutputSpec, PartitionSpec, TensorSpec, check_placement
-from .torchscript import FORMAT, save_torchscript
 
 MIN_SAMPLES = 3
 

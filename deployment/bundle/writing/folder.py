@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .files import BundleError
-from .manifest import MANIFEST
+from ..files import BundleError
+from ..manifest import MANIFEST
 
 _SUFFIXES = (".pt", ".safetensors")
 
