@@ -229,3 +229,20 @@ def test_packets_of_an_entropy_coded_representation_are_counted_in_elements(tmp_
     for script in (measure, write):
         with pytest.raises(ValueError, match=r"codec\.bits=4: a learned prior has no width of codes"):
             script(checkpoint, tmp_path, "codec.bits=4")
+
+
+# --- the envelope ------------------------------------------------------------------------------------------------
+
+
+def test_the_envelope_is_left_out_by_choice_and_counted_as_it_is_sent(in_float, tmp_path):
+    checkpoint, _ = in_float
+    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    for chosen, length in (((), ENVELOPE_BYTES + 4 * 64), (("split.envelope=false",), 4 * 64)):
+        folder = write(checkpoint, tmp_path / str(length), *chosen)
+        bundle = load_bundle(folder)
+        assert bundle.manifest.envelope == (not chosen)
+        assert bundle.manifest.config["split"]["envelope"] == (not chosen)
+        assert bundle.manifest.metrics["test/payload_bytes"] == length
+        assert Pipeline(bundle).run(images).payload_bytes == [length] * 3
+    with pytest.raises(ValueError, match=r"split\.envelope must be true or false, got 'maybe'"):
+        write(checkpoint, tmp_path / "wrong", "split.envelope=maybe")
