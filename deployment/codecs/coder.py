@@ -15,6 +15,7 @@ def check_coder() -> None:
 
 @functools.cache
 def stream() -> Any:
+    """Return the package's range coder and models; :class:`CodecError` unless it is installed."""
     try:
         import constriction  # type: ignore[import-untyped]
     except ImportError as error:
