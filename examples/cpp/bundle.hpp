@@ -122,7 +122,9 @@ class Bundle {
     std::vector<std::string> names;
     if (kind == "patience") names = {"answered", "agreed"};
     if (kind == "ensemble") names = {"log_p"};
-    for (size_t i = 0; i + (kind == "patience" ? 2 : 1) < exits.size(); ++i) {
+    // The last exit may answer without it.
+    bool unneeded = kind == "patience" || (kind == "ensemble" && !manifest["policy"]["last"].truth);
+    for (size_t i = 0; i + (unneeded ? 2 : 1) < exits.size(); ++i) {
       std::string from = exits[i]["partition"].text, to = exits[i + 1]["partition"].text;
       if (names.empty() || place(from) == place(to)) continue;
       Codec codec{JsonReader(R"({"kind": "float32", "shape": [1]})").read()};

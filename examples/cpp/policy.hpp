@@ -14,7 +14,7 @@ inline torch::Tensor leaving(const Json& policy, size_t exit, size_t exits, torc
   const std::string& kind = policy["kind"].text;
   auto everyone = torch::ones({logits.size(0)}, torch::kBool);
   if (!policy["temperatures"].null()) logits = logits / policy["temperatures"].items[exit].number;
-  if (exit + 1 == exits && kind != "ensemble") return everyone;
+  if (exit + 1 == exits && (kind != "ensemble" || !policy["last"].truth)) return everyone;
   if (kind == "patience") {
     auto answered = logits.argmax(1), agreed = torch::zeros_like(answered);
     if (exit > 0) {  // they may have come as float32 of shape (B, 1)
