@@ -22,10 +22,10 @@ def fit_geometric_ensemble(logits: Sequence[Tensor], labels: Tensor, ridge: floa
         (w_m, b_m) = \arg\min \; -\frac{1}{B} \sum_{j=1}^{B} \log q_{m,j}^{y_j}
         + \frac{\rho}{2} \Big( \sum_{i \le m} (w_{mi} - \tfrac1m)^2 + \lVert \log b_m \rVert^2 \Big)
 
-    with q of :func:`~cleave.losses.geometric_ensemble`; the first summand is the last objective in section 3 of Wołczyk
-    et al., "Zero Time Waste: Recycling Predictions in Early Exit Neural Networks", 2021. In w and log b it is convex;
-    the second keeps weights finite where every sample is answered rightly. L-BFGS in float64 over log w, which keeps w
-    above 0, solves it exit by exit.
+    with q of :func:`~cleave.losses.geometric_ensemble` (the eq. of geometric ensembling); the first summand is the last
+    objective in section 3 of Wołczyk et al., "Zero Time Waste: Recycling Predictions in Early Exit Neural Networks",
+    2021. In w and log b it is convex; the second keeps weights finite where every sample is answered rightly. L-BFGS in
+    float64 over log w, which keeps w above 0, solves it exit by exit.
 
     Args:
         logits: E outputs (B, K), unnormalised, or all in one tensor (E, B, K).

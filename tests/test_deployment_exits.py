@@ -29,8 +29,8 @@ from cleave.deployment import (
     read_manifest,
     read_policy,
 )
-from cleave.deployment.bundle import export
 from cleave.deployment.bundle.canonical_json import dump
+from cleave.deployment.bundle.writing import export
 
 from .deployment_networks import (
     CLASSES,

@@ -24,7 +24,7 @@ from cleave.deployment import (
     load_bundle,
     save_torchscript,
 )
-from cleave.deployment.bundle import export, folder
+from cleave.deployment.bundle.writing import export, folder
 
 from .deployment_networks import (
     CLASSES,
