@@ -58,7 +58,9 @@ class ResumingModule(pl.LightningModule):
         """Record how far the schedulers came that watch a metric, what was measured last, and what waits for a step."""
         if self._trainer is None:
             return
-        measured = {name: value.detach().cpu().clone() for name, value in self.trainer.callback_metrics.items()}
+        # Learning rates are logged under names that hang on when their monitor began; no scheduler watches them.
+        metrics = {name: value for name, value in self.trainer.callback_metrics.items() if not name.startswith("lr-")}
+        measured = {name: value.detach().cpu().clone() for name, value in metrics.items()}
         checkpoint[KEY] = {"stepped": dict(self._stepped), "measured": measured, "gradients": self._pending()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
