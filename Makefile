@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train a teacher and a split model on real digits, export and run them (about 5 minutes)
 	$(BIN)/python scripts/demo.py
 
-test: $(READY)  ## run the tests with coverage (about 10 minutes on two cores)
+test: $(READY)  ## run the tests with coverage (about a quarter of an hour on two cores)
 	$(PYTEST) -m "not slow" --cov --cov-report=term
 
 test-full: $(READY)  ## run every test, the slow ones included

@@ -1,4 +1,4 @@
-"""How many networks can be cut exactly: 103 families and 40 as users write them, random weights, nothing downloaded.
+"""How many networks can be cut exactly: 103 families, and those that users write, with random weights.
 
 Every family is cut at the points nearest to 25, 50 and 75 % of its MACs among all that ``cut_points`` lists. It passes
 if

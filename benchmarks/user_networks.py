@@ -1,4 +1,4 @@
-"""Forty networks as users write them: what their forwards do beyond calling one layer after the other.
+"""Networks as users write them: what their forwards do beyond calling one layer after the other.
 
 Each is cut after ``a`` and ``b`` unless it says otherwise in ``at``. ``refused`` is what the refusal of a cut says;
 where it is ``None`` a cut equals the network in outputs, gradients, buffers and random draws, seed by seed.

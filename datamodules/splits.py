@@ -209,9 +209,10 @@ class ImageSplits(ABC):
             CorruptImageError: Pictures cannot be used, and ``skip_corrupt`` is off.
         """
         source = self.split(split)
+        if not isinstance(source, FileSource):
+            return source
         plain = self._dataset(split, source, False, {})
-        kept = decoded and not self.skip_corrupt and plain.keeps_decoded(self.cache)
-        if kept or not isinstance(source, FileSource):
+        if decoded and not self.skip_corrupt and plain.keeps_decoded(self.cache):
             return source
         if bad := plain.corrupt(f"looking at {split}"):
             if not self.skip_corrupt:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import shlex
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +13,7 @@ from torch import Tensor
 from cleave.lightning_modules import privates
 
 KEY = "resuming"
+_PLAIN = re.compile(r"[\w./+-]+")
 
 
 class ResumingModule(pl.LightningModule):
@@ -93,3 +96,23 @@ def _place(trainer: pl.Trainer, config: Any) -> int:
     """Return how many steps or epochs are behind a run."""
     progress: Any = trainer.fit_loop.epoch_progress.current
     return trainer.global_step if config.interval == "step" else progress.processed
+
+
+def resume_command(script: str, overrides: Iterable[str], file: str) -> str:
+    """Return the command of a run, resumed from a checkpoint, quoted for the shell and for Hydra.
+
+    Args:
+        script: What was run.
+        overrides: What it was given.
+        file: The checkpoint.
+    """
+    kept = [each for each in overrides if not each.lstrip("+").startswith("ckpt_path=")]
+    return shlex.join(["python", script, *kept, f"ckpt_path={in_hydra(file)}"])
+
+
+def in_hydra(value: str) -> str:
+    """Quote a value for the grammar of Hydra's overrides, where it needs it."""
+    if _PLAIN.fullmatch(value):
+        return value
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return f"'{escaped}'"

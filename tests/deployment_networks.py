@@ -6,6 +6,7 @@ from torch import nn
 from cleave.deployment import (
     Codec,
     Edge,
+    EntropyCodec,
     ExitSpec,
     FloatCodec,
     ImageInput,
@@ -88,6 +89,32 @@ class Server(nn.Module):
 
     def forward(self, *received):
         return self.layers(dequantize(*received) if len(received) > 1 else received[0])
+
+
+class Rounding(Encoder):
+    """Emits whole numbers, which a learned prior codes."""
+
+    def forward(self, images):
+        return (super().forward(images) * 7).round().to(torch.int32)
+
+
+class Received(Server):
+    """Takes whole numbers."""
+
+    def forward(self, codes):
+        return super().forward(codes.float())
+
+
+def entropy_codec():
+    """A learned prior under which all of 16 codes are alike."""
+    return EntropyCodec(SHAPE, (-8,) * 4, ((4096,) * 16,) * 4)
+
+
+def entropy_parts():
+    return [
+        Part("head", "device", Rounding(), ("images",), ("cut.codes",)),
+        Part("tail", "server", Received(), ("cut.codes",), ("logits",)),
+    ]
 
 
 class Middle(nn.Module):

@@ -155,8 +155,7 @@ def test_each_point_that_tnt_lists_is_accepted():
     network = timm.create_model("tnt_s_patch16_224", img_size=32, depth=2)
     sample = torch.randn(1, 3, 32, 32)
     points = cut_points(network, sample)
-    for point in points:
-        cut(network, [point.name], sample)
+    assert [cut(network, [point.name], sample).names for point in points] == [(point.name,) for point in points]
 
 
 def test_parts_of_a_graph_keep_gradients_too():

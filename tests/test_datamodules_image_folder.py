@@ -246,9 +246,12 @@ def test_a_memory_that_cannot_be_read_or_written_is_done_without(tmp_path: Path,
     for file in own_memory.rglob("*.npy"):
         file.write_bytes(b"damaged")
     ImageFolder(root, cache=False).setup("fit")
+    assert all(np.load(file).size for file in own_memory.rglob("*.npy"))  # written anew
     shutil.rmtree(own_memory)
     own_memory.write_text("no folder")
-    ImageFolder(root, cache=False).setup("fit")
+    module = ImageFolder(root, cache=False)
+    module.setup("fit")
+    assert sizes(module) == {"train": 8, "val": 8, "test": 8}
 
 
 def test_a_picture_larger_than_a_device_takes_is_refused_in_training(tmp_path: Path) -> None:

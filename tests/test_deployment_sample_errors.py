@@ -9,11 +9,9 @@ from cleave.deployment import (
     ENVELOPE_BYTES,
     BundleError,
     CodecError,
-    EntropyCodec,
     FloatCodec,
     Message,
     Outcome,
-    Part,
     PayloadError,
     Pipeline,
     Result,
@@ -28,11 +26,11 @@ from .deployment_networks import (
     INPUT,
     OUTPUTS,
     SHAPE,
-    Encoder,
     SampleDevice,
-    Server,
     device_part,
     edge,
+    entropy_codec,
+    entropy_parts,
     exit_bundle,
     exit_images,
     images,
@@ -43,22 +41,10 @@ from .deployment_networks import (
 )
 
 
-class Rounding(Encoder):
-    def forward(self, images):
-        return (super().forward(images) * 7).round().to(torch.int32)
-
-
-class Received(Server):
-    def forward(self, codes):
-        return super().forward(codes.float())
-
-
 def bundle_of(folder, coding, envelope):
     if coding == "entropy":
         torch.manual_seed(0)
-        codec = EntropyCodec(SHAPE, (-8,) * 4, ((4096,) * 16,) * 4)
-        parts = [Part("head", "device", Rounding(), ("images",), ("cut.codes",))]
-        parts.append(Part("tail", "server", Received(), ("cut.codes",), ("logits",)))
+        codec, parts = entropy_codec(), entropy_parts()
     else:
         parts, _ = make_parts("float" if coding == "float" else "sample")
         codec = FloatCodec(SHAPE) if coding == "float" else code_codec(coding, SHAPE, 5)

@@ -8,12 +8,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 
-from cleave.deployment import CodecError, EntropyCodec, Pipeline, Side, export_bundle
+from cleave.deployment import CodecError, Pipeline, Side, export_bundle
 from cleave.deployment.codecs.coder import stream
 
-from .deployment_networks import INPUT, OUTPUTS, SHAPE, Encoder, Part, Server, edge, images
+from .deployment_networks import INPUT, OUTPUTS, edge, entropy_codec, entropy_parts, images
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -53,22 +52,8 @@ def test_the_entropy_coder_is_an_extra():
     assert {"constriction", *map(name_of, LISTED)} <= pinned
 
 
-class Rounding(Encoder):
-    def forward(self, images):
-        return (super().forward(images) * 7).round().to(torch.int32)
-
-
-class Received(Server):
-    def forward(self, codes):
-        return super().forward(codes.float())
-
-
 def test_a_side_that_must_code_names_the_missing_coder_before_the_first_picture(tmp_path, monkeypatch):
-    parts = [
-        Part("head", "device", Rounding(), ("images",), ("cut.codes",)),
-        Part("tail", "server", Received(), ("cut.codes",), ("logits",)),
-    ]
-    edges = [edge("head", "tail", cut=EntropyCodec(SHAPE, (-8,) * 4, ((4096,) * 16,) * 4))]
+    parts, edges = entropy_parts(), [edge("head", "tail", cut=entropy_codec())]
     bundle = export_bundle(tmp_path / "bundle", parts, edges, input=INPUT, outputs=OUTPUTS, images=images())
     stream.cache_clear()
     monkeypatch.setitem(sys.modules, "constriction", None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from cleave.scripts.assembly.stopping import resume_command
+from cleave.scripts.assembly.stopping import going_on
 
 from .training_helpers import DIGITS, FINAL, PLAIN, ROOT, differences, load, python_path, run_script, small
 
@@ -63,7 +63,7 @@ def test_training_ends_with_its_status_and_the_printed_command_goes_on_exactly(n
     "path", ["/a/b.ckpt", "/a b/c=d,e.ckpt", "/it's/a.ckpt", r"/a\'b\\'c/{x}[y].ckpt", "/ü/$HOME.ckpt"]
 )
 def test_whatever_a_path_holds_the_command_names_it(path):
-    word = shlex.split(resume_command(path))[-1]
+    word = shlex.split(going_on(path))[-1]
     override = OverridesParser.create().parse_override(word)
     assert (override.key_or_group, override.value()) == ("ckpt_path", path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -32,7 +33,8 @@ def random_state(own: Sequence[Any] = ()) -> tuple[Any, ...]:
     Args:
         own: Generators besides those of torch, Python and NumPy.
     """
-    states = [torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(_numpy_state())]
+    state: Any = np.random.get_state()  # noqa: NPY002 what a forward draws from
+    states = [torch.get_rng_state().numpy().tobytes(), random.getstate(), (state[1].tobytes(), state[2:])]
     if torch.cuda.is_initialized():
         states += [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
     return (*states, *(repr(_state(each)) for each in own))
@@ -44,7 +46,7 @@ def rewinding(own: Sequence[Any]) -> Callable[[], None]:
     Args:
         own: The others.
     """
-    generator, python, numpy = torch.get_rng_state(), random.getstate(), _numpy_state()
+    generator, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     others = [(each, _state(each)) for each in own]
 
     def rewind() -> None:
@@ -58,11 +60,6 @@ def rewinding(own: Sequence[Any]) -> Callable[[], None]:
                 (each.setstate if isinstance(each, random.Random) else each.set_state)(state)
 
     return rewind
-
-
-def _numpy_state() -> dict[str, Any]:
-    state = np.random.get_state(legacy=False)  # noqa: NPY002 what a forward draws from
-    return {**state, "state": {**state["state"], "key": state["state"]["key"].tolist()}}
 
 
 def _state(generator: Any) -> Any:
@@ -91,9 +88,8 @@ def line_of_draw(run: Callable[[], Any], own: Sequence[Any] = ()) -> str | None:
     outer = sys.gettrace()
     sys.settrace(watch)
     try:
-        run()
-    except RefusalError:
-        pass
+        with suppress(RefusalError):  # that there is a draw is known; its line is what is looked for
+            run()
     finally:
         sys.settrace(outer)
     return found

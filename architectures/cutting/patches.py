@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cleave.architectures.cutting.proxies import written_by
 from cleave.architectures.cutting.refusals import RefusalError
+from cleave.deployment.bundle.writing.functions import sets_up_apart, subclasses
 
 if TYPE_CHECKING:
     from cleave.architectures.cutting.recording import StageTracer
@@ -24,7 +25,6 @@ CHECKPOINTING = (torch.utils.checkpoint.checkpoint, torch.utils.checkpoint.check
 CHECKPOINT_WAY_OUT = (
     "Give checkpoint a module, not a function or a method, and cut outside of it, or switch gradient checkpointing off."
 )
-_DEFAULT_SETUP = torch.autograd.Function.setup_context
 
 
 class Whole:
@@ -87,19 +87,12 @@ class Watching(TorchFunctionMode):
 def functions_whole(tracer: StageTracer) -> Iterator[None]:
     """Record each ``autograd.Function`` as one step, whatever name its ``apply`` goes by."""
     with Patching() as patched:
-        for function in function_classes(torch.autograd.Function):
+        for function in subclasses(torch.autograd.Function):
             if "forward" in vars(function):
                 patched(function, "forward", staticmethod(_standing_in(tracer, function)))
             if "setup_context" in vars(function):
                 patched(function, "setup_context", staticmethod(_skipping(function.setup_context)))
         yield
-
-
-def function_classes(base: Any) -> Iterator[Any]:
-    """List all subclasses."""
-    for each in base.__subclasses__():
-        yield each
-        yield from function_classes(each)
 
 
 class Patching:
@@ -119,7 +112,7 @@ class Patching:
 
 
 def _standing_in(tracer: StageTracer, function: Any) -> Callable[..., Any]:
-    forward, separate = function.forward, function.setup_context is not _DEFAULT_SETUP
+    forward, separate = function.forward, sets_up_apart(function)
 
     @functools.wraps(forward)
     def run(*args: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from pytorch_lightning import Callback
 from torch import Tensor
 
 from cleave.architectures.inserts.finite import NumberError, few, learned_names, not_finite
+from cleave.lightning_modules.resuming import in_hydra, resume_command
 
 RECORD = "not_finite"
 
@@ -110,11 +110,11 @@ def _way_out(trainer: pl.Trainer) -> str:
             "No checkpoint was saved before: start again with a lower training.optimizer.lr, or with "
             f"{cure} (callbacks.guard=null goes on regardless)"
         )
-    words = [word for word in sys.argv[1:] if not word.startswith(("ckpt_path=", "trainer.gradient_clip_val="))]
-    script = "scripts/train.py" if Path(sys.argv[0]).name == "train.py" else "train.py"
-    command = shlex.join(["python", script, *(words if script != "train.py" else []), f"ckpt_path={path}", cure])
+    given = sys.argv[1:] if Path(sys.argv[0]).name == "train.py" else []
+    words = [word for word in given if not word.startswith("trainer.gradient_clip_val=")]
+    command = resume_command("scripts/train.py", [*words, cure], path)
     return (
         f"The last good checkpoint is {path}. As the same run would diverge again, resume it with clipped gradients: "
-        f"{command}; or start from it with a lower rate: base.ckpt_path={path} training.optimizer.lr=… "
+        f"{command}; or start from it with a lower rate: base.ckpt_path={in_hydra(path)} training.optimizer.lr=… "
         "(callbacks.guard=null goes on regardless)"
     )

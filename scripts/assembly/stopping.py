@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +15,9 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch.multiprocessing import ProcessExitedException
 
 from cleave.lightning_modules import privates, signals
+from cleave.lightning_modules.resuming import resume_command
 from cleave.lightning_modules.signals import Stopped
 
-_PLAIN = re.compile(r"[\w./+-]+")
 REQUEUED = "hpc_ckpt_*.ckpt"
 _OF_A_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.sweeper", "hydra.launcher")
 
@@ -38,7 +36,7 @@ def telling_what_is_kept(cfg: DictConfig) -> Iterator[None]:
             stopped.add_note("Nothing of it was saved.")
         else:
             stopped.add_note(f"What was trained is kept in {file}")
-            stopped.add_note(f"Go on: {resume_command(file)}")
+            stopped.add_note(f"Go on: {going_on(file)}")
         raise stopped from error
 
 
@@ -90,24 +88,13 @@ def used_up(trainer: pl.Trainer) -> None:
             file.unlink()
 
 
-def resume_command(file: str) -> str:
-    """Return the command of this run, resumed from a checkpoint, quoted for the shell."""
-    overrides: list[str] = []
-    if HydraConfig.initialized():
-        given = HydraConfig.get().overrides
-        own = [each for each in given.hydra if not each.startswith(_OF_A_SWEEP)]
-        overrides = [*(each for each in given.task if not each.lstrip("+").startswith("ckpt_path=")), *own]
-    script = sys.argv[0] if HydraConfig.initialized() else "scripts/train.py"
-    words = ["python", script, *overrides, f"ckpt_path={_in_hydra(file)}"]
-    return " ".join(map(shlex.quote, words))
-
-
-def _in_hydra(value: str) -> str:
-    """Quote a value for the grammar of Hydra's overrides, where it needs it."""
-    if _PLAIN.fullmatch(value):
-        return value
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    return f"'{escaped}'"
+def going_on(file: str) -> str:
+    """Return the command of this run, resumed from a checkpoint."""
+    if not HydraConfig.initialized():
+        return resume_command("scripts/train.py", [], file)
+    given = HydraConfig.get().overrides
+    own = [each for each in given.hydra if not each.startswith(_OF_A_SWEEP)]
+    return resume_command(sys.argv[0], [*given.task, *own], file)
 
 
 def _saved_last(cfg: DictConfig) -> str | None:

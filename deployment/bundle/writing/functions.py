@@ -28,7 +28,7 @@ def inlined() -> Iterator[None]:
 
     A function is found where it is called as ``Function.apply``; under another name it stays a call, and saving fails.
     """
-    before = [(each, vars(each).get("apply")) for each in _subclasses(Function)]
+    before = [(each, vars(each).get("apply")) for each in subclasses(Function)]
     for function, _ in before:
         function.apply = classmethod(_forward)
     try:
@@ -41,12 +41,17 @@ def inlined() -> Iterator[None]:
                 function.apply = apply
 
 
-def _forward(function: Any, *args: Any) -> Any:
-    separate = function.setup_context is not _DEFAULT_SETUP
-    return function.forward(*args) if separate else function.forward(Context(), *args)
-
-
-def _subclasses(base: Any) -> Iterator[Any]:
+def subclasses(base: Any) -> Iterator[Any]:
+    """List all subclasses."""
     for each in base.__subclasses__():
         yield each
-        yield from _subclasses(each)
+        yield from subclasses(each)
+
+
+def sets_up_apart(function: Any) -> bool:
+    """Whether a function's context is set up beside its forward, which then takes none."""
+    return function.setup_context is not _DEFAULT_SETUP
+
+
+def _forward(function: Any, *args: Any) -> Any:
+    return function.forward(*args) if sets_up_apart(function) else function.forward(Context(), *args)
