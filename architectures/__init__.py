@@ -27,6 +27,11 @@ from cleave.architectures.inserts.insert import Half, Halves, Insert, Step
 from cleave.architectures.inserts.quantizer import UniformQuantizer, Unquantized
 from cleave.architectures.inserts.recalibrate import recalibrate_batchnorm
 from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d, select, switchable
+from cleave.architectures.linking.blocks import Blocks, cut_blocks
+from cleave.architectures.linking.feature import Feature
+from cleave.architectures.linking.link import Link, build_link
+from cleave.architectures.linking.linked import link_blocks, linked_network
+from cleave.architectures.linking.path import Path, every_path, read_path
 from cleave.architectures.macs import count_macs, count_params
 from cleave.architectures.network.ensemble import GeometricEnsemble
 from cleave.architectures.network.staged import StagedNetwork
@@ -34,6 +39,7 @@ from cleave.architectures.network.staged import StagedNetwork
 __all__ = [
     "Backbone",
     "BitErrors",
+    "Blocks",
     "Bottleneck",
     "Channel",
     "Coders",
@@ -42,15 +48,18 @@ __all__ = [
     "CutPoint",
     "EntropyBottleneck",
     "ExitHead",
+    "Feature",
     "GaussianEncoder",
     "GaussianNoise",
     "GeometricEnsemble",
     "Half",
     "Halves",
     "Insert",
+    "Link",
     "NodeGraph",
     "PacketLoss",
     "Partition",
+    "Path",
     "StagedNetwork",
     "Stages",
     "Step",
@@ -58,16 +67,22 @@ __all__ = [
     "UniformQuantizer",
     "Unquantized",
     "build_bottleneck",
+    "build_link",
     "calibrate_range",
     "count_macs",
     "count_params",
     "create_backbone",
     "cut",
+    "cut_blocks",
     "cut_points",
     "entropy_codec",
+    "every_path",
+    "link_blocks",
+    "linked_network",
     "make_gaussian",
     "multi_exit_network",
     "partition",
+    "read_path",
     "recalibrate_batchnorm",
     "select",
     "split_network",

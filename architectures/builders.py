@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
+from cleave.architectures.copying import cut_copy
 from cleave.architectures.cutting.cut_points import cut_points, spread
-from cleave.architectures.cutting.stages import LOGITS, CutError, Stages, cut
-from cleave.architectures.inserts.bottleneck import Bottleneck
+from cleave.architectures.cutting.stages import LOGITS, CutError
+from cleave.architectures.furnishing import INSERT, REPLACE, Chain, Furnishing, Settings
 from cleave.architectures.inserts.channels import Channel
-from cleave.architectures.inserts.codecs import uniform_codec
-from cleave.architectures.inserts.coders import FORMS, VECTOR_LAYOUTS, Coders, build_bottleneck
-from cleave.architectures.inserts.exit_head import ExitHead
 from cleave.architectures.inserts.insert import Insert
-from cleave.architectures.modes import evaluating
-from cleave.architectures.naming import did_you_mean, whole_number
-from cleave.architectures.network.ensemble import GeometricEnsemble
+from cleave.architectures.naming import whole_number
 from cleave.architectures.network.outputs import FINAL, RESERVED
 from cleave.architectures.network.staged import StagedNetwork
-from cleave.deployment.bundle.torchscript import is_scripted
-
-REPLACE, INSERT, NONE = "replace", "insert", "none"
-Settings = Mapping[str, Any] | Callable[..., Any] | None
 
 
 def staged_network(
@@ -88,42 +77,24 @@ def staged_network(
         raise ValueError(f"cuts is a list of layers, got the string {cuts!r}; write cuts=[{cuts!r}]")
     splits = [] if split is None else [split] if isinstance(split, str) else list(split)
     exit_cuts = _exit_cuts(backbone, sample, exits, exits_count)
-    names = list(dict.fromkeys([*exit_cuts, *splits, *cuts, *(inserts or {})]))
-    _check(splits, form, {"bottleneck_at": bottleneck_at, "codec_at": codec_at})
-    if ensemble and not exit_cuts:
-        raise ValueError("ensemble=True makes one answer of several exits; give exits or exits_count")
-    if not ensemble_last and not ensemble:
-        raise ValueError("ensemble_last=False has no meaning without an ensemble; give ensemble=True, or leave it out")
-    stages, features = _cut(backbone, names, sample)
-    splits = [name for name in stages.names if name in splits]
-    exit_cuts = [name for name in stages.names if name in exit_cuts]
-    if splits and form == REPLACE and (before := stages.names[: stages.names.index(splits[0])]):
-        what = "exits" if set(before) & set(exit_cuts) else "layers compared"
-        raise CutError(
-            f"the {what} ({', '.join(before)}) must stand behind the split at {splits[0]!r}: form=replace leaves out "
-            "what stands before it; use form=insert, or other layers"
-        )
-    behind: dict[str, list[Insert]] = {name: list((inserts or {}).get(name, ())) for name in stages.names}
-    layouts = dict(zip(stages.names, stages.layouts, strict=True))
-    for number, name in enumerate(exit_cuts):
-        head = _exit(exit_head, features, name, layouts[name], cascade and number > 0, stages.names)
-        if cascade and number:
-            head.before = f"{exit_cuts[number - 1]}/logits"
-        behind[name].append(head)
-    for number, name in enumerate(splits):
-        own = form if number == 0 or form != REPLACE else INSERT
-        source = tuple(sample.shape[1:]) if own == REPLACE else tuple(features[name].shape[1:])
-        settings = (bottleneck_at or {}).get(name, bottleneck), (codec_at or {}).get(name, codec)
-        made = _bottleneck(source, tuple(features[name].shape[1:]), layouts[name], own, *settings, channel)
-        behind[name].insert(0 if own == REPLACE else len(behind[name]), made)
-    return StagedNetwork(
-        stages,
-        behind,
-        sample=sample,
-        replaced=bool(splits) and form == REPLACE,
-        ensemble=GeometricEnsemble(len(exit_cuts) + 1, features[LOGITS].shape[-1], ensemble_last) if ensemble else None,
+    furnishing = Furnishing(
+        splits=splits,
+        form=form,
+        bottleneck=bottleneck,
+        bottleneck_at=bottleneck_at,
+        codec=codec,
+        codec_at=codec_at,
+        channel=channel,
+        exits=exit_cuts,
+        exit_head=exit_head,
+        cascade=cascade,
+        ensemble=ensemble,
+        ensemble_last=ensemble_last,
         gradient_equilibrium=gradient_equilibrium,
+        inserts=inserts,
     )
+    stages, features = cut_copy(backbone, list(dict.fromkeys([*furnishing.layers, *cuts])), sample)
+    return furnishing.build(Chain(stages, features), sample)
 
 
 def split_network(
@@ -214,71 +185,6 @@ def multi_exit_network(
     )
 
 
-def _check(splits: Sequence[str], form: str, single: Mapping[str, Mapping[str, Settings] | None]) -> None:
-    if form not in (*FORMS, NONE):
-        raise ValueError(f"form must be one of {', '.join(FORMS)} or none, got {form!r}")
-    if taken := [name for name in splits if name in (FINAL, LOGITS)]:
-        raise CutError(f"split names {taken[0]!r}, which stands for the last exit; split behind an earlier layer")
-    if repeated := [name for name in splits if list(splits).count(name) > 1]:
-        raise CutError(f"split names {repeated[0]!r} twice; one bottleneck stands behind a layer")
-    for argument, settings in single.items():
-        for name in settings or {}:
-            if name not in splits:
-                have = f"split is at {', '.join(splits)}" if splits else "there is no split"
-                raise ValueError(f"{argument} names {name!r}, but {have}.{did_you_mean(name, splits)}")
-
-
-def _cut(backbone: nn.Module, names: Sequence[str], sample: Tensor) -> tuple[Stages, dict[str, Any]]:
-    """Cut a copy of the backbone in the order in which it runs its layers; return it in train mode, with its features.
-
-    Without names the backbone is the only stage, and nothing is known of its features.
-    """
-    if not names:
-        return Stages([backbone], ()).train(), {LOGITS: None}
-    backbone = copy.deepcopy(unscripted(backbone))
-    stages = cut(backbone, at=in_order(backbone, names, sample), sample=sample)
-    with torch.no_grad(), evaluating(stages):
-        features: dict[str, Any] = stages.features(sample[:1].clone(), at=[*names, LOGITS])
-    return stages.train(), features
-
-
-def unscripted(backbone: nn.Module) -> nn.Module:
-    """Return a backbone, unless some of it is scripted.
-
-    Raises:
-        CutError: A layer is scripted: a copy of it computes with weights that no optimizer reaches.
-    """
-    for name, layer in backbone.named_modules():
-        if is_scripted(layer):
-            raise CutError(
-                f"layer {name!r} of {type(backbone).__name__} is scripted, and a copy of it would not learn; build it "
-                "without scripting"
-            )
-    return backbone
-
-
-def in_order(backbone: nn.Module, names: Sequence[str], sample: Tensor) -> list[str]:
-    """Return the names of some layers in the order in which a backbone runs them.
-
-    Raises:
-        CutError: There is no layer of a name.
-    """
-    layers = dict(backbone.named_modules())
-    for name in names:
-        if not name or name not in layers:
-            raise CutError(f"{type(backbone).__name__} has no layer {name!r}.{did_you_mean(name, layers)}")
-    if len(names) < 2:
-        return list(names)
-    order: list[str] = []
-    hooks = [layers[name].register_forward_hook(lambda *_, name=name: order.append(name)) for name in names]
-    with torch.no_grad(), evaluating(backbone):
-        backbone(sample[:1].clone())  # it may work in place
-    for hook in hooks:
-        hook.remove()
-    last_call = {name: i for i, name in enumerate(order)}
-    return sorted(names, key=lambda name: last_call.get(name, -1))
-
-
 def _exit_cuts(backbone: nn.Module, sample: Tensor, at: Sequence[str] | None, count: int | None) -> list[str]:
     """Return the layers that get an exit."""
     _check_exits(at, count, "exits", "exits_count")
@@ -302,45 +208,3 @@ def _check_exits(at: Sequence[str] | None, count: int | None, layers: str, numbe
         raise CutError(f"{layers} names {repeated[0]!r} twice; each layer takes one exit")
     if taken := [name for name in at if name in (FINAL, LOGITS)]:
         raise CutError(f"{layers} names {taken[0]!r}: the backbone's own classifier is the last exit already")
-
-
-def _exit(
-    settings: Settings, features: Mapping[str, Any], name: str, layout: str, cascade: bool, cuts: Sequence[str]
-) -> ExitHead:
-    """Build an exit; refuse one where there is nothing left to save."""
-    logits = features[LOGITS]
-    if not isinstance(logits, Tensor) or (logits.ndim != 2 and not callable(settings)):
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"exits classify, so the backbone must return logits (B, classes); got {got}; wrap it in a "
-            "module that returns them"
-        )
-    if name == cuts[-1] and features[name].shape == logits.shape and torch.equal(features[name], logits):
-        raise CutError(f"an exit at {name!r} stands behind the last layer, where nothing is left to save")
-    shape, classes = tuple(features[name].shape[1:]), logits.shape[1]
-    if callable(settings):
-        return settings(shape, layout, classes, cascade=cascade)
-    return ExitHead(shape, layout, classes, **(settings or {}), cascade=cascade)
-
-
-def _bottleneck(
-    source: tuple[int, ...],
-    target: tuple[int, ...],
-    layout: str,
-    form: str,
-    coders: Settings,
-    codec: Settings,
-    channel: Channel | None,
-) -> Bottleneck:
-    if form == NONE:
-        if coders is not None:
-            raise ValueError("form=none sends the feature itself; leave bottleneck None")
-        built = Coders(nn.Identity(), nn.Identity(), target)
-    else:
-        build = coders if callable(coders) else build_bottleneck
-        more = {} if coders is None or callable(coders) else dict(coders)
-        built = build(source, target, layout, form=form, **more)
-    axis = -1 if layout in VECTOR_LAYOUTS else 0
-    quantise = codec if callable(codec) else uniform_codec
-    quantizer = quantise(shape=built.shape, axis=axis, **({} if codec is None or callable(codec) else dict(codec)))
-    return Bottleneck(built.encoder, quantizer, built.decoder, shape=built.shape, channel=copy.deepcopy(channel))

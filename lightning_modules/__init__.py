@@ -2,6 +2,7 @@
 
 from cleave.lightning_modules.evaluators import Evaluator, Measured, Passed, default_evaluators
 from cleave.lightning_modules.frozen import Frozen
+from cleave.lightning_modules.linking.links import Links
 from cleave.lightning_modules.methods import (
     Classification,
     CrossEntropy,
@@ -33,6 +34,7 @@ __all__ = [
     "HeadDistillation",
     "InformationBottleneck",
     "KnowledgeDistillation",
+    "Links",
     "Measured",
     "Passed",
     "Reconstruction",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cleave.architectures import StagedNetwork
-from cleave.architectures.network.outputs import INPUT, plan
+from cleave.architectures.costs import STAGE
+from cleave.architectures.network.outputs import FINAL, INPUT, plan
 from cleave.lightning_modules.term import STUDENT
 
 
@@ -58,6 +59,13 @@ def what_is_stored(
     return Stored({STUDENT: own} | outputs if own else outputs, reads_inputs or INPUT in frontier)
 
 
+def share_of_macs(network: StagedNetwork, names: Iterable[str]) -> float:
+    """Return what computing some outputs takes of all MACs of a network."""
+    costs = network.costs()
+    run = {(op.cut, op.step.kind) for op in plan(network.ops, names, ())}
+    return sum(cost.macs for cost in costs if (cost.name, cost.kind) in run) / max(1, sum(cost.macs for cost in costs))
+
+
 def given_of(batch: Mapping[str, Any], owner: str) -> dict[str, Tensor]:
     """Return the stored outputs of one network that a batch brings along."""
     prefix = f"{owner}/"
@@ -86,9 +94,12 @@ def digest_of(stored: Stored, networks: Mapping[str, StagedNetwork], trained: Se
 
 
 def _sources(network: StagedNetwork, names: Iterable[str], trained: Sequence[str]) -> list[nn.Module]:
-    """Return the modules that computing some outputs runs."""
+    """Return the modules that computing some outputs runs; of a part of several stages those that run."""
     parts, found = network.parts(), list[nn.Module]()
     for op in plan(network.ops, names, ()):
+        if op.step.kind == STAGE:
+            found.append(network.stages[-1] if op.cut == FINAL else network.get_submodule(op.owner))
+            continue
         found += [module for part in op.uses for module in parts[part]]
         if op.uses or not op.owner:
             continue

@@ -28,7 +28,7 @@ from cleave.lightning_modules.learning import (
 )
 from cleave.lightning_modules.measuring import Batch, MeasuredModule
 from cleave.lightning_modules.optimization import check_lr_scales, clip_apart, parameter_groups, scheduler_of
-from cleave.lightning_modules.term import PROGRESS, STUDENT, TEACHER, Term, asked_outputs, together
+from cleave.lightning_modules.term import PROGRESS, STUDENT, TEACHER, Term, asked_outputs, take_over, together
 from cleave.lightning_modules.training import DEFAULT, Training, prepare
 
 
@@ -302,12 +302,7 @@ class Task(MeasuredModule):
         Returns:
             Their names.
         """
-        own = {f"terms.{name}": value for name, value in self.terms.state_dict().items()}
-        shared = {name for name, value in own.items() if name in state and state[name].shape == value.shape}
-        with torch.no_grad():
-            for name in shared:
-                own[name].copy_(state[name])
-        return sorted(shared)
+        return take_over(self.terms, state)
 
     # --- before the first step --------------------------------------------------------------------------------------
 
@@ -322,10 +317,13 @@ class Task(MeasuredModule):
         """
         stored = caching.what_is_stored(self.network, self.trained_parts, self.asked, self._reads(self.reads))
         if not stored.outputs:
-            raise ValueError(
-                f"feature_cache.use=true: {type(self).__name__} with train={list(self.trained_parts)} has no frozen "
-                "part before what it trains; freeze what comes first, or leave the cache out"
-            )
+            method = f"{type(self).__name__} with train={list(self.trained_parts)}"
+            fix = "freeze what comes first, or leave the cache out"
+            raise ValueError(f"feature_cache.use=true: {method} has no frozen part before what it trains; {fix}")
+        return self.worth_storing(stored)
+
+    def worth_storing(self, stored: caching.Stored) -> caching.Stored:
+        """Return what pays to be stored of what can be; here all of it."""
         return stored
 
     def frozen_digest(self) -> str:
@@ -337,6 +335,8 @@ class Task(MeasuredModule):
 
     def _cache_frozen(self) -> None:
         stored, networks = self.stored(), self._networks()
+        if not stored.outputs:
+            return
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "cache_features"):
             raise ValueError("feature_cache.use=true needs a data module of Cleave's, whose images it can go through")

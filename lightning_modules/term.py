@@ -165,3 +165,17 @@ def asked_outputs(terms: Iterable[Term]) -> dict[str, tuple[str, ...]]:
         for owner in term.owners:
             found.setdefault(owner, {}).update(dict.fromkeys(term.asks(owner)))
     return {owner: tuple(names) for owner, names in found.items()}
+
+
+def take_over(terms: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Load the weights of terms that a task's state dict holds under the same names and in the same shapes.
+
+    Returns:
+        Their names.
+    """
+    own = {f"terms.{name}": value for name, value in terms.state_dict().items()}
+    shared = {name for name, value in own.items() if name in state and state[name].shape == value.shape}
+    with torch.no_grad():
+        for name in shared:
+            own[name].copy_(state[name])
+    return sorted(shared)

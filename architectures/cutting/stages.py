@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class Stages(nn.Module):
         layouts: Layout of each cut's feature: ``NCHW``, ``NHWC``, ``NLC``, ``NC`` or ``other``.
         input_shape: Per-sample shape of the input it is bound to, where sizes that the backbone computes from it
             would pass a cut (XCiT, MViT); ``None`` where it is bound to none.
+        owners: Whose each stage is, in a chain of several networks; empty where there is one.
     """
 
     def __init__(self, stages: Sequence[nn.Module], names: Sequence[str]) -> None:
@@ -50,7 +52,26 @@ class Stages(nn.Module):
         self.names = tuple(names)
         self.layouts: tuple[str, ...] = ("other",) * len(self.names)
         self.input_shape: tuple[int, ...] | None = None
+        self.owners: tuple[str, ...] = ()
         self._altered = [False] * len(stages)
+
+    @classmethod
+    def chained(cls, runs: Sequence[tuple[str, Stages, Sequence[int]]]) -> Stages:
+        """Return stages of several networks in a row; they are shared, not copied.
+
+        Cuts and weights get their owner's name in front: ``local/layer1``, ``local.layer1.0.conv1.weight``.
+
+        Args:
+            runs: The owner's name, its stages and the numbers of those to take, run after run.
+        """
+        taken = [(owner, stages, number) for owner, stages, numbers in runs for number in numbers]
+        children = [nn.Sequential(OrderedDict({owner: stages[number]})) for owner, stages, number in taken]
+        chain = cls(children, [f"{owner}/{stages.names[number]}" for owner, stages, number in taken[:-1]])
+        chain.layouts = tuple(stages.layouts[number] for _, stages, number in taken[:-1])
+        chain.owners = tuple(owner for owner, _, _ in taken)
+        chain.input_shape = taken[0][1].input_shape
+        chain._altered = [stages.alters(number) for _, stages, number in taken]
+        return chain
 
     def forward(self, x: Tensor) -> Any:
         """Run all stages: what the backbone returns for a batch (B, …)."""

@@ -16,7 +16,7 @@ from cleave.architectures.inserts.quantizer import Quantizer, UniformQuantizer
 from cleave.architectures.inserts.switchable import select, switchable
 from cleave.deployment import FLOAT_BITS, Codec, check_bits
 
-Link = Callable[[str, Codec, dict[str, Tensor]], Mapping[str, Tensor]]
+Carrier = Callable[[str, Codec, dict[str, Tensor]], Mapping[str, Tensor]]
 LEVELS = "levels"
 
 
@@ -61,8 +61,8 @@ class Bottleneck(Insert):
         self.shape = tuple(shape)
         self.at = ""
         self.behind: list[nn.Module] = []
-        self.codec  # noqa: B018 what cannot be coded is refused here
         self.channel: Channel | None = None
+        self.codec  # noqa: B018 what cannot be coded is refused here
         self.emits = tuple(name for step in self.steps() for name in step.gives if name != OUT)
         self.set_channel(channel)
 
@@ -70,6 +70,12 @@ class Bottleneck(Insert):
     def stochastic(self) -> bool:
         """Whether the encoder draws its representation in training."""
         return isinstance(self.encoder, GaussianEncoder)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it sends the feature itself as float32 over a perfect link, so that all it makes is that feature."""
+        coders = isinstance(self.encoder, nn.Identity) and isinstance(self.decoder, nn.Identity)
+        return coders and self.bits == FLOAT_BITS and self.channel is None
 
     @property
     def has_prior(self) -> bool:
@@ -80,24 +86,19 @@ class Bottleneck(Insert):
 
     def steps(self) -> list[Step]:
         """Return its computations: encode, quantise, judge, transmit, decode."""
-        distribution = ("mean", "log_variance") if self.stochastic else ()
+        plain, distribution = self.plain, ("mean", "log_variance") if self.stochastic else ()
+        # In training a prior adds noise, of which nothing is learned.
+        learned, noisy = ((), ("quantizer",)) if self.has_prior else (("quantizer",), ())
         steps = [
-            Step("encode", (IN,), ("z", *distribution), ("encoder",), kind="encoder", selective=True),
-            Step(
-                "quantise",
-                ("z",),
-                ("sent",),
-                # In training a prior adds noise, of which nothing is learned.
-                () if self.has_prior else ("quantizer",),
-                noisy_with=("quantizer",) if self.has_prior else (),
-                linked="deliver",
-            ),
+            Step("encode", (IN,), ("z", *distribution), ("encoder",), kind="encoder", selective=True, same=plain),
+            Step("quantise", ("z",), ("sent",), learned, noisy_with=noisy, linked="deliver", same=plain),
         ]
         if self.has_prior:
             steps.append(Step("judge", ("sent",), ("likelihoods",), ("quantizer",)))
-        steps.append(Step("transmit", ("sent",), ("received",), random=self.channel is not None))
-        steps.append(Step("decode", ("received",), (OUT,), ("decoder",), optional=("z",), kind="decoder"))
-        return steps
+        lossy = self.channel is not None
+        arrive = Step("transmit", ("sent",), ("received",), random=lossy, receives=True, same=plain)
+        decode = Step("decode", ("received",), (OUT,), ("decoder",), ("z",), "decoder", receives=True, same=plain)
+        return [*steps, arrive, decode]
 
     def encode(self, x: Tensor, wanted: frozenset[str] = frozenset()) -> Tensor | tuple[Tensor | None, ...]:
         """Return the representation (B, *shape); of a stochastic encoder with its mean and log-variance, if wanted."""
@@ -113,7 +114,7 @@ class Bottleneck(Insert):
         """Return the representation quantised and de-quantised, or with the noise that stands for it in training."""
         return self.quantizer(z)
 
-    def deliver(self, z: Tensor, link: Link) -> Tensor:
+    def deliver(self, z: Tensor, link: Carrier) -> Tensor:
         """Return what a link delivers of a representation, de-quantised: the way of real bytes."""
         delivered = link(self.at, self.codec, self.send(z))
         return self.receive({name: tensor.to(z.device) for name, tensor in delivered.items()})

@@ -38,6 +38,8 @@ class Step:
         noisy_with: Parts that make it draw random numbers while they learn, though it uses none of their parameters.
         selective: Also takes ``wanted``, the names that somebody asks for, so that it need not make the others.
         linked: Name of the method that takes its place where what is sent goes through real bytes.
+        receives: Runs behind what the insert sends, on the side that it is sent to.
+        same: Gives what it reads, unchanged, as long as the insert stays as it is.
     """
 
     method: str
@@ -51,6 +53,8 @@ class Step:
     noisy_with: tuple[str, ...] = ()
     selective: bool = False
     linked: str | None = None
+    receives: bool = False
+    same: bool = False
 
 
 class Half(NamedTuple):
@@ -88,6 +92,7 @@ class Insert(nn.Module):
         kind: Its name among the inserts of a cut, and in the keys of a state dict.
         passes: Whether what goes on is its own result; an exit passes the feature on as it came.
         emits: Names of further outputs; ``forward`` returns them behind what goes on.
+        owner: Whose side it lives on, in a network of two; empty where it stands where the feature is.
 
     Example:
         >>> class Scale(Insert):
@@ -105,6 +110,7 @@ class Insert(nn.Module):
     kind: ClassVar[str]
     passes: ClassVar[bool] = True
     emits: tuple[str, ...] = ()
+    owner: str = ""
 
     def steps(self) -> Sequence[Step]:
         """Return what it computes, in order; here all at once, by ``forward``."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cleave.architectures.cutting.slicing import check_size
 from cleave.architectures.cutting.stages import CutError, Stages
-from cleave.architectures.inserts.bottleneck import Link
+from cleave.architectures.inserts.bottleneck import Carrier
 from cleave.architectures.naming import did_you_mean
 from cleave.architectures.network.outputs import ANSWER, INPUT, LOGITS, Op, plan, read_by
 
@@ -45,7 +45,7 @@ class NamedOutputs(nn.Module):
         inputs: Tensor | None,
         at: Iterable[str],
         given: Mapping[str, Tensor] | None = None,
-        link: Link | None = None,
+        link: Carrier | None = None,
     ) -> dict[str, Tensor]:
         """Return named outputs; nothing is computed that they do not need.
 
@@ -92,7 +92,7 @@ class NamedOutputs(nn.Module):
             self._plans[key] = plan(self.ops, wanted, known)
         return self._plans[key]
 
-    def compute(self, op: Op, known: dict[str, Any], asked: Collection[str] = (), link: Link | None = None) -> None:
+    def compute(self, op: Op, known: dict[str, Any], asked: Collection[str] = (), link: Carrier | None = None) -> None:
         """Run one of the network's computations on named values, and add what it gives to them."""
         step = op.step
         values = [known[name] for name in op.needs] + [known.get(name) for name in op.optional]
@@ -185,4 +185,13 @@ class NamedOutputs(nn.Module):
             else:
                 fixed.append(op)
         live = [op for op in ops if op not in fixed]
-        return read_by(live, [name for name in names if name not in living])
+        same = {op.gives[0]: op.needs[0] for op in fixed if op.step.same and len(op.gives) == 1}
+        asked = [name for name in names if name not in living]
+        return tuple(dict.fromkeys(_first(name, {} if name in asked else same) for name in read_by(live, asked)))
+
+
+def _first(name: str, same: Mapping[str, str]) -> str:
+    """Return the first of several names of one tensor."""
+    while name in same:
+        name = same[name]
+    return name

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +11,11 @@ from torch import Tensor, nn
 from cleave.architectures.costs import Cost, cumulative, measure_costs
 from cleave.architectures.cutting.stages import CutError, Stages
 from cleave.architectures.inserts.bottleneck import Bottleneck
-from cleave.architectures.inserts.channels import Channel
 from cleave.architectures.inserts.insert import Insert, check_inserts
+from cleave.architectures.linking.link import Link
 from cleave.architectures.macs import count_macs
-from cleave.architectures.modes import evaluating
 from cleave.architectures.network.early_exits import exit_steps
 from cleave.architectures.network.equilibrium import Branch
-from cleave.architectures.network.named_outputs import NamedOutputs
 from cleave.architectures.network.outputs import (
     ANSWER,
     FINAL,
@@ -31,12 +27,13 @@ from cleave.architectures.network.outputs import (
     network_ops,
 )
 from cleave.architectures.network.probe import in_order_of, probe
+from cleave.architectures.network.sending import Sending
 from cleave.architectures.network.state_names import collapse_names, public_name
 from cleave.architectures.network.train_parts import network_parts, resolve_parts, stage_parts
 from cleave.deployment import Exited, ExitPolicy, leave_early
 
 
-class StagedNetwork(NamedOutputs):
+class StagedNetwork(Sending):
     """Stages of a backbone with inserts behind named cuts; whatever it computes is an output with a name.
 
     ``layer2/input`` is the feature that arrives at a cut and ``layer2`` the one that goes on behind its inserts, which
@@ -56,6 +53,7 @@ class StagedNetwork(NamedOutputs):
         gradient_equilibrium: Scale gradients where exits branch off: of k exits, the i-th passes 1 / (k − i + 1) of its
             own to the backbone, beside (k − i) / (k − i + 1) of what comes from behind it, which keeps their variance
             even (Li et al. 2019, "Improved Techniques for Training Adaptive Deep Networks").
+        left_out: What stages that a path leaves out would cost.
 
     Attributes:
         cuts: Names of the cuts in the order of execution.
@@ -81,6 +79,7 @@ class StagedNetwork(NamedOutputs):
         replaced: bool = False,
         ensemble: nn.Module | None = None,
         gradient_equilibrium: bool = False,
+        left_out: Sequence[Cost] = (),
     ) -> None:
         super().__init__()
         self.stages = stages
@@ -89,6 +88,7 @@ class StagedNetwork(NamedOutputs):
         self.replaced_macs = 0
         self.envelope = True
         self.gradient_equilibrium = gradient_equilibrium
+        self.left_out = tuple(left_out)
         self.input_shape = tuple(sample.shape[1:])
         self.input_dtype = sample.dtype
         self._install(inserts or {})
@@ -140,25 +140,21 @@ class StagedNetwork(NamedOutputs):
     # --- parts ------------------------------------------------------------------------------------------------------
 
     @property
-    def bottlenecks(self) -> dict[str, Bottleneck]:
-        """The bottlenecks by the cut they stand at, in order."""
+    def links(self) -> dict[str, Link]:
+        """The links of a path through two networks by the cut they stand at, in order."""
         found = ((cut, insert) for cut in self.cuts for insert in self.inserts_at(cut))
-        return {cut: insert for cut, insert in found if isinstance(insert, Bottleneck)}
+        return {cut: insert for cut, insert in found if isinstance(insert, Link)}
 
     @property
     def cascade(self) -> bool:
         """Whether exits read what those before them answer."""
-        return any(_read_elsewhere(insert) for cut in self.cuts for insert in self.inserts_at(cut) if not insert.passes)
+        exits = (insert for cut in self.cuts for insert in self.inserts_at(cut) if not insert.passes)
+        return any("/" in name for insert in exits for step in insert.steps() for name in step.needs)
 
     @property
     def backbone_parts(self) -> tuple[str, ...]:
         """Names of the parts that the backbone's stages make up."""
         return tuple(dict.fromkeys(stage_parts(self)[int(self.replaced) :]))
-
-    def inserts_at(self, cut: str) -> list[Insert]:
-        """Return the inserts behind a cut in the order in which they pass the feature on."""
-        child = self._modules.get(child_name(cut))
-        return [] if child is None else [cast(Insert, insert) for insert in child.children()]
 
     def order_at(self, cut: str) -> list[Insert]:
         """Return the inserts behind a cut in the order of execution: exits read what arrives there.
@@ -242,70 +238,10 @@ class StagedNetwork(NamedOutputs):
             raise ValueError(f"the policy has {policy.exits} exits, the network {len(self.exits)}; both count the last")
         return leave_early(list(exit_steps(self)), {INPUT: inputs}, policy)
 
-    # --- bottlenecks ------------------------------------------------------------------------------------------------
-
-    @property
-    def widths(self) -> dict[str, tuple[int, ...]]:
-        """The widths in bits of each bottleneck that knows several."""
-        return {cut: bottleneck.widths for cut, bottleneck in self.bottlenecks.items() if bottleneck.widths}
-
-    def bits(self, at: str | None = None) -> int | None:
-        """Return the width of the codes at a cut, or at the first; ``None`` under a prior and where nothing is sent."""
-        if at is None and not self.bottlenecks:
-            return None
-        return self._bottlenecks_at(at, "a width")[0].bits
-
-    def set_bits(self, bits: int, at: str | None = None) -> None:
-        """Change the width of the codes of one bottleneck, or of all; see :meth:`Bottleneck.set_bits`.
-
-        Raises:
-            ValueError: There is no bottleneck, or one cannot have this width.
-        """
-        for bottleneck in self._bottlenecks_at(at, f"bits={bits}"):
-            bottleneck.set_bits(bits)
-
-    def set_channel(self, channel: Channel | None, at: str | None = None) -> None:
-        """Put another link behind one bottleneck, or behind all, or none.
-
-        Raises:
-            ValueError: There is no bottleneck, or a link cannot carry what its quantiser makes.
-        """
-        if channel is None and at is None and not self.bottlenecks:
-            return
-        for bottleneck in self._bottlenecks_at(at, "a channel"):
-            bottleneck.set_channel(copy.deepcopy(channel))
-        self.ops = network_ops(self)  # whether something is drawn there has changed
+    def _replan(self) -> None:
+        """Look anew at what is computed."""
+        self.ops = network_ops(self)
         self._plans.clear()
-
-    def calibrate(
-        self, batches: Sequence[Tensor] | Iterable[Tensor], at: str, bits: int, method: str = "mse"
-    ) -> tuple[float, float]:
-        """Give a bottleneck that was trained in float codes of some width, their range chosen on batches of inputs.
-
-        Returns:
-            The range (low, high).
-        """
-        (bottleneck,) = self._bottlenecks_at(at, "a range")
-        with evaluating(self), torch.no_grad():
-            representations = (self.outputs(batch, [f"{at}/z"])[f"{at}/z"] for batch in batches)
-            found = bottleneck.calibrate(representations, bits, method)
-        bottleneck.quantizer.train(bottleneck.training)  # it may be a new one
-        return found
-
-    def _bottlenecks_at(self, at: str | None, what: str) -> list[Bottleneck]:
-        """Return one bottleneck, or all."""
-        found = self.bottlenecks
-        if not found:
-            raise ValueError(f"{what} has no meaning: this network is not split")
-        if at is None:
-            return list(found.values())
-        if at not in found:
-            raise ValueError(f"there is no bottleneck at {at!r}; there are some at {', '.join(found)}")
-        return [found[at]]
-
-    def sizes(self, at: str) -> dict[str, int]:
-        """Return the bytes per sample that a payload is judged by: the uint8 input, the float32 feature at a cut."""
-        return {"input": math.prod(self.input_shape), "feature": 4 * math.prod(self.shapes[at])}
 
     # --- construction -----------------------------------------------------------------------------------------------
 
@@ -339,8 +275,3 @@ class StagedNetwork(NamedOutputs):
         """Leave out the stage before the bottleneck that replaces it, but remember what it costs."""
         self.replaced_macs = count_macs(self.stages[0], sample[:1])
         self.stages.stage0 = nn.Identity()
-
-
-def _read_elsewhere(insert: Insert) -> list[str]:
-    """Return the outputs of other cuts that an insert reads."""
-    return [name for step in insert.steps() for name in step.needs if "/" in name]

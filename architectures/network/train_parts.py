@@ -18,7 +18,12 @@ ENSEMBLE = "ensemble"
 
 
 def stage_parts(network: StagedNetwork) -> list[str]:
-    """Return the part that each stage belongs to: what stands before, between and behind the bottlenecks."""
+    """Return the part that each stage belongs to: what stands before, between and behind the bottlenecks.
+
+    In a chain of several networks it is the name of the network.
+    """
+    if network.stages.owners:
+        return list(network.stages.owners)
     places = [network.cuts.index(cut) for cut in network.bottlenecks]
     if not places:
         return [BACKBONE] * len(network.stages)
