@@ -3,6 +3,7 @@
 from cleave.lightning_modules.evaluators import Evaluator, Measured, Passed, default_evaluators
 from cleave.lightning_modules.frozen import Frozen
 from cleave.lightning_modules.linking.links import Links
+from cleave.lightning_modules.linking.parties import Crossing, TwoParties
 from cleave.lightning_modules.methods import (
     Classification,
     CrossEntropy,
@@ -24,6 +25,7 @@ from cleave.lightning_modules.training import Training
 __all__ = [
     "Classification",
     "CrossEntropy",
+    "Crossing",
     "Entropic",
     "Evaluator",
     "ExitsDistilled",
@@ -41,6 +43,7 @@ __all__ = [
     "Task",
     "Term",
     "Training",
+    "TwoParties",
     "ZeroTimeWaste",
     "default_evaluators",
 ]

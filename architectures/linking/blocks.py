@@ -112,8 +112,9 @@ def cut_blocks(
         raise ValueError(f"{owner} blocks must be a list of layers or their number, got {blocks!r}")
     try:
         named = spread(cut_points(network, sample), blocks) if isinstance(blocks, int) else list(blocks)
-        aliases = _aliases(network, named, list(cuts), sample)
-        stages, features = cut_copy(network, list(dict.fromkeys([*named, *aliases.values()])), sample)
+        aliases = _aliases(network, [*named, *cuts], sample)
+        known = [aliases.get(name, name) if name not in named else name for name in [*named, *cuts]]
+        stages, features = cut_copy(network, list(dict.fromkeys(known)), sample)
     except Exception as error:
         size = "×".join(str(side) for side in sample.shape[-2:])
         fix = "set host.image_size to a size that it takes" if owner == "host" else "take other blocks"
@@ -124,31 +125,25 @@ def cut_blocks(
     return Blocks(owner, stages, names, features, sample[:1], prefix, aliases, network)
 
 
-def _aliases(network: nn.Module, blocks: list[str], cuts: list[str], sample: Tensor) -> dict[str, str]:
-    """Return the cut for each layer of ``cuts``: that of a block, or of a layer before, where both give one tensor."""
-    layers = dict(network.named_modules())
+def _aliases(network: nn.Module, cuts: Sequence[str], sample: Tensor) -> dict[str, str]:
+    """Return for each layer that ends with the tensor of some cut the first such cut: ``layer1`` for ``layer1.2``."""
     ends: dict[str, tuple[Tensor, int]] = {}
 
     def note(name: str, value: Any) -> None:
         if isinstance(value, Tensor):
-            ends[name] = (value, value._version)
+            ends[name] = (value, value._version)  # kept, so that no other takes its place in memory
 
-    names = [name for name in dict.fromkeys([*blocks, *cuts]) if name in layers]
-    hooks = [layers[name].register_forward_hook(lambda *call, name=name: note(name, call[2])) for name in names]
+    layers = dict(network.named_modules())
+    hooks = [
+        layer.register_forward_hook(lambda *call, name=name: note(name, call[2])) for name, layer in layers.items()
+    ]
     try:
         with torch.no_grad(), evaluating(network):
             network(sample[:1].clone())
     finally:
         for hook in hooks:
             hook.remove()
-    found: dict[str, str] = {}
-    for name in cuts:
-        same = (
-            cut for cut in [*blocks, *found.values()] if cut in ends and name in ends and _one(ends[cut], ends[name])
-        )
-        found[name] = name if name in blocks else next(same, name)
-    return found
-
-
-def _one(first: tuple[Tensor, int], second: tuple[Tensor, int]) -> bool:
-    return first[0] is second[0] and first[1] == second[1]
+    found: dict[tuple[int, int], str] = {}
+    for name in (cut for cut in cuts if cut in ends):
+        found.setdefault((id(ends[name][0]), ends[name][1]), name)
+    return {name: cut for name, end in ends.items() if (cut := found.get((id(end[0]), end[1]))) is not None}

@@ -149,7 +149,7 @@ def link_blocks(
     """
     if host is not None and host.source is local.source:
         raise ValueError("local and host are one network; links lead through the blocks of another one")
-    way = read_path(path, local.names, None if host is None else host.names)
+    way = read_path(_named(path, local, host), local.names, None if host is None else host.names)
     if way.skips and not use_host:
         raise ValueError(f"use_host=False has no meaning for path={way}, a skip-connection; leave it out")
     features = {f"{LOCAL}/{name}": value for name, value in local.features.items()} | {LOGITS: local.features[LOGITS]}
@@ -162,6 +162,15 @@ def link_blocks(
     chain = chain._replace(left_out=tuple(left_out))
     called = _called(furnishing or Furnishing(), chain.stages.names, local, host, way)
     return called.build(chain, local.sample)
+
+
+def _named(path: Sequence[Any], local: Blocks, host: Blocks | None) -> Sequence[Any]:
+    """Return a path with blocks called by their own names."""
+    if isinstance(path, str) or not isinstance(path, Sequence):
+        return path
+    owners = (local, host, host, local)
+    blocks = zip(path, [*owners, *[None] * len(path)], strict=False)
+    return [value if owner is None or not isinstance(value, str) else owner.layer(value) for value, owner in blocks]
 
 
 def _skip(local: Blocks, way: Path, links: Links, features: Mapping[str, Any]) -> Chain:
