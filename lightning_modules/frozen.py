@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from cleave.architectures import CutError, StagedNetwork, staged_network
+from cleave.architectures.linking.link import HOST, LOCAL
 from cleave.lightning_modules.term import STUDENT, Term
 
 LOGITS = "logits"
@@ -115,6 +116,15 @@ def _layers(terms: Sequence[Term], owner: str) -> list[str]:
     names = (name.partition("/") for term in terms for name in term.names)
     layers = (output.removesuffix("/input") for whose, _, output in names if whose == owner)
     return list(dict.fromkeys(layer for layer in layers if "/" not in layer and layer not in UNCUT))
+
+
+def outputs_layers(names: Iterable[str], owner: str) -> list[str]:
+    """Return the layers of one network that names of outputs are of; a path's own, ``local/layer1``, are whole."""
+    found: dict[str, None] = {}
+    for whose, layer, *rest in (name.split("/") for name in names if "/" in name):
+        if whose == owner and layer not in UNCUT:
+            found[f"{layer}/{rest[0]}" if owner == STUDENT and layer in (LOCAL, HOST) and rest else layer] = None
+    return list(found)
 
 
 def asked_for(others: Mapping[str, Frozen], terms: Sequence[Term], network: StagedNetwork) -> dict[str, Frozen]:

@@ -15,7 +15,7 @@ from cleave.architectures.modes import evaluating
 from cleave.architectures.naming import did_you_mean
 from cleave.lightning_modules import caching, privates
 from cleave.lightning_modules.evaluators import Evaluator, default_evaluators
-from cleave.lightning_modules.frozen import UNCUT, Frozen, asked_for
+from cleave.lightning_modules.frozen import Frozen, asked_for, outputs_layers
 from cleave.lightning_modules.learning import (
     check_codes,
     check_network,
@@ -122,8 +122,7 @@ class Task(MeasuredModule):
         terms = [*(settings.get("terms") or {}).values(), *(settings.get("extra_terms") or {}).values()]
         groups = (name for term in terms for name in term.get("of", ()))
         names = (name for group in groups for name in ([group] if isinstance(group, str) else group))
-        outputs = (name.split("/") for name in names if name.startswith(f"{owner}/"))
-        return list(dict.fromkeys(layer for _, layer, *_ in outputs if layer not in UNCUT))
+        return outputs_layers(names, owner)
 
     @property
     def monitor(self) -> str:

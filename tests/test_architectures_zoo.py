@@ -169,3 +169,14 @@ def test_every_parameter_learns(name):
 def test_refuses_sizes_that_do_not_exist(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_width_scales_every_convolution_of_alexnet():
+    whole, half = (CIFAR_NETWORKS["alexnet"](width=width) for width in (1.0, 0.5))
+    channels = [[m.out_channels for m in n.modules() if isinstance(m, nn.Conv2d)] for n in (whole, half)]
+    assert channels == [[64, 192, 384, 256, 256], [32, 96, 192, 128, 128]]
+    assert macs(whole) / macs(half) == pytest.approx(4, rel=0.05)
+    assert CIFAR_NETWORKS["alexnet"](width=0.001)(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
+    for width in (0, -1.0, float("nan"), float("inf"), True, "2"):
+        with pytest.raises(ValueError, match="width must be a positive number, got"):
+            CIFAR_NETWORKS["alexnet"](width=width)

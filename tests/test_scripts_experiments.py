@@ -18,6 +18,9 @@ pytestmark = pytest.mark.untraced  # presets run code that has tests of its own
 EXPERIMENTS = sorted(p.stem for p in (Path(CONF) / "experiment").glob("*.yaml"))
 # What the presets that suit any data leave to the user: some must be given, of the others there is a default.
 GIVEN = {"compare": "{layer2: 1.0, layer3: 0.5}", "beta": "1.0"}
+LENT = ["links.local_blocks=[layer1,layer2,layer3]", "links.host_blocks=[features.2,features.5]", "host.num_classes=10"]
+LENT += ["+backbone@host.backbone=cifar", "host.backbone.name=alexnet", "+host.backbone.kwargs.width=0.1"]
+LENT += ["host.weights=random", "links.path=[0,0,1,2]"]
 DIGITS = ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8"]
 QUICK = ["trainer=cpu", "debug=limit", "trainer.detect_anomaly=false", "logger=csv", "callbacks.progress=null"]
 QUICK += ["trainer.max_epochs=1", "+trainer.enable_progress_bar=false"]
@@ -33,7 +36,9 @@ def needed(name: str, folder: Path, teacher_file: Path) -> list[str]:
         return []
     asked = missing(name, folder)
     overrides = [f"{key}={value}" for key, value in GIVEN.items() if key in asked]
-    if not name.startswith("digits"):
+    if name == "links":
+        overrides += [*DIGITS, *LENT]
+    elif not name.startswith("digits"):
         overrides += [*DIGITS, "exits.count=2" if name == "zero_time_waste" else "split.at=layer2"]
     return [*overrides, f"base.ckpt_path={teacher_file}"]
 

@@ -20,7 +20,8 @@ from cleave.deployment import ExitPolicy, ImageInput
 from cleave.lightning_modules import Frozen, Task, Training
 from cleave.lightning_modules.evaluators import default_evaluators
 from cleave.reports.terminal import console
-from cleave.scripts.assembly.networks import build_network, keyed, plain_value, sample_of
+from cleave.scripts.assembly.linking.lending import lend
+from cleave.scripts.assembly.networks import build_network, is_linked, keyed, plain_value, sample_of
 from cleave.scripts.assembly.restoring import Restored, restore
 from cleave.scripts.assembly.taking_over import check_taken, take_over
 from cleave.scripts.assembly.terminal import CONF
@@ -51,12 +52,14 @@ class Assembly(NamedTuple):
         network: What is trained.
         others: Frozen networks beside it by name: the ``teacher``, if there is one that could teach.
         from_scratch: Whether the backbone has random weights.
+        host: What a run writes down of the network that lends its blocks to a path, if there is one.
     """
 
     data: ImageDataModule
     network: StagedNetwork
     others: dict[str, Frozen]
     from_scratch: bool
+    host: DictConfig | None = None
 
 
 def assemble(cfg: DictConfig, methods: Sequence[DictConfig]) -> Assembly:
@@ -70,19 +73,24 @@ def assemble(cfg: DictConfig, methods: Sequence[DictConfig]) -> Assembly:
         ValueError: The parts do not fit each other; the message says which and how to mend it.
     """
     data = instantiate(cfg.data)
-    taught = layers_of(methods, cfg, TEACHER)
+    taught = [*layers_of(methods, cfg, TEACHER), *compared_block(methods, cfg)]
     base = _restored_base(cfg, data, taught)
     backbone: Backbone = instantiate(_untrained(cfg) if base else cfg.backbone, num_classes=data.num_classes)
     _configure_input(data, base, backbone)
     # Before the network is cut from the backbone, of which the teacher is a copy.
     pretrained = None if base or backbone.pretrained is None else copy.deepcopy(backbone.network)
     taken = take_over(backbone.network, base.network.state_dict()) if base else set()
-    network = build_network(cfg, backbone.network, data.input, layers_of(methods, cfg))
+    lent = lend(cfg, base.sha256 if base else None)
+    network = build_network(
+        cfg, backbone.network, data.input, layers_of(methods, cfg), None if lent is None else lent.host
+    )
     if base:
-        check_taken(network, base.network.state_dict(), taken, str(cfg.base.ckpt_path), console)
+        whole = backbone.network if is_linked(cfg) else network
+        check_taken(whole, base.network.state_dict(), taken, str(cfg.base.ckpt_path), console)
     teacher = _teacher(cfg, data, base, pretrained, taught)
     others = {} if teacher is None else {TEACHER: teacher}
-    return Assembly(data, network, others, base is None and backbone.pretrained is None)
+    from_scratch = base is None and backbone.pretrained is None
+    return Assembly(data, network, others, from_scratch, None if lent is None else lent.config)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -144,7 +152,22 @@ def layers_of(methods: Sequence[DictConfig], cfg: DictConfig, owner: str = "stud
     split = plain_value(cfg.split.at)
     splits = [] if split is None else [split] if isinstance(split, str) else split
     found = (get_class(method._target_).layers(splits, plain(method), owner) for method in methods)
-    return list(dict.fromkeys(layer for layers in found for layer in layers))
+    names = dict.fromkeys(layer for layers in found for layer in layers)
+    return list(names) if is_linked(cfg) else list(dict.fromkeys(name.partition("/")[0] for name in names))
+
+
+def compared_block(methods: Sequence[DictConfig], cfg: DictConfig) -> list[str]:
+    """Return the local layer before block lin where a method compares with its feature, as far as the config says it.
+
+    Where blocks are a number, a base without cuts is cut there later.
+    """
+    if not is_linked(cfg) or not any(method.get("feature") for method in methods):
+        return []
+    blocks, lin = plain_value(cfg.links.local_blocks), plain_value(cfg.links.path)[-1]
+    if not isinstance(blocks, list):
+        return []
+    number = blocks.index(lin) if lin in blocks else lin
+    return [blocks[number - 1]] if isinstance(number, int) and 0 < number < len(blocks) else []
 
 
 def _restored_base(cfg: DictConfig, data: ImageDataModule, cuts: Sequence[str]) -> Restored | None:

@@ -67,6 +67,8 @@ def prepare(step: Step, parts: Assembly, loggers: list[Any]) -> Fit:
         if not loggers:  # Lightning refuses to watch the rate where nothing writes it down
             callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
         cfg.cuts = list(parts.network.cuts)
+        if parts.host is not None:
+            cfg.host = parts.host  # so that the network can be built again without the host's file
         metadata = CheckpointMetadata(plain(cfg), parts.data.class_names, parts.data.input)
         record = FitRecord(plain(cfg)["trainer"].get("max_time"))
         callbacks += [record, metadata, WandbTracking(step=step.name)]

@@ -5,20 +5,23 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from cleave.architectures import Channel, StagedNetwork, staged_network
+from cleave.architectures import Channel, StagedNetwork, linked_network, staged_network
 from cleave.deployment import ImageInput
 from cleave.scripts.assembly.terminal import unwrapped
 
-NETWORK = ("backbone", "split", "bottleneck", "codec", "channel", "exits", "inserts")
+NETWORK = ("backbone", "host", "links", "split", "bottleneck", "codec", "channel", "exits", "inserts")
 """The groups that describe a network; a checkpoint's are all it takes to build it again."""
+PATH = ("path", "local_blocks", "host_blocks", "local_prefix", "host_prefix", "host", "placements")
+"""Keys of ``links`` that say the path; the others are those of each link."""
 ARGUMENTS = {
+    "use_host": "links.host",
     "exits_count": "exits.count",
     "exit_head": "exits.head",
     "bottleneck_at": "bottleneck.at",
@@ -33,45 +36,91 @@ ARGUMENTS = {
 """Keys of a config by the arguments of :func:`~cleave.architectures.staged_network` that are called otherwise."""
 
 
+class Host(NamedTuple):
+    """The network that lends its blocks to a path.
+
+    Attributes:
+        network: The network.
+        sample: Images of the size that it is cut at.
+    """
+
+    network: nn.Module
+    sample: Tensor
+
+
 def build_network(
-    cfg: DictConfig, backbone: nn.Module, image_input: ImageInput, cuts: Sequence[str] = ()
+    cfg: DictConfig, backbone: nn.Module, image_input: ImageInput, cuts: Sequence[str] = (), host: Host | None = None
 ) -> StagedNetwork:
     """Put what a config describes behind the layers of a backbone; it stays uncut where nothing stands anywhere.
 
     Args:
         cfg: A run's config.
-        backbone: The backbone.
+        backbone: The backbone; the local network, where there is a path.
         image_input: What the network takes.
         cuts: Further layers whose features are outputs.
+        host: The network whose blocks a path leads through.
 
     Raises:
         CutError: A layer is unknown or cannot be cut at.
         ValueError: A setting is out of range; the message names its key.
     """
-    split, exits = cfg.split, cfg.exits
+    split, exits, linked = cfg.split, cfg.exits, is_linked(cfg)
+    common: dict[str, Any] = {
+        "cuts": cuts,
+        "split": plain_value(split.at),
+        "form": split.form,
+        "bottleneck": None if split.form == "none" else builder(cfg, "bottleneck"),
+        "bottleneck_at": {} if split.form == "none" else builders_at(cfg, "bottleneck"),
+        "codec": builder(cfg, "codec"),
+        "codec_at": builders_at(cfg, "codec"),
+        "channel": build_channel(cfg.channel) if split.at is not None or linked else None,
+        "exits": plain_value(exits.at),
+        "exit_head": builder(exits, "head", "exits.head"),
+        "cascade": exits.cascade,
+        "ensemble": exits.ensemble,
+        "ensemble_last": exits.ensemble_last,
+        "gradient_equilibrium": exits.gradient_equilibrium,
+        "inserts": {layer: instantiate(each) for layer, each in (cfg.get("inserts") or {}).items()},
+    }
     with keyed("split", split), keyed("exits", exits), keyed("channel", cfg.channel or {}):
-        network = staged_network(
-            backbone,
-            sample_of(image_input),
-            cuts=cuts,
-            split=plain_value(split.at),
-            form=split.form,
-            bottleneck=None if split.form == "none" else builder(cfg, "bottleneck"),
-            bottleneck_at={} if split.form == "none" else builders_at(cfg, "bottleneck"),
-            codec=builder(cfg, "codec"),
-            codec_at=builders_at(cfg, "codec"),
-            channel=build_channel(cfg.channel) if split.at is not None else None,
-            exits=plain_value(exits.at),
-            exits_count=exits.count,
-            exit_head=builder(exits, "head", "exits.head"),
-            cascade=exits.cascade,
-            ensemble=exits.ensemble,
-            ensemble_last=exits.ensemble_last,
-            gradient_equilibrium=exits.gradient_equilibrium,
-            inserts={layer: instantiate(each) for layer, each in (cfg.get("inserts") or {}).items()},
-        )
+        if linked:
+            network = _linked(cfg, backbone, sample_of(image_input), host, common)
+        else:
+            network = staged_network(backbone, sample_of(image_input), exits_count=exits.count, **common)
     choose_envelope(network, split.get("envelope", True))
     return network
+
+
+def is_linked(cfg: DictConfig) -> bool:
+    """Whether a config has a path through two networks."""
+    return (cfg.get("links") or {}).get("path") is not None
+
+
+def _linked(
+    cfg: DictConfig, local: nn.Module, sample: Tensor, host: Host | None, common: dict[str, Any]
+) -> StagedNetwork:
+    """Build the network of a path."""
+    links = cfg.links
+    if links.host not in ("used", "none"):
+        raise ValueError(f"links.host must be used or none, got {links.host!r}")
+    if cfg.exits.count is not None:
+        raise ValueError(
+            f"exits.count={cfg.exits.count} has no meaning on a path of two networks; name the layers, such as "
+            "exits.at=[local/layer1,host/layer2]"
+        )
+    settings = OmegaConf.create({key: value for key, value in links.items() if key not in PATH})
+    with keyed("links", links):
+        return linked_network(
+            local,
+            None if host is None else host.network,
+            [sample] if host is None else [sample, host.sample],
+            [plain_value(links.local_blocks), plain_value(links.host_blocks)],
+            plain_value(links.path),
+            _naming_keys(settings, "links"),
+            use_host=links.host == "used",
+            prefix=[links.local_prefix, links.host_prefix],
+            **common,
+        )
 
 
 def choose_envelope(network: StagedNetwork, envelope: Any) -> None:

@@ -19,6 +19,7 @@ from cleave.architectures.inserts.finite import check_learned
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import FLOAT_BITS, ImageInput, check_bits
 from cleave.lightning_modules.callbacks.metadata import KEY, read_metadata
+from cleave.scripts.assembly.linking.hosts import rebuild_host
 from cleave.scripts.assembly.networks import NETWORK, build_network, keyed
 from cleave.scripts.assembly.trust import check_targets
 
@@ -56,7 +57,8 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
     image_input = ImageInput.from_dict(metadata["image_input"])
     config.backbone.pretrained, config.backbone.weights = False, None
     backbone = instantiate(config.backbone, num_classes=len(metadata["class_names"])).network
-    network = build_network(config, backbone, image_input, [*config.get("cuts", []), *cuts])
+    host = rebuild_host(config)
+    network = build_network(config, backbone, image_input, [*config.get("cuts", []), *cuts], host)
     load_strictly(network.eval(), network_state(checkpoint), f"the checkpoint {path}")
     if bits is not None and not network.bottlenecks:
         raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")

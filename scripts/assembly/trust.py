@@ -16,6 +16,7 @@ TORCH = re.compile(r"torch\.(optim(\.lr_scheduler)?\.[A-Z]\w*|nn\.[A-Z]\w*Loss)|
 FACTORIES = (
     "cleave.architectures.backbones.create_backbone",
     "cleave.architectures.build_bottleneck",
+    "cleave.architectures.build_link",
     "cleave.architectures.entropy_codec",
     "cleave.architectures.uniform_codec",
 )

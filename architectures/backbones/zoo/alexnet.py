@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+CHANNELS = (64, 192, 384, 256)
 
 
 class CifarAlexNet(nn.Module):
@@ -16,28 +20,35 @@ class CifarAlexNet(nn.Module):
         num_classes: Size of the output.
         in_channels: Channels of the input image.
         dropout: Probability of dropping a feature before the classifier.
+        width: Factor on the channels of every convolution; at 1, an image of 32 pixels takes 220 million MACs.
+
+    Raises:
+        ValueError: ``width`` is not a positive number.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.5) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.5, width: float = 1.0) -> None:
         super().__init__()
+        if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < math.inf:
+            raise ValueError(f"width must be a positive number, got {width!r}")
+        first, second, third, last = (max(1, round(width * channels)) for channels in CHANNELS)
         self.features = nn.Sequential(
-            nn.Conv2d(in_channels, 64, 5, padding=2),
+            nn.Conv2d(in_channels, first, 5, padding=2),
             nn.ReLU(),
             nn.MaxPool2d(2, ceil_mode=True),
-            nn.Conv2d(64, 192, 5, padding=2),
+            nn.Conv2d(first, second, 5, padding=2),
             nn.ReLU(),
             nn.MaxPool2d(2, ceil_mode=True),
-            nn.Conv2d(192, 384, 3, padding=1),
+            nn.Conv2d(second, third, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(384, 256, 3, padding=1),
+            nn.Conv2d(third, last, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(256, 256, 3, padding=1),
+            nn.Conv2d(last, last, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2, ceil_mode=True),
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(256, num_classes)
+        self.classifier = nn.Linear(last, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)

@@ -1,0 +1,1 @@
+"""Paths through two networks, from their config."""

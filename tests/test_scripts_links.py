@@ -1,0 +1,187 @@
+"""Links from config to checkpoint, evaluation and bundle, on digits."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from cleave.architectures import create_backbone
+from cleave.deployment import ENVELOPE_BYTES, ImageInput
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.linking.lending import lend
+from cleave.scripts.assembly.networks import Host, build_network
+from cleave.scripts.assembly.restoring import file_sha256, restore
+from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.evaluate import evaluate
+from cleave.scripts.train import train
+
+pytestmark = pytest.mark.untraced  # what it runs has tests of its own
+QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false", "logger=none", "callbacks.progress=null"]
+SHORT = ["trainer.max_epochs=1", "+trainer.limit_train_batches=3", "+trainer.limit_val_batches=1"]
+SHORT += ["training.scheduler=null", "data.augment=none"]
+DIGITS = ["data=digits", "data.image_size=8", "data.batch_size=16", "backbone.in_channels=1", "backbone.name=resnet20"]
+LOCAL = ["links.local_blocks=[conv1,layer1,layer2,layer3]", "links.host_blocks=[features.2,features.5,features.9]"]
+PATH = ["experiment=links", "links.path=[1,1,2,3]", *LOCAL]
+
+
+@pytest.fixture(scope="module")
+def host_file(tmp_path_factory) -> Path:
+    """A checkpoint of another architecture, on larger images and fewer channels a block."""
+    quiet()
+    folder = tmp_path_factory.mktemp("host")
+    given = [*DIGITS, "data.image_size=12", "backbone.name=alexnet", "backbone.kwargs={width: 0.1}", *QUIET, *SHORT]
+    train(compose_config("train", [*given, "test=false"], folder))
+    return folder / "checkpoints/best.ckpt"
+
+
+def run(folder: Path, *given: str) -> dict[str, float]:
+    quiet()
+    return train(compose_config("train", [*DIGITS, *QUIET, *SHORT, *given], folder))
+
+
+def test_a_run_trains_links_and_its_checkpoint_needs_no_other_file(tmp_path, teacher_file, host_file):
+    local, host = (tmp_path / name for name in ("local.ckpt", "host.ckpt"))
+    local.write_bytes(teacher_file.read_bytes())
+    host.write_bytes(host_file.read_bytes())
+    given = [*PATH, f"base.ckpt_path={local}", f"host.ckpt_path={host}", "method.feature={_target_: torch.nn.MSELoss}"]
+    metrics = run(tmp_path / "run", *given)
+    checkpoint = tmp_path / "run/checkpoints/best.ckpt"
+    local.unlink()
+    host.unlink()
+    restored = restore(checkpoint)
+    files = {"local": teacher_file, "host": host_file}
+    state = {name: torch.load(file, weights_only=True)["state_dict"] for name, file in files.items()}
+    for name, value in restored.network.state_dict().items():
+        owner, _, own = name.partition(".")
+        if owner in state:
+            assert torch.equal(value, state[owner][f"network.{own}"]), name
+    assert restored.network.input_shape == (1, 8, 8)
+    assert restored.network.shapes["host/features.5/input"][1:] == (3, 3)  # cut on its own 12 pixels
+    again = evaluate(compose_config("evaluate", [f"ckpt_path={checkpoint}", *QUIET[:2]], tmp_path / "evaluate"))
+    for name in ("test/acc", "test/loss", "test/payload_bytes"):
+        assert again[name] == pytest.approx(metrics[name], abs=1e-6)
+    up, down = (again[f"test/payload_bytes/{cut}"] for cut in restored.network.bottlenecks)
+    assert up > 16 * 8 * 8 * 4
+    assert down > 32 * 4 * 4 * 4
+    assert again["test/payload_bytes"] == up + down
+
+
+def test_codes_of_a_measured_range_take_the_place_of_floats(tmp_path, teacher_file, host_file):
+    files = [f"base.ckpt_path={teacher_file}", f"host.ckpt_path={host_file}"]
+    floats = run(tmp_path / "run", *PATH, *files, "feature_cache.use=true", f"feature_cache.directory={tmp_path}/cache")
+    plain = run(tmp_path / "plain", *PATH, *files)
+    for name in ("train/loss", "val/loss", "test/loss"):
+        assert floats[name] == pytest.approx(plain[name], abs=1e-6), name
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    skip = ["experiment=links", "links.path=[1,null,null,3]", LOCAL[0], files[0]]
+    run(tmp_path / "skip", *skip, "feature_cache.use=true", f"feature_cache.directory={tmp_path}/cache", "test=false")
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # of one lout
+    given = [f"ckpt_path={tmp_path}/run/checkpoints/best.ckpt", *QUIET[:2], "codec.bits=8"]
+    codes = evaluate(compose_config("evaluate", given, tmp_path / "evaluate"))
+    envelopes = 2 * ENVELOPE_BYTES
+    assert codes["test/payload_bytes"] - envelopes == (floats["test/payload_bytes"] - envelopes) / 4
+    assert codes["test/acc"] == pytest.approx(floats["test/acc"], abs=0.05)
+
+
+def test_a_random_host_is_the_same_network_with_other_weights(tmp_path, teacher_file, host_file):
+    given = [*PATH, f"base.ckpt_path={teacher_file}", f"host.ckpt_path={host_file}", "host.weights=random"]
+    run(tmp_path / "run", *given, "test=false")
+    restored = restore(tmp_path / "run/checkpoints/best.ckpt")
+    trained = torch.load(host_file, weights_only=True)["state_dict"]
+    own = {name[5:]: value for name, value in restored.network.state_dict().items() if name.startswith("host.")}
+    assert own
+    assert all(value.shape == trained[f"network.{name}"].shape for name, value in own.items())
+    assert not any(torch.equal(own[name], trained[f"network.{name}"]) for name in own if name.endswith("weight"))
+
+
+def test_what_stands_on_a_path_is_said_by_qualified_names(tmp_path, teacher_file, host_file):
+    given = [*PATH, f"base.ckpt_path={teacher_file}", f"host.ckpt_path={host_file}", "links.host=none"]
+    given += [
+        "split.at=[local/layer1,host/features.9]",
+        "split.form=insert",
+        "bottleneck.width=4",
+        "bottleneck.channels=3",
+    ]
+    given += ["codec.bits=4", "+codec.at={local/layer1: {bits: 2}}", "exits.at=[local/layer1]", "exits.head.convs=0"]
+    given += ["method.train=[links,bottleneck,exits]"]
+    loss = "{_target_: cleave.losses.JointExitLoss, weights: equal}"
+    exits = f"{{_target_: cleave.lightning_modules.Term, of: [student/exits, labels], loss: {loss}}}"
+    metrics = run(tmp_path / "run", *given, f"+method.extra_terms.exits={exits}")
+    assert {"test/acc_exit/local/layer1", "test/payload_bytes/host/features.9"} <= metrics.keys()
+    network = restore(tmp_path / "run/checkpoints/best.ckpt").network
+    assert [network.bits(cut) for cut in network.bottlenecks] == [2, 4]
+    assert not any(name.startswith("host.") for name in network.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["links.path=[0,null,null,2]"], r"host.ckpt_path=.* has no meaning on links.path=\[0, None, None, 2\]"),
+        (["links.path=null"], r"host.ckpt_path=.* has no meaning without links; give links.path"),
+        (["host.ckpt_path=null"], r"links.path=\[1, 1, 2, 3\] leads over a host, but there is none"),
+        (["host.weights=trained"], "host.weights must be pretrained or random, got 'trained'"),
+        (["host.num_classes=10"], "host.num_classes=10 is for host.backbone"),
+        (["+backbone@host.backbone=cifar"], "give either host.ckpt_path=.* or host.backbone, not both"),
+        (["host.ckpt_path=null", "+backbone@host.backbone=cifar"], "frozen with random weights; give host.ckpt_path"),
+        (["host.image_size=0"], "host.image_size must be a number of pixels or"),
+        (["host.image_size=[8]"], "host.image_size must be a number of pixels or"),
+    ],
+)
+def test_a_host_that_cannot_be_is_refused(given, told, tmp_path, host_file):
+    cfg = compose_config("train", [*DIGITS, *PATH, f"host.ckpt_path={host_file}", *given], tmp_path)
+    with pytest.raises(ValueError, match=told):
+        lend(cfg, None)
+
+
+def test_one_network_is_not_both(tmp_path, host_file):
+    cfg = compose_config("train", [*DIGITS, *PATH, f"host.ckpt_path={host_file}"], tmp_path)
+    with pytest.raises(ValueError, match=r"host.ckpt_path=.* and base.ckpt_path are one network"):
+        lend(cfg, file_sha256(host_file))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["links.path=[1,2,1,3]"], r"links.path=\[1, 2, 1, 3\] has hin=2 behind hout=1"),
+        (["links.path=[1,1,2,4]"], "links.path has lin=4, which is no local block; they are 0 conv1, 1 layer1"),
+        (["links.style=thin"], "links.style must be one of full, reduced"),
+        (["links.kernel=4"], "links.kernel must be odd"),
+        (["links.host=some"], "links.host must be used or none, got 'some'"),
+        (["links.local_blocks=[conv1,layer9]"], "no layer 'layer9'"),
+        (["exits.count=2"], "exits.count=2 has no meaning on a path of two networks"),
+        (["exits.at=[layer1]"], "'layer1' must say whose layer it is"),
+        (["split.at=local/layer2"], "'local/layer2' is not on the path"),
+    ],
+)
+def test_a_path_that_cannot_be_is_refused(given, told, tmp_path):
+    cfg = compose_config("train", [*DIGITS, *PATH, *given], tmp_path)
+    local = create_backbone("cifar", "resnet20", 10, in_channels=1)
+    host = create_backbone("cifar", "alexnet", 10, kwargs={"width": 0.1})
+    lent = Host(host.network, torch.randn(2, 3, 12, 12))
+    with pytest.raises(ValueError, match=told):
+        build_network(cfg, local.network, ImageInput(8, 8, "L", (0.5,), (0.5,)), (), lent)
+
+
+def test_a_local_network_without_weights_is_refused(tmp_path, host_file):
+    given = [*PATH, f"host.ckpt_path={host_file}", "method.distillation=null"]
+    with pytest.raises(ValueError, match="the local would stay frozen with random weights; give base.ckpt_path"):
+        run(tmp_path, *given)
+
+
+def test_the_trust_check_covers_host_and_links(tmp_path, teacher_file, host_file):
+    run(tmp_path / "run", *PATH, f"base.ckpt_path={teacher_file}", f"host.ckpt_path={host_file}", "test=false")
+    checkpoint = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
+    for group, key in (("host", "backbone"), ("links", "style")):
+        config = copy.deepcopy(checkpoint)
+        config["cleave"]["config"][group][key] = {"_target_": "pathlib.Path.cwd"}
+        torch.save(config, tmp_path / "harm.ckpt")
+        with pytest.raises(ValueError, match=r"names pathlib\.Path\.cwd"):
+            restore(tmp_path / "harm.ckpt")
+    harmful = torch.load(host_file, weights_only=True)
+    harmful["cleave"]["config"]["backbone"]["source"] = {"_target_": "pathlib.Path.cwd"}
+    torch.save(harmful, tmp_path / "host.ckpt")
+    with pytest.raises(ValueError, match=r"names pathlib\.Path\.cwd"):
+        run(tmp_path / "b", *PATH, f"base.ckpt_path={teacher_file}", f"host.ckpt_path={tmp_path}/host.ckpt")
