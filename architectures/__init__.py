@@ -32,6 +32,7 @@ from cleave.architectures.linking.feature import Feature
 from cleave.architectures.linking.link import Link, build_link
 from cleave.architectures.linking.linked import link_blocks, linked_network
 from cleave.architectures.linking.path import Path, every_path, read_path
+from cleave.architectures.linking.path_costs import PathCosts, path_costs
 from cleave.architectures.macs import count_macs, count_params
 from cleave.architectures.network.ensemble import GeometricEnsemble
 from cleave.architectures.network.staged import StagedNetwork
@@ -60,6 +61,7 @@ __all__ = [
     "PacketLoss",
     "Partition",
     "Path",
+    "PathCosts",
     "StagedNetwork",
     "Stages",
     "Step",
@@ -82,6 +84,7 @@ __all__ = [
     "make_gaussian",
     "multi_exit_network",
     "partition",
+    "path_costs",
     "read_path",
     "recalibrate_batchnorm",
     "select",

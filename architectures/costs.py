@@ -28,12 +28,14 @@ class Cost:
         kind: ``stage``, ``encoder``, ``decoder``, ``exit``, or the kind of another insert.
         macs: Multiply-accumulates per sample.
         params: Parameters.
+        side: Whose network it runs beside, in a chain of several; else empty.
     """
 
     name: str
     kind: str
     macs: int
     params: int
+    side: str = ""
 
 
 @torch.no_grad()
@@ -54,7 +56,8 @@ def measure_costs(network: StagedNetwork) -> list[Cost]:
             if op.step.kind is not None:
                 place = (op.cut, op.step.kind)
                 macs[place] = macs.get(place, 0) + counter.total
-    return [Cost(*place, macs[place], _params(network, *place)) for place in _in_order(network.ops)]
+    sides = {(op.cut, op.step.kind): op.side for op in reversed(network.ops)}
+    return [Cost(*place, macs[place], _params(network, *place), sides[place]) for place in _in_order(network.ops)]
 
 
 def cumulative(costs: Sequence[Cost], extra: Callable[[int], int]) -> list[int]:

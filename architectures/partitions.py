@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from cleave.architectures.costs import STAGE
 from cleave.architectures.inserts.bottleneck import LEVELS
-from cleave.architectures.inserts.insert import Half, Insert
 from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d, select
-from cleave.architectures.network.outputs import FINAL, INPUT, LOGITS, qualified
+from cleave.architectures.network.outputs import FINAL, INPUT, LOGITS
 from cleave.architectures.network.staged import StagedNetwork
-from cleave.architectures.normalize import Normalize
-from cleave.deployment import Codec, Edge, ExitPolicy, ExitSpec, FloatCodec, ImageInput, Input, Part, Transfer
+from cleave.architectures.pieces import Piece, groups_of, pieces_of
+from cleave.deployment import Codec, Edge, ExitPolicy, ExitSpec, FloatCodec, Input, Part, Transfer
 
 DEVICE, EDGE, SERVER = "device", "edge", "server"
-_READY = ":input"
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """One module on the way through a network, with the names of what it reads and makes.
-
-    Attributes:
-        module: It takes what it needs by position, and returns what it gives.
-        needs: Names in the network.
-        gives: Names in the network.
-        cut: The cut that it stands at or ends with.
-        costs: Kinds of the costs that it causes there.
-        codec: How what it gives becomes bytes, of the device's half of a bottleneck.
-        is_exit: Whether a policy decides behind it.
-        alters: Whether it works in place on what it reads.
-    """
-
-    module: nn.Module
-    needs: tuple[str, ...]
-    gives: tuple[str, ...]
-    cut: str
-    costs: tuple[str, ...] = ()
-    codec: Codec | None = None
-    is_exit: bool = False
-    alters: bool = False
 
 
 class PartitionModule(nn.Module):
@@ -102,14 +73,16 @@ def network_partitions(
 
     A partition ends at each exit and where a bottleneck sends. It is named for its placement where it is alone there,
     else for the layer that it ends with: ``to_layer1`` … ``to_final``, and ``to_layer1_sent`` where what is sent there
-    is read by an exit. A channel that disturbs a link is part of none.
+    is read by an exit. Without exits the parts of a path through two networks are ``local_front``, ``host_middle``,
+    which holds the links, and ``local_back``. A channel that disturbs a link is part of none.
 
     Args:
         network: The network, in eval mode.
         input: What it takes; the first partition normalises images by it. ``None``: it takes its input as it is, under
             the name ``images``.
         placements: Where each partition runs, free names; ``None``: the first up to where something is sent on the
-            ``device``, those behind the last on the ``server``, and what stands between on an ``edge``.
+            ``device``, those behind the last on the ``server``, and what stands between on an ``edge``; on a path
+            through two networks, ``local`` and ``host``.
         policy: Counts its own work at each exit, where it is not negligible.
         accuracies: What was measured of exits, by name.
 
@@ -117,7 +90,7 @@ def network_partitions(
         ValueError: There are more or fewer placements than partitions, or both halves of a bottleneck are placed
             together, so that nothing would be sent.
     """
-    groups = _groups(_pieces(network, input))
+    groups = groups_of(pieces_of(network, input))
     places = _placements(groups, placements)
     names = _names(groups, places, bool(network.exits))
     codecs = {piece.cut: piece.codec for group in groups for piece in group if piece.codec is not None}
@@ -138,84 +111,6 @@ def network_partitions(
         own = [name for name in inputs if name not in supplied and name != (INPUT if input is None else input.name)]
         edges += _edges(network, groups, index, own, names, places, codecs)
     return Partitions(parts, edges, _exits(network, groups, parts, policy, accuracies or {}))
-
-
-def _pieces(network: StagedNetwork, input: Input | None) -> list[Piece]:  # noqa: A002
-    """Return what a sample meets on its way, in order."""
-    pieces: list[Piece] = []
-    at = INPUT if input is None else input.name
-    if isinstance(input, ImageInput):
-        pieces.append(Piece(Normalize(input), (at,), (_READY,), network.cuts[0] if network.cuts else FINAL))
-        at = _READY
-    for i, cut in enumerate(network.cuts):
-        if not (network.replaced and i == 0):
-            alters = network.stages.alters(i)
-            pieces.append(Piece(network.stages[i], (at,), (f"{cut}/input",), cut, (STAGE,), alters=alters))
-            at = f"{cut}/input"
-        for insert in network.order_at(cut):
-            goes_on = f"{cut}/:{insert.kind}" if insert.passes else at
-            pieces += _halves(network, insert, cut, at, goes_on)
-            at = goes_on
-    last = len(network.stages) - 1
-    results = _named_results(network)
-    pieces.append(Piece(results, (at,), network.results, FINAL, (STAGE,), alters=network.stages.alters(last)))
-    return pieces
-
-
-def _named_results(network: StagedNetwork) -> nn.Module:
-    last = network.stages[-1]
-    return last if network.results == (LOGITS,) else _Results(last)
-
-
-class _Results(nn.Module):
-    """The last stage of a network of several results, as a tuple."""
-
-    def __init__(self, stage: nn.Module) -> None:
-        super().__init__()
-        self.stage = stage
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        result = self.stage(x)
-        return tuple(result.values()) if isinstance(result, Mapping) else tuple(result)
-
-
-def _halves(network: StagedNetwork, insert: Insert, cut: str, at: str, goes_on: str) -> list[Piece]:
-    device, codec, server = insert.halves()
-    is_exit = not insert.passes and LOGITS in insert.emits
-    # What a codec makes of a tensor has the tensor's name before a dot.
-    coded = {} if codec is None else _coded(cut, codec)
-
-    def piece(half: Half, costs: tuple[str, ...], sends: Codec | None = None) -> Piece:
-        needs, gives = (
-            tuple(coded.get(name, qualified(name, cut, at, goes_on)) for name in names)
-            for names in (half.needs, half.gives)
-        )
-        alters = network.alters_input(cut, insert)  # another may still read what it takes
-        return Piece(half.module, needs, gives, cut, costs, sends, is_exit, alters)
-
-    if codec is None or server is None:
-        kinds = tuple(dict.fromkeys(step.kind for step in insert.steps() if step.kind is not None))
-        return [piece(device, kinds)]
-    return [piece(device, ("encoder",), codec), piece(server, ("decoder",))]
-
-
-def _coded(cut: str, codec: Codec) -> dict[str, str]:
-    """Return the names in the network of what a codec sends, delivers and takes as settings."""
-    return {**codec.sent(cut), **codec.delivered(cut), **{name: f"{cut}.{name}" for name in codec.settings}}
-
-
-def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Divide the way into partitions: behind what sends, and behind an exit unless its cut goes on to send."""
-    groups: list[list[Piece]] = [[]]
-    for number, piece in enumerate(pieces):
-        groups[-1].append(piece)
-        ahead = [each for each in pieces[number + 1 :] if each.cut == piece.cut]
-        sends = piece.codec is not None
-        waits = any(each.codec is not None for each in ahead)
-        decides = any(each.is_exit for each in groups[-1]) and not any(each.is_exit for each in ahead)
-        if number + 1 < len(pieces) and (sends or (decides and not waits)):
-            groups.append([])
-    return groups
 
 
 def _taken(group: Sequence[Piece]) -> list[str]:
@@ -240,6 +135,8 @@ def _placements(groups: Sequence[Sequence[Piece]], placements: Sequence[str] | N
     """Return where each partition runs."""
     ends = [group[-1].cut for group in groups]
     sends = [any(piece.codec is not None for piece in group) for group in groups]
+    if placements is None and groups[0][-1].side:
+        placements = [group[-1].side for group in groups]
     if placements is None:
         total, found, sent = sum(sends), [], 0
         for sender in sends:
@@ -269,9 +166,19 @@ def _names(groups: Sequence[Sequence[Piece]], places: Sequence[str], exits: bool
         return ["whole"]
     if not exits and len(set(places)) == len(places):
         return list(places)
-    ends = [group[-1].cut for group in groups]
+    if not exits and groups[0][-1].side:
+        return _names_by_side([group[-1].side for group in groups])
+    ends = [group[-1].cut.replace("/", "_") for group in groups]
     # Where the head is replaced, the exit at the split stands behind what was sent: two partitions end at that cut.
     return [f"to_{end}{'_sent' if end in ends[index + 1 :] else ''}" for index, end in enumerate(ends)]
+
+
+def _names_by_side(sides: Sequence[str]) -> list[str]:
+    """Return the names of partitions along a path: ``local_front``, ``host_middle``, ``local_back``."""
+    ends = ["front", *["middle"] * (len(sides) - 2), "back"]
+    names = [f"{side}_{end}" for side, end in zip(sides, ends, strict=True)]
+    numbers = [names[: place + 1].count(name) if names.count(name) > 1 else "" for place, name in enumerate(names)]
+    return [f"{name}{number}" for name, number in zip(names, numbers, strict=True)]
 
 
 def _edges(

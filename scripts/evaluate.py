@@ -14,6 +14,7 @@ from cleave.reports.rates.results import RESULTS, write_results
 from cleave.reports.terminal import cost_rows, next_command, results_table, table
 from cleave.scripts.assembly.building import build_task, build_trainer, instantiate_each
 from cleave.scripts.assembly.bundling import recalibrate
+from cleave.scripts.assembly.linking.report import path_record, path_table
 from cleave.scripts.assembly.networks import build_channel, keyed
 from cleave.scripts.assembly.outcome import run_of
 from cleave.scripts.assembly.restoring import Restored, restore, restore_data
@@ -42,10 +43,12 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         return metrics
     results_table(f"{cfg.ckpt_path} on {cfg.split}", metrics)
     table("Cost per image", cost_rows(restored.network.costs()), ("part", "MACs", "parameters"))
+    path = path_record(restored.network, metrics)
+    path_table(path)
     run_words = run_of(restored, str(cfg.ckpt_path), *variant)
     points = measured_points(run_words, task.measured() if cfg.split == "test" else None, restored.network)
     if points and points[0].kind == "run":
-        write_results(Path(cfg.paths.output_dir) / RESULTS, points)
+        write_results(Path(cfg.paths.output_dir) / RESULTS, points, path=path)
     bits = f" codec.bits={cfg.codec.bits}" if restored.other_bits else ""
     next_command(f"python scripts/export.py ckpt_path={cfg.ckpt_path}{bits}")
     return metrics

@@ -30,7 +30,7 @@ def export(cfg: DictConfig) -> Path:
         choose_envelope(restored.network, cfg.split.envelope)
         restored.config.split.envelope = cfg.split.envelope
     data = restore_data(restored, cfg.data)
-    exits = chosen_exits(restored.network, data, restored.config, cfg.exits)
+    exits = chosen_exits(restored.network, data, restored.config, cfg.exits, cfg.links)
     recalibrate(restored, data, cfg.recalibrate)
     restored.network.set_channel(None)  # a bundle is measured through its bytes, which its runtime delivers whole
     loggers = instantiate_each(cfg.get("logger"))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from cleave.architectures import create_backbone
-from cleave.deployment import ENVELOPE_BYTES, ImageInput
+from cleave.datamodules import Digits
+from cleave.deployment import ENVELOPE_BYTES, ImageInput, Pipeline, load_bundle
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.linking.lending import lend
 from cleave.scripts.assembly.networks import Host, build_network
 from cleave.scripts.assembly.restoring import file_sha256, restore
 from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.evaluate import evaluate
+from cleave.scripts.export import export
 from cleave.scripts.train import train
 
 pytestmark = pytest.mark.untraced  # what it runs has tests of its own
@@ -69,21 +72,44 @@ def test_a_run_trains_links_and_its_checkpoint_needs_no_other_file(tmp_path, tea
     assert again["test/payload_bytes"] == up + down
 
 
+def test_losses_with_the_cache_are_those_without_and_paths_of_one_lout_share_it(tmp_path, teacher_file, host_file):
+    files = [f"base.ckpt_path={teacher_file}", f"host.ckpt_path={host_file}", "test=false"]
+    cache = ["feature_cache.use=true", f"feature_cache.directory={tmp_path}/cache"]
+    cached = run(tmp_path / "cached", *PATH, *files, *cache)
+    plain = run(tmp_path / "plain", *PATH, *files)
+    for name in ("train/loss", "val/loss"):
+        assert cached[name] == pytest.approx(plain[name], abs=1e-6), name
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    run(tmp_path / "skip", "experiment=links", "links.path=[1,null,null,3]", LOCAL[0], files[0], files[2], *cache)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_codes_of_a_measured_range_take_the_place_of_floats(tmp_path, teacher_file, host_file):
     files = [f"base.ckpt_path={teacher_file}", f"host.ckpt_path={host_file}"]
-    floats = run(tmp_path / "run", *PATH, *files, "feature_cache.use=true", f"feature_cache.directory={tmp_path}/cache")
-    plain = run(tmp_path / "plain", *PATH, *files)
-    for name in ("train/loss", "val/loss", "test/loss"):
-        assert floats[name] == pytest.approx(plain[name], abs=1e-6), name
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-    skip = ["experiment=links", "links.path=[1,null,null,3]", LOCAL[0], files[0]]
-    run(tmp_path / "skip", *skip, "feature_cache.use=true", f"feature_cache.directory={tmp_path}/cache", "test=false")
-    assert len(list((tmp_path / "cache").iterdir())) == 1  # of one lout
+    floats = run(tmp_path / "run", *PATH, *files, "+trainer.limit_test_batches=2")
     given = [f"ckpt_path={tmp_path}/run/checkpoints/best.ckpt", *QUIET[:2], "codec.bits=8"]
-    codes = evaluate(compose_config("evaluate", given, tmp_path / "evaluate"))
+    codes = evaluate(compose_config("evaluate", [*given, "+trainer.limit_test_batches=2"], tmp_path / "evaluate"))
     envelopes = 2 * ENVELOPE_BYTES
     assert codes["test/payload_bytes"] - envelopes == (floats["test/payload_bytes"] - envelopes) / 4
-    assert codes["test/acc"] == pytest.approx(floats["test/acc"], abs=0.05)
+    assert codes["test/acc"] == pytest.approx(floats["test/acc"], abs=0.1)
+    record = json.loads((tmp_path / "evaluate/results.json").read_text())["path"]
+    assert record["bytes_up"] == codes["test/payload_bytes/local/layer1"]
+    assert record["bytes_down"] == codes["test/payload_bytes/host/features.9"]
+    assert record["skipped"]["params"] > record["links"]["params"] > 0
+    quick = [*given, f"bundle={tmp_path}/bundle", "+trainer.limit_test_batches=1"]
+    placed = [*quick, "links.placements=[phone,cloud,phone]"]
+    bundle = load_bundle(export(compose_config("export", placed, tmp_path / "export")))
+    assert [part.name for part in bundle.manifest.partitions] == ["local_front", "host_middle", "local_back"]
+    assert [part.placement for part in bundle.manifest.partitions] == ["phone", "cloud", "phone"]
+    bundle.self_test()
+    sent = Pipeline(bundle).run(Digits(image_size=8).sample_batch("test", 2)["images"]).payload_bytes
+    assert sent == [round(codes["test/payload_bytes"])] * 2
+
+
+def test_placements_of_links_mean_nothing_without_links(tmp_path, teacher_file):
+    given = [f"ckpt_path={teacher_file}", *QUIET[:2], "links.placements=[phone,cloud,phone]"]
+    with pytest.raises(ValueError, match="links.placements=.* has no meaning here"):
+        export(compose_config("export", given, tmp_path / "export"))
 
 
 def test_a_random_host_is_the_same_network_with_other_weights(tmp_path, teacher_file, host_file):

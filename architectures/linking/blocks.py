@@ -77,7 +77,8 @@ class Blocks:
             cut = FINAL if number == len(self.stages) - 1 else self.stages.names[number]
             x = self.sample[:1] if number == 0 else self.features[self.stages.names[number - 1]]
             stage = self.stages[number]
-            found.append(Cost(f"{self.owner}/{cut}", STAGE, count_macs(stage, x.clone()), count_params(stage)))
+            macs, params = count_macs(stage, x.clone()), count_params(stage)
+            found.append(Cost(f"{self.owner}/{cut}", STAGE, macs, params, self.owner))
         return found
 
     def _describe(self, value: Tensor, layout: str, name: str) -> Feature:

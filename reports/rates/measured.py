@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from cleave.architectures import StagedNetwork
+from cleave.architectures import Cost, StagedNetwork
 from cleave.lightning_modules import Measured
 from cleave.reports.rates.results import Point
 
@@ -39,8 +39,9 @@ class Run:
 def measured_points(run: Run, measured: Measured | None, network: StagedNetwork) -> list[Point]:
     """Return one point for each width of a network that is split; none where nothing was tested.
 
-    An unsplit network is the baseline that whole images are sent to. Exits around a split are tested under their
-    policy: a point holds the mean bytes over all images, those that leave on the device included.
+    An unsplit network is the baseline that whole images are sent to; a skip-connection sends nothing. Exits around a
+    split are tested under their policy: a point holds the mean bytes over all images, those that leave on the device
+    included.
 
     Args:
         run: Which run it was.
@@ -57,10 +58,8 @@ def measured_points(run: Run, measured: Measured | None, network: StagedNetwork)
         "checkpoint": run.checkpoint,
     }
     if not network.bottlenecks:
-        return [] if network.exits else [_baseline(run, measured, network, known)]
-    first = network.cuts.index(next(iter(network.bottlenecks)))
-    device = set(network.cuts[: first + 1])
-    costs = [cost for cost in network.costs() if cost.name in device and cost.kind != "decoder"]
+        return [] if network.exits or network.links else [_baseline(run, measured, network, known)]
+    costs = _on_the_device(network)
     parts: dict[str, Any] = {
         "encoder_macs": sum(cost.macs for cost in costs),
         "encoder_params": sum(cost.params for cost in costs),
@@ -86,6 +85,16 @@ def measured_points(run: Run, measured: Measured | None, network: StagedNetwork)
             )
         )
     return found
+
+
+def _on_the_device(network: StagedNetwork) -> list[Cost]:
+    """Return the costs of what runs before the first bottleneck; on a path, of all that runs on its first side."""
+    costs = network.costs()
+    if costs[0].side:
+        return [cost for cost in costs if cost.side == costs[0].side]
+    first = network.cuts.index(next(iter(network.bottlenecks)))
+    device = set(network.cuts[: first + 1])
+    return [cost for cost in costs if cost.name in device and cost.kind != "decoder"]
 
 
 def _baseline(run: Run, measured: Measured, network: StagedNetwork, known: dict[str, Any]) -> Point:

@@ -106,8 +106,16 @@ def check_accuracy(value: Any) -> float:
     return value
 
 
-def write_results(file: Path, points: Sequence[Point], kind: str = "run") -> None:
+def write_results(
+    file: Path, points: Sequence[Point], kind: str = "run", path: Mapping[str, Any] | None = None
+) -> None:
     """Write a ``results.json``; every point takes the kind of the file.
+
+    Args:
+        file: The file.
+        points: The points.
+        kind: ``run`` or ``baseline``.
+        path: What a path through two networks costs, which no comparison reads.
 
     Raises:
         ValueError: ``kind`` is neither ``run`` nor ``baseline``.
@@ -115,7 +123,8 @@ def write_results(file: Path, points: Sequence[Point], kind: str = "run") -> Non
     rows = [dataclasses.asdict(dataclasses.replace(point, kind=kind)) for point in points]
     for row in rows:
         del row["kind"]
-    file.write_bytes(dump({"schema": SCHEMA, "kind": kind, "points": rows}))
+    more = {} if path is None else {"path": dict(path)}
+    file.write_bytes(dump({"schema": SCHEMA, "kind": kind, "points": rows, **more}))
 
 
 def read_results(file: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -37,6 +37,7 @@ from cleave.lightning_modules.evaluators import network_policy
 from cleave.reports.rates.results import Point
 from cleave.reports.terminal import console, table
 from cleave.scripts.assembly.building import plain
+from cleave.scripts.assembly.networks import plain_value
 from cleave.scripts.assembly.restoring import Restored
 
 
@@ -52,7 +53,9 @@ class Exits(NamedTuple):
     placements: Sequence[str] | None = None
 
 
-def chosen_exits(network: StagedNetwork, data: ImageDataModule, config: DictConfig, options: Any = None) -> Exits:
+def chosen_exits(
+    network: StagedNetwork, data: ImageDataModule, config: DictConfig, options: Any = None, links: Any = None
+) -> Exits:
     """Return what the options of ``conf/export.yaml`` and the config a network was trained with say of its exits.
 
     What cannot be exported is refused here, before any time is spent on training or testing.
@@ -62,6 +65,7 @@ def chosen_exits(network: StagedNetwork, data: ImageDataModule, config: DictConf
         data: Its images.
         config: What it was trained with, which holds a policy of its own.
         options: ``policy_file`` and ``placements``; null takes the network's own.
+        links: ``placements`` of a path through two networks; null takes those that it was trained with.
 
     Raises:
         ValueError: A policy is given for a network without exits, or policy or placements do not fit it.
@@ -79,9 +83,21 @@ def chosen_exits(network: StagedNetwork, data: ImageDataModule, config: DictConf
         # Without a policy none leaves early, but the last exit of an ensemble answers as the network does.
         settings = plain(own) if own is not None else {"kind": "ensemble"} if network.ensemble is not None else None
         policy = None if settings is None else network_policy(network, settings)
-    exits = Exits(policy, given.get("placements"))
+    exits = Exits(policy, _placements(network, config, given.get("placements"), links))
     _route(network, data, network_partitions(network, data.input, exits.placements, exits.policy), exits.policy)
     return exits
+
+
+def _placements(network: StagedNetwork, config: DictConfig, exits: Any, links: Any) -> list[str] | None:
+    """Return where the partitions run, as exits or links say it."""
+    given = None if links is None else plain_value(links.get("placements"))
+    if given is not None and not network.links:
+        raise ValueError(f"links.placements={given} has no meaning here: the checkpoint's network has no links")
+    if given is not None and exits is not None:
+        raise ValueError(f"give either links.placements={given} or exits.placements={exits}, not both")
+    if given is None and network.links:
+        given = plain_value((config.get("links") or {}).get("placements"))
+    return exits if exits is not None else given
 
 
 def _route(network: StagedNetwork, data: ImageDataModule, found: Partitions, policy: ExitPolicy | None) -> Route:
@@ -288,7 +304,8 @@ def _recalibrate(restored: Restored, data: ImageDataModule, cut: str, count: int
         low, high = network.calibrate(_batches(data, count), cut, bits, method=method)
         console.print(f"codes of {bits} bits{at} from {low:.4g} to {high:.4g}, by {method}", highlight=False)
     layers = recalibrate_batchnorm(network, bottleneck.decoder, _batches(data, count))
-    console.print(f"{layers} BatchNorm layers of the decoder{at} measured again at {bits} bits", highlight=False)
+    if layers:
+        console.print(f"{layers} BatchNorm layers of the decoder{at} measured again at {bits} bits", highlight=False)
     return f"calibrated by {method}" if to_fit else "recalibrated"
 
 

@@ -18,6 +18,7 @@ from cleave.reports.terminal import console, cost_rows, in_words, next_command, 
 from cleave.scripts.assembly.building import Assembly, plain
 from cleave.scripts.assembly.bundling import chosen_exits, example_input, write_bundle
 from cleave.scripts.assembly.fitting import Fitted
+from cleave.scripts.assembly.linking.report import path_record, path_table, path_words
 from cleave.scripts.assembly.restoring import Restored, restore
 
 
@@ -51,6 +52,8 @@ def finish(
     shown = {name: value for name, value in outcome.metrics.items() if name.startswith(("val/", "test/"))}
     results_table("Results", shown)
     table("Cost per image", cost_rows(parts.network.costs()), ("part", "MACs", "parameters"))
+    path = path_record(parts.network, outcome.metrics)
+    path_table(path)
     if best:
         console.print(f"Checkpoint: {best}", soft_wrap=True, highlight=False)
     run = described(
@@ -62,7 +65,7 @@ def finish(
     )
     if found := measured_points(run, outcome.measured, parts.network):
         file = Path(cfg.paths.output_dir) / RESULTS
-        write_results(file, found, found[0].kind)
+        write_results(file, found, found[0].kind, path)
         console.print(
             f"Results: {file} (python scripts/compare.py 'inputs=[…]' puts runs side by side)", soft_wrap=True
         )
@@ -100,6 +103,7 @@ def described(
     words = [f"{cfg.bottleneck.channels} channels" if cfg.split.form != "none" else "no bottleneck"]
     if "channels" not in cfg.bottleneck:
         words = []
+    words = [*path_words(cfg)] or words
     beta = cfg.get("beta") or cfg.method.get("beta")
     return Run(
         method=method,
