@@ -8,12 +8,10 @@ from torch import Tensor, nn
 
 from cleave.architectures.copying import cut_copy
 from cleave.architectures.cutting.cut_points import cut_points, spread
-from cleave.architectures.cutting.stages import LOGITS, CutError
-from cleave.architectures.furnishing import INSERT, REPLACE, Chain, Furnishing, Settings
+from cleave.architectures.furnishing import INSERT, REPLACE, Chain, Furnishing, Settings, check_exits
 from cleave.architectures.inserts.channels import Channel
 from cleave.architectures.inserts.insert import Insert
-from cleave.architectures.naming import whole_number
-from cleave.architectures.network.outputs import FINAL, RESERVED
+from cleave.architectures.network.outputs import RESERVED
 from cleave.architectures.network.staged import StagedNetwork
 
 
@@ -162,7 +160,7 @@ def multi_exit_network(
         codec: Settings of the quantiser.
         channel: The link.
     """
-    _check_exits(at, count, "at", "count")
+    check_exits(at, count, "at", "count")
     if at is None and count is None:
         raise ValueError("give either at or count, the exits' layers or their number; got none of them")
     if split is None and any(each is not None for each in (bottleneck, codec, channel)):
@@ -187,24 +185,8 @@ def multi_exit_network(
 
 def _exit_cuts(backbone: nn.Module, sample: Tensor, at: Sequence[str] | None, count: int | None) -> list[str]:
     """Return the layers that get an exit."""
-    _check_exits(at, count, "exits", "exits_count")
+    check_exits(at, count, "exits", "exits_count")
     if count is not None:
         points = cut_points(backbone, sample)
         return spread([point for point in points if point.name not in RESERVED], count)
     return list(at or ())
-
-
-def _check_exits(at: Sequence[str] | None, count: int | None, layers: str, number: str) -> None:
-    """Check what says where exits stand, under the names of the two arguments."""
-    if at is not None and count is not None:
-        raise ValueError(f"give either {layers} or {number}, got {at} and {count}")
-    if count is not None:
-        whole_number(number, count)
-    if at is None:
-        return
-    if isinstance(at, str) or not at:
-        raise ValueError(f"{layers} is a list of at least one layer, got {at!r}; write {layers}=['layer1']")
-    if repeated := [name for name in at if list(at).count(name) > 1]:
-        raise CutError(f"{layers} names {repeated[0]!r} twice; each layer takes one exit")
-    if taken := [name for name in at if name in (FINAL, LOGITS)]:
-        raise CutError(f"{layers} names {taken[0]!r}: the backbone's own classifier is the last exit already")

@@ -19,7 +19,7 @@ from cleave.architectures.inserts.coders import FORMS, VECTOR_LAYOUTS, Coders, b
 from cleave.architectures.inserts.exit_head import ExitHead
 from cleave.architectures.inserts.insert import Insert
 from cleave.architectures.linking.link import Link
-from cleave.architectures.naming import did_you_mean
+from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.architectures.network.ensemble import GeometricEnsemble
 from cleave.architectures.network.outputs import FINAL
 from cleave.architectures.network.staged import StagedNetwork
@@ -200,3 +200,19 @@ def _bottleneck(
     quantise = codec if callable(codec) else uniform_codec
     quantizer = quantise(shape=built.shape, axis=axis, **({} if codec is None or callable(codec) else dict(codec)))
     return Bottleneck(built.encoder, quantizer, built.decoder, shape=built.shape, channel=copy.deepcopy(channel))
+
+
+def check_exits(at: Sequence[str] | None, count: int | None, layers: str, number: str) -> None:
+    """Check what says where exits stand, under the names of the two arguments."""
+    if at is not None and count is not None:
+        raise ValueError(f"give either {layers} or {number}, got {at} and {count}")
+    if count is not None:
+        whole_number(number, count)
+    if at is None:
+        return
+    if isinstance(at, str) or not at:
+        raise ValueError(f"{layers} is a list of at least one layer, got {at!r}; write {layers}=['layer1']")
+    if repeated := [name for name in at if list(at).count(name) > 1]:
+        raise CutError(f"{layers} names {repeated[0]!r} twice; each layer takes one exit")
+    if taken := [name for name in at if name in (FINAL, LOGITS)]:
+        raise CutError(f"{layers} names {taken[0]!r}: the backbone's own classifier is the last exit already")

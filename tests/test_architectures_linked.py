@@ -79,6 +79,11 @@ def test_styles_have_the_layers_that_they_are_named_for():
     assert convs(style="reduced", channels=5) == [(6, 5, 3, 2, 1), (5, 10, 3, 1, 1)]
     assert convs(style="separable") == [(6, 6, 3, 2, 6), (6, 10, 1, 1, 1)]
     assert convs(style="low_rank", channels=2) == [(6, 2, 3, 2, 1), (2, 10, 1, 1, 1)]
+    skip = link_blocks(local_blocks(), None, [0, None, None, 4], {"style": "reduced", "channels": 5}).links["local/b0"]
+    pooled, first, *_ = skip.module.body
+    assert (pooled.output_size, first.stride, type(pooled)) == ((4, 4), (1, 1), nn.AdaptiveMaxPool2d)
+    over = link_blocks(local_blocks(), host_blocks(), [0, 4, 4, 4], {"style": "reduced"}).links["local/b0"]
+    assert over.module.body[0].stride == (2, 2)
     kinds = [type(layer) for layer in build_link(source, FEATURES["map"], norm="group", activation="gelu").body]
     assert kinds == [nn.Conv2d, nn.GroupNorm, nn.GELU]
 
@@ -104,15 +109,15 @@ def test_a_low_rank_link_is_one_convolution_of_low_rank():
     ],
 )
 def test_tokens_in_front_of_a_grid_are_found(length, image, prefix, grid):
-    found = describe_feature(torch.randn(2, length, 4), "NLC", image, "local/b", None)
+    found = describe_feature(torch.randn(2, length, 4), "NLC", image, "local", "b", None)
     assert (found.prefix, found.size) == (prefix, grid)
 
 
 def test_a_grid_that_is_not_the_fewest_tokens_can_be_said():
-    found = describe_feature(torch.randn(2, 16, 4), "NLC", (3, 8, 8), "local/b", 7)
+    found = describe_feature(torch.randn(2, 16, 4), "NLC", (3, 8, 8), "local", "b", 7)
     assert (found.prefix, found.size) == (7, (3, 3))
     with pytest.raises(ValueError, match="16 tokens and prefix=8 leave no grid of the form 1:1"):
-        describe_feature(torch.randn(2, 16, 4), "NLC", (3, 8, 8), "local/b", 8)
+        describe_feature(torch.randn(2, 16, 4), "NLC", (3, 8, 8), "local", "b", 8)
 
 
 # --- networks of other kinds -----------------------------------------------------------------------------------------
@@ -280,6 +285,21 @@ def test_a_crossing_that_nothing_is_said_of_sends_its_feature_and_can_be_given_c
     coded = network(images())
     assert not torch.equal(plain, coded)
     assert torch.allclose(plain, coded, atol=0.05 * float(plain.detach().abs().max()))
+
+
+def test_exits_stand_at_even_shares_of_a_path():
+    given = ((LOCAL_SAMPLE, HOST_SAMPLE), (LOCAL_BLOCKS, HOST_BLOCKS), [0, 1, 4, 5])
+    network = linked_network(seeded(Local), seeded(Host), *given, exits_count=2, exit_head={"convs": 0, "grid": 1})
+    stages = [cost for cost in network.costs() if cost.kind == "stage"][:-1]
+    work = dict(zip((cost.name for cost in stages), itertools.accumulate(cost.macs for cost in stages), strict=True))
+    total = work["local/b5"]
+    best = min(
+        itertools.combinations(work, 2),
+        key=lambda two: sum(abs(work[c] - total * (i + 1) / 3) for i, c in enumerate(two)),
+    )
+    assert network.exits == (*best, "final")
+    with pytest.raises(ValueError, match="give either exits or exits_count"):
+        linked(exits=["local/b0"], exits_count=2)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_one_network_is_not_both(tmp_path, host_file):
         (["links.kernel=4"], "links.kernel must be odd"),
         (["links.host=some"], "links.host must be used or none, got 'some'"),
         (["links.local_blocks=[conv1,layer9]"], "no layer 'layer9'"),
-        (["exits.count=2"], "exits.count=2 has no meaning on a path of two networks"),
+        (["exits.count=9"], "cannot be spread"),
         (["exits.at=[layer1]"], "'layer1' must say whose layer it is"),
         (["split.at=local/layer2"], "'local/layer2' is not on the path"),
     ],

@@ -83,7 +83,7 @@ class Blocks:
 
     def _describe(self, value: Tensor, layout: str, name: str) -> Feature:
         layout = "other" if name == INPUT and value.ndim != 4 else layout
-        return describe_feature(value, layout, tuple(self.sample.shape[1:]), f"{self.owner}/{name}", self.prefix)
+        return describe_feature(value, layout, tuple(self.sample.shape[1:]), self.owner, name, self.prefix)
 
 
 def cut_blocks(

@@ -23,6 +23,7 @@ class Feature:
         size: Rows and columns of the map; a vector is a map of one cell.
         prefix: Tokens in front of the map, such as a class token.
         signed: Whether it has values below zero, which no ReLU gives.
+        owner: Whose network it is of, ``local`` or ``host``.
     """
 
     shape: tuple[int, ...]
@@ -30,6 +31,7 @@ class Feature:
     size: tuple[int, int]
     prefix: int = 0
     signed: bool = True
+    owner: str = ""
 
     @property
     def channels(self) -> int:
@@ -56,7 +58,7 @@ class Feature:
 
 
 def describe_feature(
-    value: Tensor, layout: str, image: tuple[int, ...], where: str, prefix: int | None = None
+    value: Tensor, layout: str, image: tuple[int, ...], owner: str, name: str, prefix: int | None = None
 ) -> Feature:
     """Describe the feature of some samples.
 
@@ -64,13 +66,14 @@ def describe_feature(
         value: The feature (B, …).
         layout: Its layout.
         image: Per-sample shape of the network's input, of whose form the grid of tokens is.
-        where: Its name, for messages.
+        owner: Whose network it is of.
+        name: Its name there, for messages.
         prefix: Tokens in front of a grid of tokens; ``None``: the fewest that leave a grid of the image's form.
 
     Raises:
         ValueError: No link fits it.
     """
-    shape = tuple(value.shape[1:])
+    shape, where = tuple(value.shape[1:]), f"{owner}/{name}"
     signed = not value.is_floating_point() or bool((value < 0).any())
     if layout not in LAYOUTS or not value.is_floating_point():
         raise ValueError(
@@ -79,9 +82,9 @@ def describe_feature(
         )
     if layout == "NLC":
         size, prefix = _grid(shape[0], image, where, prefix)
-        return Feature(shape, layout, size, prefix, signed)
+        return Feature(shape, layout, size, prefix, signed, owner)
     rows, columns = (1, 1) if layout == "NC" else shape[1:] if layout == "NCHW" else shape[:2]
-    return Feature(shape, layout, (rows, columns), 0, signed)
+    return Feature(shape, layout, (rows, columns), 0, signed, owner)
 
 
 def _grid(length: int, image: tuple[int, ...], where: str, prefix: int | None) -> tuple[tuple[int, int], int]:

@@ -119,7 +119,7 @@ def build_link(
     kernel: int = 3,
     norm: str = "batch",
     activation: str = "relu",
-    down: str = "stride",
+    down: str | None = None,
     up: str = "nearest",
 ) -> nn.Module:
     """Build the convolutions of a link.
@@ -139,12 +139,14 @@ def build_link(
         activation: ``relu``, ``gelu``, ``hardswish`` or ``none``, behind the norm; the last is left out where the
             feature that the link stands for has negative values.
         down: How a larger map is shrunk: by the ``stride`` of the convolution, or by ``max`` or ``average`` pooling in
-            front of it.
+            front of it; ``None``: by ``max`` on a reduced skip-connection, as in the paper, else by the ``stride``.
         up: How a smaller map is enlarged, behind the convolutions: ``nearest`` or ``bilinear``.
 
     Raises:
         ValueError: An argument is out of range.
     """
+    if down is None:
+        down = "max" if style == "reduced" and source.owner == target.owner != "" else "stride"
     _check(style, channels, kernel, norm, activation, down, up)
     size = tuple(min(have, want) for have, want in zip(source.size, target.size, strict=True))
     layers: list[nn.Module] = []

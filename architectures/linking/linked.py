@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from cleave.architectures.cutting.cut_points import CutPoint, spread
 from cleave.architectures.cutting.stages import LOGITS, Stages
-from cleave.architectures.furnishing import INSERT, Chain, Furnishing, Settings
+from cleave.architectures.furnishing import INSERT, Chain, Furnishing, Settings, check_exits
 from cleave.architectures.inserts.channels import Channel
 from cleave.architectures.inserts.insert import Insert
 from cleave.architectures.linking.blocks import Blocks, cut_blocks
 from cleave.architectures.linking.link import HOST, LOCAL, make_link
 from cleave.architectures.linking.path import Path, read_path
+from cleave.architectures.macs import count_macs, count_params
 from cleave.architectures.naming import did_you_mean
 from cleave.architectures.network.outputs import INPUT
 from cleave.architectures.network.staged import StagedNetwork
@@ -41,6 +44,7 @@ def linked_network(
     codec_at: Mapping[str, Settings] | None = None,
     channel: Channel | None = None,
     exits: Sequence[str] | None = None,
+    exits_count: int | None = None,
     exit_head: Settings = None,
     cascade: bool = False,
     ensemble: bool = False,
@@ -79,7 +83,8 @@ def linked_network(
         codec: Settings of the quantiser.
         codec_at: The same for single layers.
         channel: What disturbs each crossing and each bottleneck.
-        exits: Layers with an early exit.
+        exits: Layers with an early exit; or ``exits_count``.
+        exits_count: Number of exits before the last one, at even shares of the MACs of the path's blocks.
         exit_head: Settings of the exits' classifiers.
         cascade: Whether each exit also reads the class probabilities of the one before.
         ensemble: Whether each exit answers with the weighted geometric mean of all exits so far.
@@ -93,6 +98,7 @@ def linked_network(
     """
     if host is not None and host is local:
         raise ValueError("local and host are one network; links lead through the blocks of another one")
+    check_exits(exits, exits_count, "exits", "exits_count")
     furnishing = Furnishing(
         splits=[] if split is None else [split] if isinstance(split, str) else list(split),
         form=form,
@@ -122,7 +128,8 @@ def linked_network(
         )
         if network is not None
     }
-    return link_blocks(cut[LOCAL], cut.get(HOST), path, links, use_host=use_host, furnishing=furnishing)
+    given = {"use_host": use_host, "furnishing": furnishing, "exits_count": exits_count}
+    return link_blocks(cut[LOCAL], cut.get(HOST), path, links, **given)  # type: ignore[arg-type]
 
 
 def link_blocks(
@@ -133,6 +140,7 @@ def link_blocks(
     *,
     use_host: bool = True,
     furnishing: Furnishing | None = None,
+    exits_count: int | None = None,
 ) -> StagedNetwork:
     """Build the network of a path through blocks that are cut already, with whose other paths it shares its stages.
 
@@ -143,6 +151,7 @@ def link_blocks(
         links: Settings of the links.
         use_host: Whether the host's blocks run.
         furnishing: What else stands behind layers.
+        exits_count: Number of exits, instead of those of ``furnishing``.
 
     Raises:
         ValueError: As of :func:`linked_network`.
@@ -152,7 +161,8 @@ def link_blocks(
     way = read_path(_named(path, local, host), local.names, None if host is None else host.names)
     if way.skips and not use_host:
         raise ValueError(f"use_host=False has no meaning for path={way}, a skip-connection; leave it out")
-    features = {f"{LOCAL}/{name}": value for name, value in local.features.items()} | {LOGITS: local.features[LOGITS]}
+    features = {f"{LOCAL}/{name}": value for name, value in local.features.items()}
+    features |= {INPUT: local.sample, LOGITS: local.features[LOGITS]}
     if way.skips:
         chain = _skip(local, way, links, features)
     else:
@@ -161,6 +171,8 @@ def link_blocks(
     left_out = local.costs(local.numbers(way.lout + 1, way.lin - 1)) if way.lin > way.lout + 1 else []
     chain = chain._replace(left_out=tuple(left_out))
     called = _called(furnishing or Furnishing(), chain.stages.names, local, host, way)
+    if exits_count is not None:
+        called = dataclasses.replace(called, exits=_spread(chain, exits_count))
     return called.build(chain, local.sample)
 
 
@@ -211,6 +223,20 @@ def _nothing(name: str, layout: str) -> Stages:
     stages = Stages([nn.Identity(), nn.Identity()], [name])
     stages.layouts = (layout,)
     return stages
+
+
+def _spread(chain: Chain, count: int) -> list[str]:
+    """Return the cuts of a chain at even shares of its stages' MACs."""
+    points, macs, params = [], 0, 0
+    before = chain.features[INPUT]
+    for stage, name, layout in zip(chain.stages, chain.stages.names, chain.stages.layouts, strict=False):
+        macs, params = macs + count_macs(stage, before.clone()), params + count_params(stage)
+        before = chain.features[name]
+        shape = tuple(before.shape[1:])
+        points.append(CutPoint(name, shape, layout, 4 * math.prod(shape), macs, params))
+        if (link := chain.links.get(name)) is not None:
+            before = before.new_zeros(1, *link.target.shape)
+    return spread(points, count)
 
 
 def _called(furnishing: Furnishing, cuts: Sequence[str], local: Blocks, host: Blocks | None, way: Path) -> Furnishing:

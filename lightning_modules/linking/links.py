@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 
 from cleave.architectures import StagedNetwork
@@ -88,6 +89,15 @@ class Links(Task):
             feature_cache=feature_cache,
             extra_terms=extra_terms,
         )
+
+    def on_fit_start(self) -> None:
+        """Begin, and say where the feature cache leaves out the front."""
+        super().on_fit_start()
+        if self.feature_cache.get("use") and STUDENT not in self.stored().outputs:
+            rank_zero_info(
+                "feature_cache.use=true: the front is computed anew in every epoch: what it makes is larger than the "
+                f"image, and it is under {LEAST_SHARE:.0%} of the path's MACs"
+            )
 
     def worth_storing(self, stored: caching.Stored) -> caching.Stored:
         """Leave out the front where computing it again is cheaper than reading what it makes."""

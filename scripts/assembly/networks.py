@@ -75,6 +75,7 @@ def build_network(
         "codec_at": builders_at(cfg, "codec"),
         "channel": build_channel(cfg.channel) if split.at is not None or linked else None,
         "exits": plain_value(exits.at),
+        "exits_count": exits.count,
         "exit_head": builder(exits, "head", "exits.head"),
         "cascade": exits.cascade,
         "ensemble": exits.ensemble,
@@ -86,7 +87,7 @@ def build_network(
         if linked:
             network = _linked(cfg, backbone, sample_of(image_input), host, common)
         else:
-            network = staged_network(backbone, sample_of(image_input), exits_count=exits.count, **common)
+            network = staged_network(backbone, sample_of(image_input), **common)
     choose_envelope(network, split.get("envelope", True))
     return network
 
@@ -103,11 +104,6 @@ def _linked(
     links = cfg.links
     if links.host not in ("used", "none"):
         raise ValueError(f"links.host must be used or none, got {links.host!r}")
-    if cfg.exits.count is not None:
-        raise ValueError(
-            f"exits.count={cfg.exits.count} has no meaning on a path of two networks; name the layers, such as "
-            "exits.at=[local/layer1,host/layer2]"
-        )
     settings = OmegaConf.create({key: value for key, value in links.items() if key not in PATH})
     with keyed("links", links):
         return linked_network(
