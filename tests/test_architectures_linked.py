@@ -149,13 +149,15 @@ KINDS = {
 @pytest.mark.parametrize(("local", "host"), [("map", "vit"), ("vit", "map"), ("map", "swin"), ("swin", "map")])
 def test_maps_and_tokens_lead_into_each_other(local, host):
     torch.manual_seed(0)
-    build = [(kind(), torch.randn(2, 3, size, size), names) for kind, size, names in (KINDS[local], KINDS[host])]
-    networks, samples, blocks = zip(*build, strict=True)
+    blocks = []
+    for owner, (kind, size, names) in zip(("local", "host"), (KINDS[local], KINDS[host]), strict=True):
+        blocks.append(cut_blocks(kind(), torch.randn(2, 3, size, size), names, owner))
+    x = torch.randn(2, *blocks[0].sample.shape[1:])
     for path in ([0, 1, 2, 2], [0, 0, 0, 1], [0, 2, 2, 1]):
-        network = linked_network(*networks, samples, blocks, path)
+        network = link_blocks(*blocks, path)
         for name, weight in network.named_weights():
             weight.requires_grad_(".link." in name)
-        logits = network(samples[0])
+        logits = network(x)
         assert logits.shape == (2, CLASSES)
         logits.sum().backward()
         assert all(weight.grad is not None for weight in network.parameters() if weight.requires_grad)
@@ -293,10 +295,11 @@ def test_exits_stand_at_even_shares_of_a_path():
     stages = [cost for cost in network.costs() if cost.kind == "stage"][:-1]
     work = dict(zip((cost.name for cost in stages), itertools.accumulate(cost.macs for cost in stages), strict=True))
     total = work["local/b5"]
-    best = min(
-        itertools.combinations(work, 2),
-        key=lambda two: sum(abs(work[c] - total * (i + 1) / 3) for i, c in enumerate(two)),
-    )
+
+    def distance(names):
+        return sum(abs(work[name] - total * share / 3) for share, name in enumerate(names, 1))
+
+    best = min(itertools.combinations(work, 2), key=distance)
     assert network.exits == (*best, "final")
     with pytest.raises(ValueError, match="give either exits or exits_count"):
         linked(exits=["local/b0"], exits_count=2)
