@@ -51,7 +51,7 @@ PATHS = list(every_path(6, 6))
 def test_there_are_as_many_paths_as_brute_force_finds():
     cross = [r for r in itertools.product(range(6), repeat=4) if r[0] < r[3] and r[1] <= r[2]]
     skips = [(a, None, None, b) for a, b in itertools.product(range(6), repeat=2) if a + 1 < b]
-    assert len(cross), len(skips) == (315, 10)
+    assert (len(cross), len(skips)) == (315, 10)
     assert set(PATHS) == {*cross, *skips}
     assert len(PATHS) == 325
 

@@ -27,6 +27,7 @@ SHORT = ["trainer.max_epochs=1", "+trainer.limit_train_batches=3", "+trainer.lim
 SHORT += ["training.scheduler=null", "data.augment=none"]
 DIGITS = ["data=digits", "data.image_size=8", "data.batch_size=16", "backbone.in_channels=1", "backbone.name=resnet20"]
 LOCAL = ["links.local_blocks=[conv1,layer1,layer2,layer3]", "links.host_blocks=[features.2,features.5,features.9]"]
+SAME = ["host.backbone.weights=w.th", "host.num_classes=10"]
 PATH = ["experiment=links", "links.path=[1,1,2,3]", *LOCAL]
 
 
@@ -72,6 +73,7 @@ def test_a_run_trains_links_and_its_checkpoint_needs_no_other_file(tmp_path, tea
     assert again["test/payload_bytes"] == up + down
 
 
+@pytest.mark.slow  # its parts have tests of their own
 def test_losses_with_the_cache_are_those_without_and_paths_of_one_lout_share_it(tmp_path, teacher_file, host_file):
     files = [f"base.ckpt_path={teacher_file}", f"host.ckpt_path={host_file}", "test=false"]
     cache = ["feature_cache.use=true", f"feature_cache.directory={tmp_path}/cache"]
@@ -123,6 +125,7 @@ def test_a_random_host_is_the_same_network_with_other_weights(tmp_path, teacher_
     assert not any(torch.equal(own[name], trained[f"network.{name}"]) for name in own if name.endswith("weight"))
 
 
+@pytest.mark.slow  # its parts have tests of their own
 def test_what_stands_on_a_path_is_said_by_qualified_names(tmp_path, teacher_file, host_file):
     given = [*PATH, f"base.ckpt_path={teacher_file}", f"host.ckpt_path={host_file}", "links.host=none"]
     given += [
@@ -152,6 +155,10 @@ def test_what_stands_on_a_path_is_said_by_qualified_names(tmp_path, teacher_file
         (["host.num_classes=10"], "host.num_classes=10 is for host.backbone"),
         (["+backbone@host.backbone=cifar"], "give either host.ckpt_path=.* or host.backbone, not both"),
         (["host.ckpt_path=null", "+backbone@host.backbone=cifar"], "frozen with random weights; give host.ckpt_path"),
+        (
+            ["host.ckpt_path=null", "+backbone@host.backbone=cifar", *SAME, "backbone.weights=w.th"],
+            "local and host are one network",
+        ),
         (["host.image_size=0"], "host.image_size must be a number of pixels or"),
         (["host.image_size=[8]"], "host.image_size must be a number of pixels or"),
     ],
@@ -174,12 +181,9 @@ def test_one_network_is_not_both(tmp_path, host_file):
         (["links.path=[1,2,1,3]"], r"links.path=\[1, 2, 1, 3\] has hin=2 behind hout=1"),
         (["links.path=[1,1,2,4]"], "links.path has lin=4, which is no local block; they are 0 conv1, 1 layer1"),
         (["links.style=thin"], "links.style must be one of full, reduced"),
-        (["links.kernel=4"], "links.kernel must be odd"),
         (["links.host=some"], "links.host must be used or none, got 'some'"),
-        (["links.local_blocks=[conv1,layer9]"], "no layer 'layer9'"),
         (["exits.count=9"], "cannot be spread"),
         (["exits.at=[layer1]"], "'layer1' must say whose layer it is"),
-        (["split.at=local/layer2"], "'local/layer2' is not on the path"),
     ],
 )
 def test_a_path_that_cannot_be_is_refused(given, told, tmp_path):
@@ -197,7 +201,7 @@ def test_a_local_network_without_weights_is_refused(tmp_path, host_file):
         run(tmp_path, *given)
 
 
-def test_the_trust_check_covers_host_and_links(tmp_path, teacher_file, host_file):
+def test_the_trust_check_covers_host_and_links_and_no_path_lends_its_blocks(tmp_path, teacher_file, host_file):
     run(tmp_path / "run", *PATH, f"base.ckpt_path={teacher_file}", f"host.ckpt_path={host_file}", "test=false")
     checkpoint = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
     for group, key in (("host", "backbone"), ("links", "style")):
@@ -206,6 +210,10 @@ def test_the_trust_check_covers_host_and_links(tmp_path, teacher_file, host_file
         torch.save(config, tmp_path / "harm.ckpt")
         with pytest.raises(ValueError, match=r"names pathlib\.Path\.cwd"):
             restore(tmp_path / "harm.ckpt")
+    for key in ("base", "host"):
+        files = [f"base.ckpt_path={teacher_file}", f"host.ckpt_path={host_file}"]
+        with pytest.raises(ValueError, match=rf"{key}.ckpt_path=.* is a path of two networks"):
+            run(tmp_path / "twice", *PATH, *files, f"{key}.ckpt_path={tmp_path}/run/checkpoints/best.ckpt")
     harmful = torch.load(host_file, weights_only=True)
     harmful["cleave"]["config"]["backbone"]["source"] = {"_target_": "pathlib.Path.cwd"}
     torch.save(harmful, tmp_path / "host.ckpt")

@@ -182,6 +182,8 @@ def _restored_base(cfg: DictConfig, data: ImageDataModule, cuts: Sequence[str]) 
                 "base's weights; leave one of the two out"
             )
     restored = restore(path, trusted=cfg.base.trust_checkpoint, cuts=cuts)
+    if is_linked(restored.config):
+        raise ValueError(f"base.ckpt_path={path} is a path of two networks; give the checkpoint of its local network")
     if restored.class_names != data.class_names:
         raise ValueError(f"the base {path} knows the classes {restored.class_names}, the data has {data.class_names}")
     return restored

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, open_dict
 
 from cleave.reports.terminal import console
 from cleave.scripts.assembly.linking.hosts import PRETRAINED, build_host, copied, leads_over_a_host, without_weights
-from cleave.scripts.assembly.networks import Host, plain_value
+from cleave.scripts.assembly.networks import Host, is_linked, plain_value
 from cleave.scripts.assembly.restoring import restore
 from cleave.scripts.assembly.taking_over import check_taken, take_over
 
@@ -51,6 +51,11 @@ def lend(cfg: DictConfig, local_sha256: str | None) -> Lent | None:
             f"links.path={plain_value(cfg.links.path)} leads over a host, but there is none; give host.ckpt_path=FILE, "
             "or +backbone@host.backbone=timm and its name"
         )
+    if host.weights == PRETRAINED and local_sha256 is None and _same(cfg.backbone, host.backbone):
+        raise ValueError(
+            "host.backbone is the backbone itself: local and host are one network; links lead through the blocks of "
+            "another one"
+        )
     settings = without_weights(host) if host.weights == RANDOM else host
     found, pretrained = build_host(settings)
     if pretrained is None and host.weights == PRETRAINED:
@@ -65,6 +70,10 @@ def _from_checkpoint(host: DictConfig, local_sha256: str | None) -> Lent:
     if host.num_classes is not None:
         raise ValueError(f"host.num_classes={host.num_classes} is for host.backbone; a checkpoint knows its classes")
     restored = restore(host.ckpt_path, trusted=host.trust_checkpoint)
+    if is_linked(restored.config):
+        raise ValueError(
+            f"host.ckpt_path={host.ckpt_path} is a path of two networks itself; give the checkpoint of one network"
+        )
     if restored.sha256 == local_sha256:
         raise ValueError(
             f"host.ckpt_path={host.ckpt_path} and base.ckpt_path are one network; links lead through the blocks of "
@@ -86,3 +95,10 @@ def _written(host: DictConfig, backbone: Any, classes: int | None, size: Any) ->
         found.backbone, found.num_classes = backbone, classes
         found.image_size = list(size) if isinstance(size, tuple) else plain_value(size)
     return found
+
+
+def _same(first: DictConfig, second: DictConfig) -> bool:
+    """Whether two backbones are one: of one name and with the same weights."""
+    keys = ("source", "name", "pretrained", "weights", "kwargs", "network")
+    has_weights = bool(second.get("pretrained") or second.get("weights"))
+    return has_weights and all(plain_value(first.get(key)) == plain_value(second.get(key)) for key in keys)
