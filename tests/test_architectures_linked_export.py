@@ -7,7 +7,7 @@ import torch
 
 from cleave.architectures import link_blocks, linked_network, path_costs
 from cleave.architectures.partitions import network_partitions
-from cleave.deployment import ImageInput, OutputSpec, Pipeline, export_bundle, load_bundle
+from cleave.deployment import ImageInput, OutputSpec, Pipeline, Side, export_bundle, load_bundle
 
 from .linked_networks import (
     CLASSES,
@@ -92,6 +92,21 @@ def test_neither_sides_files_hold_the_others_tensors(tmp_path):
         load_bundle(tmp_path / "bundle", placement=own).self_test()
         for file in files[other]:
             (tmp_path / file.name).rename(file)
+
+
+def test_two_sides_answer_with_their_own_files_and_the_local_one_is_entered_twice(tmp_path):
+    network = service(**CROSSING)
+    exported(network, tmp_path / "bundle")
+    expected = Pipeline(load_bundle(tmp_path / "bundle")).run(images(5))
+    local, host = (Side(load_bundle(tmp_path / "bundle", placement=side), side) for side in ("local", "host"))
+    up = local.run(images(5), request=1)
+    assert list(up.messages) == ["host"]
+    assert not up.rows
+    down = host.run(up.messages["host"], request=1)
+    assert list(down.messages) == ["local"]
+    answer = local.run(down.messages["local"], request=1)
+    assert answer.rows == (0, 1, 2, 3, 4)
+    assert torch.equal(answer.outputs["logits"], torch.as_tensor(expected.logits))
 
 
 @pytest.mark.parametrize(
