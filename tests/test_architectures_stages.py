@@ -509,7 +509,7 @@ def test_a_sample_that_is_no_batch_is_refused(sample):
 
 
 def test_a_sample_that_the_backbone_does_not_take_is_refused():
-    with pytest.raises(CutError, match=r"ResNet itself does not run in eval mode on a sample of shape \(2, 1, 8, 8\)"):
+    with pytest.raises(CutError, match=r"ResNet itself does not run in eval mode on a sample of shape \(1, 1, 8, 8\)"):
         cut(tv.resnet18(), ["layer1"], torch.zeros(1, 1, 8, 8))
 
 

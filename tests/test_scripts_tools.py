@@ -93,10 +93,10 @@ def test_infer_reads_digits_a_folder_and_one_image_alike(bundle, tmp_path, capsy
     assert from_digits == from_folder
     assert from_file == from_folder[3:4]
     printed = capsys.readouterr().out
-    assert "40" in printed  # 8 bytes of range and 64 codes of 4 bits
+    assert "52" in printed  # an envelope of 12 bytes, 8 of range and 64 codes of 4 bits
     assert "pack after device" in printed
     infer(compose_config("infer", [*run, "input=digits", "bits=8"], tmp_path / "out"))
-    assert "72" in capsys.readouterr().out
+    assert "84" in capsys.readouterr().out
 
 
 def test_infer_says_what_it_cannot_read(bundle, tmp_path):
