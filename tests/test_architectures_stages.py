@@ -494,6 +494,7 @@ def test_a_crossing_is_looked_at_in_the_least_and_the_most_open_graph_alone(monk
     assert len(traced) == 8  # each in both modes, twice
 
 
+@pytest.mark.slow
 def test_crossvit_is_refused_in_words():
     network = timm.create_model("crossvit_9_240")
     with pytest.raises(CutError, match="'blocks.0' returns a list, not one tensor"):
