@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the config comes first: --help and a misspelt key need nothing of what is imported below
+    from cleave.scripts.assembly.terminal import run
+
+    run("train")
+
 from typing import Any
 
-import hydra
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -22,7 +26,7 @@ from cleave.scripts.assembly.outcome import Outcome, finish
 from cleave.scripts.assembly.recipe import all_steps, steps_to_go
 from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
 from cleave.scripts.assembly.stopping import forwarding, requeued, telling_what_is_kept
-from cleave.scripts.assembly.terminal import CONF, friendly, quiet, start
+from cleave.scripts.assembly.terminal import quiet
 
 
 @recorded_outcome()
@@ -134,8 +138,6 @@ def refuse_subprocess_sweep(cfg: DictConfig) -> None:
         )
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="train")
-@friendly
 def main(cfg: DictConfig) -> float | None:
     """Train and return the optimised metric to the sweeper."""
     with telling_what_is_kept(cfg), recorded_outcome():
@@ -146,8 +148,6 @@ def main(cfg: DictConfig) -> float | None:
     return metrics.get(cfg.optimized_metric)
 
 
-if __name__ == "__main__":
-    start(main)
-elif __name__ == "__mp_main__":  # a rank of ddp_spawn
+if __name__ == "__mp_main__":  # a rank of ddp_spawn
     quiet()
     signals.install()

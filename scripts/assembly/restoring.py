@@ -34,7 +34,14 @@ class Restored(NamedTuple):
     other_bits: bool
 
 
-def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cuts: Sequence[str] = ()) -> Restored:
+def restore(
+    path: str | Path,
+    bits: int | None = None,
+    trusted: bool = False,
+    cuts: Sequence[str] = (),
+    key: str = "trust_checkpoint",
+    further: Sequence[str] = ("data",),
+) -> Restored:
     """Rebuild a network from a checkpoint of ``train.py``, with neither teacher nor pretrained files.
 
     Args:
@@ -42,6 +49,8 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
         bits: Another code width than the one trained with, of every bottleneck.
         trusted: Whether the file may name code of the user's own, such as a custom backbone.
         cuts: Further layers whose features are outputs; no further cut renames a weight.
+        key: The setting by which a user vouches for the file.
+        further: What else of its config will be built, beside the network.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -50,8 +59,7 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
     """
     checkpoint = read_checkpoint(path)
     metadata = checkpoint[KEY]
-    parts = {key: metadata["config"].get(key) for key in (*NETWORK, "data", "method", "training")}
-    check_targets(parts, str(path), trusted)
+    check_targets({part: metadata["config"].get(part) for part in (*NETWORK, *further)}, str(path), trusted, key)
     config = OmegaConf.create(metadata["config"])
     image_input = ImageInput.from_dict(metadata["image_input"])
     config.backbone.pretrained, config.backbone.weights = False, None
