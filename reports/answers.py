@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,12 @@ def print_larger_than_files(answers: Sequence[Answer]) -> None:
 SMALLER = "Fewer bytes are sent with fewer bottleneck.channels or codec.bits, or a larger bottleneck.stride."
 
 
-def say_if_larger(ratio: float | None) -> None:
+def say_if_larger(metrics: Mapping[str, Any]) -> None:
     """Point out that what a network sends is larger on average than the files of its images.
 
     Args:
-        ratio: The payload's length to the file's.
+        metrics: What a test logged.
     """
-    if ratio is not None and ratio > 1:
+    ratio = float(metrics.get("test/payload_to_file", 0.0))
+    if ratio > 1:
         say(f"A payload is {ratio:.3g} times as large as the image's own file. {SMALLER}")

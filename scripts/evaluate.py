@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from cleave.lightning_modules.callbacks.tracking import recorded_outcome
+from cleave.reports.answers import say_if_larger
 from cleave.reports.rates.measured import measured_points
 from cleave.reports.rates.results import RESULTS, write_results
 from cleave.reports.terminal import cost_rows, results_table, table
@@ -45,6 +46,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if not trainer.is_global_zero:
         return metrics
     results_table(f"{cfg.ckpt_path} on {cfg.split}", metrics)
+    say_if_larger(metrics)
     table("Cost per image", cost_rows(restored.network.costs()), ("part", "MACs", "parameters"))
     run_words = run_of(restored, str(cfg.ckpt_path), *variant)
     points = measured_points(run_words, task.measured() if cfg.split == "test" else None, restored.network)

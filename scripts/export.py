@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from cleave.deployment import check_target
 from cleave.lightning_modules.callbacks.tracking import WandbTracking, log_artifact, recorded_outcome, wandb_run
+from cleave.reports.answers import say_if_larger
 from cleave.reports.rates.measured import measured_points
 from cleave.reports.terminal import results_table
 from cleave.scripts.assembly.building import build_measured, build_trainer, instantiate_each, plain
@@ -47,6 +48,7 @@ def export(cfg: DictConfig) -> Path:
     trainer.test(task, datamodule=data, verbose=False)
     metrics = dict(trainer.callback_metrics)
     results_table(f"{cfg.ckpt_path} on test", metrics)
+    say_if_larger(metrics)
     config = plain(restored.config)
     if restored.other_bits:
         config["recalibrate"] = plain(cfg.recalibrate)

@@ -22,9 +22,10 @@ from cleave.lightning_modules.callbacks.tracking import recorded_outcome
 from cleave.scripts.assembly.building import Assembly, assemble, instantiate_each, plain
 from cleave.scripts.assembly.bundling import chosen_exits
 from cleave.scripts.assembly.fitting import Fit, Fitted, fit, only_tested, prepare
+from cleave.scripts.assembly.idle import say_what_is_idle
 from cleave.scripts.assembly.outcome import Outcome, finish
 from cleave.scripts.assembly.recipe import all_steps, steps_to_go
-from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
+from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint, validated
 from cleave.scripts.assembly.stopping import forwarding, requeued, telling_what_is_kept
 from cleave.scripts.assembly.terminal import quiet
 
@@ -53,6 +54,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             f"teacher.ckpt_path={cfg.teacher.ckpt_path} would be ignored: nothing learns from a teacher; set a method "
             "that distils, such as method=exits_distilled method.loss.source=teacher, or leave it out"
         )
+    say_what_is_idle(to_go[-1].config)
     if cfg.export:
         chosen_exits(parts.network, parts.data, to_go[-1].config)
     fitted: list[Fitted] = []
@@ -96,6 +98,9 @@ def sweeping() -> bool:
 def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None) -> Outcome:
     """Test the best weights, if the config says so, and return what was measured by now."""
     metrics = dict(planned.trainer.callback_metrics)
+    if best:
+        # Beside what is tested stands what was validated of the same weights, not of the last epoch's.
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("val/")} | validated(best)
     if not cfg.test:
         return Outcome(metrics, None)
     file = best or (None if cfg.train else cfg.ckpt_path)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from cleave.lightning_modules import Measured
 from cleave.lightning_modules.callbacks.tracking import log_artifact, wandb_run
+from cleave.reports.answers import say_if_larger
 from cleave.reports.rates.measured import Run, measured_points
 from cleave.reports.rates.results import RESULTS, write_results
 from cleave.reports.terminal import cost_rows, in_words, number, results_table, say, table
@@ -50,7 +51,9 @@ def finish(
     best = fitted[-1].best
     step_table(fitted)
     shown = {name: value for name, value in outcome.metrics.items() if name.startswith(("val/", "test/"))}
-    results_table("Results", shown)
+    file = best or (None if cfg.train else cfg.ckpt_path)
+    results_table(f"Results of {Path(file).name if file else 'the last weights'}", shown)
+    say_if_larger(shown)
     table("Cost per image", cost_rows(parts.network.costs()), ("part", "MACs", "parameters"))
     if best:
         say(f"Checkpoint: {best}")

@@ -132,6 +132,12 @@ def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
 
 
+def validated(path: str | Path) -> dict[str, Tensor]:
+    """Return what the last validation before a checkpoint of ``train.py`` measured: ``val/acc`` and others by name."""
+    measured = read_checkpoint(path).get("resuming", {}).get("measured", {})
+    return {name: value for name, value in measured.items() if name.startswith("val/")}
+
+
 def load_strictly(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load a state dict that must fit exactly.
 
