@@ -106,7 +106,8 @@ def build_trainer(cfg: DictConfig, **own: Any) -> pl.Trainer:
     for key, value in own.items():
         given = cfg.trainer.get(key)
         if given is not None and given != value:
-            raise ValueError(f"trainer.{key}={given} would be ignored: {_INSTEAD.get(key, 'leave it out')}")
+            instead = _INSTEAD.get(key, "leave it out") if key != "callbacks" or key in cfg else "leave it out"
+            raise ValueError(f"trainer.{key}={given} would be ignored: {instead}")
     trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(**own)
     return trainer
 

@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,12 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cleave.scripts.assembly.logs import quiet
-from cleave.scripts.assembly.nulls import refuse_null_groups
+from cleave.scripts.assembly.nulls import CONF as CONFIGS
+from cleave.scripts.assembly.nulls import refuse_null_choices, refuse_null_groups
 
 if TYPE_CHECKING:
     from cleave.lightning_modules.signals import Stopped
 
-CONF = str(Path(__file__).resolve().parents[2] / "conf")
+CONF = str(CONFIGS)
 FULL_ERRORS = os.environ.get("HYDRA_FULL_ERROR") == "1"
 UNFINISHED = "It did not finish; what it reads is as it was, and the same command starts it again."
 USER_ERRORS = (ValueError, TypeError, OSError, HydraException, OmegaConfBaseException)
@@ -42,8 +42,12 @@ def run(name: str) -> NoReturn:
     def main(cfg: DictConfig) -> Any:
         return importlib.import_module(f"cleave.scripts.{name}").main(cfg)
 
+    def composed() -> None:
+        refuse_null_choices(name, sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=CONF, config_name=name)(friendly(main))()
+
     main.__module__ = f"cleave.scripts.{name}"  # by which Hydra calls the job
-    start(hydra.main(version_base="1.3", config_path=CONF, config_name=name)(friendly(main)))
+    start(composed)
     raise SystemExit
 
 
