@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # it takes no options; to say so needs nothing of what is imported below
+    import argparse
+
+    argparse.ArgumentParser(description=__doc__).parse_args()
+
 import statistics
 from pathlib import Path
 from tempfile import mkdtemp

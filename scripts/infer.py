@@ -42,6 +42,8 @@ def infer(cfg: DictConfig) -> list[str]:
     if output is not None:
         write_answers(output, answers)
     print_answers(f"{len(answers)} images through {cfg.bundle}", answers)
+    if cfg.input != "digits" and (found := len(image_files(Path(cfg.input)))) > len(answers):
+        say(f"These are the first {len(answers):,} of {found:,} images, by their names; limit=null runs all")
     lengths = [answer.payload_bytes for answer in answers]
     if pipeline.crossings:
         say(f"Payload: {length_words(lengths)}. {width_words(pipeline)}")
@@ -64,6 +66,8 @@ def checked(cfg: DictConfig) -> tuple[Pipeline, Path | None]:
     """
     if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {cfg.batch_size}")
+    if cfg.limit is not None and (not isinstance(cfg.limit, int) or cfg.limit < 1):
+        raise ValueError(f"limit must be a whole number of at least 1, or null for all images, got {cfg.limit}")
     if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={cfg.device}: torch finds no CUDA device here; use device=cpu")
     output = check_file(cfg.output)

@@ -151,6 +151,16 @@ def test_the_table_is_cut_to_what_fits(bundle, tree, tmp_path, capsys):
     assert sum(bool(re.search(r"…\S.*another one/\d+\.png", line)) for line in table) == 16
 
 
+def test_an_accuracy_over_the_first_images_alone_says_so(bundle, tree, tmp_path, capsys):
+    inferred(bundle, tmp_path, f"input={in_hydra(tree)}", "limit=5")
+    assert "These are the first 5 of 40 images, by their names; limit=null runs all" in capsys.readouterr().out
+    inferred(bundle, tmp_path, f"input={in_hydra(tree)}", "limit=40")
+    assert "These are the first" not in capsys.readouterr().out
+    for limit in ("0", "-1", "many"):
+        with pytest.raises(ValueError, match=f"limit must be .* got {limit}"):
+            inferred(bundle, tmp_path, "input=digits", f"limit={limit}")
+
+
 def test_images_without_a_class_have_no_accuracy(bundle, tree, tmp_path, capsys):
     picture = next(tree.rglob("*.png"))
     shutil.copy(picture, tmp_path / "alone.png")

@@ -48,7 +48,7 @@ def changed(cfg: DictConfig, group: str) -> list[str]:
     else:
         file = Path(CONF, group, f"{DEFAULTS[group]}.yaml")
         default = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))
-    own = cast(dict[str, Any], OmegaConf.to_container(cfg[group] or OmegaConf.create(), resolve=True))
+    own = cast(dict[str, Any], OmegaConf.to_container(cfg.get(group) or OmegaConf.create(), resolve=True))
     if own.get("_target_") != default.get("_target_"):
         return [f"{group} ({str(own.get('_target_')).rpartition('.')[2]})"] if own.get("_target_") else []
     return list(_differences(own, default, group))
