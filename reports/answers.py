@@ -11,7 +11,7 @@ from typing import Any
 from cleave.reports.csv_file import write_csv
 from cleave.reports.terminal import console, say, table
 
-SHOWN = 16
+SHOWN = 32  # where nobody knows how much fits, as in a pipe
 ENDINGS = (".csv", ".jsonl")
 
 
@@ -77,7 +77,7 @@ def print_answers(title: str, answers: Sequence[Answer]) -> None:
     columns += [("confidence", [f"{each.confidence:.3f}" for each in answers])]
     columns += [("payload bytes", [f"{each.payload_bytes:,}" for each in answers])]
     columns += [("exit", [each.exit or "" for each in answers])] if exits else []
-    shown = max(SHOWN, console.height - 12) if console.is_terminal else SHOWN
+    shown = max(12, console.height - 16) if console.is_terminal else SHOWN
     taken = sum(max(map(len, [name, *cells[:shown]])) + 3 for name, cells in columns) + 4
     room = max(12, console.width - taken)
     names = [each.image if len(each.image) <= room else f"…{each.image[1 - room :]}" for each in answers]

@@ -70,7 +70,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         # A bundle is measured through its bytes, which its runtime delivers whole; the loggers keep the link's numbers.
         parts.network.set_channel(None)
         fits[-1].trainer.loggers = []
-        perfect = tested(cfg, fits[-1], parts, fitted[-1].best)
+        perfect = tested(cfg, fits[-1], parts, fitted[-1].best, validation=False)
         fits[-1].trainer.loggers = loggers
     if fits[-1].trainer.is_global_zero:
         finish(fits[-1].step.config, parts, fitted, outcome, perfect, fits[-1].trainer)
@@ -95,11 +95,13 @@ def sweeping() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None) -> Outcome:
-    """Test the best weights, if the config says so, and return what was measured by now."""
+def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None, *, validation: bool = True) -> Outcome:
+    """Test the best weights, if the config says so, and return what was measured by now.
+
+    With ``validation`` what was validated stands beside it: of the best weights, not of the last epoch's.
+    """
     metrics = dict(planned.trainer.callback_metrics)
-    if best:
-        # Beside what is tested stands what was validated of the same weights, not of the last epoch's.
+    if best and validation:
         metrics = {name: value for name, value in metrics.items() if not name.startswith("val/")} | validated(best)
     if not cfg.test:
         return Outcome(metrics, None)

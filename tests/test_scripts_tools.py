@@ -143,12 +143,12 @@ def test_class_folders_give_an_accuracy_and_a_file(bundle, tree, tmp_path, capsy
 def test_the_table_is_cut_to_what_fits(bundle, tree, tmp_path, capsys):
     inferred(bundle, tmp_path, f"input={in_hydra(tree)}", "limit=null")
     table = capsys.readouterr().out.partition("Accuracy")[0].splitlines()
-    assert "… and 24 more; output=FILE.csv or output=FILE.jsonl writes all of them" in table
+    assert "… and 8 more; output=FILE.csv or output=FILE.jsonl writes all of them" in table
     assert f"40 images through {bundle}" in table
-    assert sum(line.rstrip().endswith("│") for line in table) == 16
+    assert sum(line.rstrip().endswith("│") for line in table) == 32
     assert len({len(line) for line in table if line.startswith(("│", "┃"))}) == 1
     assert all(len(line) <= 120 for line in table if line.startswith("│"))
-    assert sum(bool(re.search(r"…\S.*another one/\d+\.png", line)) for line in table) == 16
+    assert sum(bool(re.search(r"…\S.*another one/\d+\.png", line)) for line in table) == 32
 
 
 def test_an_accuracy_over_the_first_images_alone_says_so(bundle, tree, tmp_path, capsys):

@@ -19,6 +19,7 @@ from cleave.architectures.inserts.finite import check_learned
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import FLOAT_BITS, ImageInput, check_bits
 from cleave.lightning_modules.callbacks.metadata import KEY, read_metadata
+from cleave.lightning_modules.resuming import KEY as RESUMING
 from cleave.scripts.assembly.networks import NETWORK, build_network, keyed
 from cleave.scripts.assembly.trust import check_targets
 
@@ -134,7 +135,7 @@ def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 def validated(path: str | Path) -> dict[str, Tensor]:
     """Return what the last validation before a checkpoint of ``train.py`` measured: ``val/acc`` and others by name."""
-    measured = read_checkpoint(path).get("resuming", {}).get("measured", {})
+    measured = read_checkpoint(path).get(RESUMING, {}).get("measured", {})
     return {name: value for name, value in measured.items() if name.startswith("val/")}
 
 
