@@ -65,7 +65,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     log_setup(loggers, plain(fits[0].step.config if cfg.steps is None else cfg), parts, fits)
     for planned in fits:
         fitted.append(fit(planned, parts, fitted) if cfg.train else only_tested(planned))
-    outcome = perfect = tested(cfg, fits[-1], parts, fitted[-1].best)
+    outcome = perfect = tested(cfg, fits[-1], parts, fitted[-1].best, validation=True)
     if cfg.test and cfg.export and any(each.channel is not None for each in parts.network.bottlenecks.values()):
         # A bundle is measured through its bytes, which its runtime delivers whole; the loggers keep the link's numbers.
         parts.network.set_channel(None)
@@ -95,7 +95,7 @@ def sweeping() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None, *, validation: bool = True) -> Outcome:
+def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None, *, validation: bool) -> Outcome:
     """Test the best weights, if the config says so, and return what was measured by now.
 
     With ``validation`` what was validated stands beside it: of the best weights, not of the last epoch's.
