@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,9 +10,9 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from cleave.lightning_modules import privates
+from cleave.lightning_modules.command_line import quoted
 
 KEY = "resuming"
-_PLAIN = re.compile(r"[\w./+-]+")
 
 
 class ResumingModule(pl.LightningModule):
@@ -107,12 +106,4 @@ def resume_command(script: str, overrides: Iterable[str], file: str) -> str:
         file: The checkpoint.
     """
     kept = [each for each in overrides if not each.lstrip("+").startswith("ckpt_path=")]
-    return shlex.join(["python", script, *kept, f"ckpt_path={in_hydra(file)}"])
-
-
-def in_hydra(value: str) -> str:
-    """Quote a value for the grammar of Hydra's overrides, where it needs it."""
-    if _PLAIN.fullmatch(value):
-        return value
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    return f"'{escaped}'"
+    return f"{shlex.join(['python', script, *kept])} {quoted({'ckpt_path': file})}"

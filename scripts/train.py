@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the config comes first: --help and a misspelt key need nothing of what is imported below
+    from cleave.scripts.assembly.terminal import run
+
+    run("train")
+
 from typing import Any
 
-import hydra
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -18,11 +22,12 @@ from cleave.lightning_modules.callbacks.tracking import recorded_outcome
 from cleave.scripts.assembly.building import Assembly, assemble, instantiate_each, plain
 from cleave.scripts.assembly.bundling import chosen_exits
 from cleave.scripts.assembly.fitting import Fit, Fitted, fit, only_tested, prepare
+from cleave.scripts.assembly.idle import say_what_is_idle
 from cleave.scripts.assembly.outcome import Outcome, finish
 from cleave.scripts.assembly.recipe import all_steps, steps_to_go
-from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
+from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint, validated
 from cleave.scripts.assembly.stopping import forwarding, requeued, telling_what_is_kept
-from cleave.scripts.assembly.terminal import CONF, friendly, quiet, start
+from cleave.scripts.assembly.terminal import quiet
 
 
 @recorded_outcome()
@@ -49,6 +54,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             f"teacher.ckpt_path={cfg.teacher.ckpt_path} would be ignored: nothing learns from a teacher; set a method "
             "that distils, such as method=exits_distilled method.loss.source=teacher, or leave it out"
         )
+    say_what_is_idle(to_go[-1].config)
     if cfg.export:
         chosen_exits(parts.network, parts.data, to_go[-1].config)
     fitted: list[Fitted] = []
@@ -59,12 +65,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     log_setup(loggers, plain(fits[0].step.config if cfg.steps is None else cfg), parts, fits)
     for planned in fits:
         fitted.append(fit(planned, parts, fitted) if cfg.train else only_tested(planned))
-    outcome = perfect = tested(cfg, fits[-1], parts, fitted[-1].best)
+    outcome = perfect = tested(cfg, fits[-1], parts, fitted[-1].best, validation=True)
     if cfg.test and cfg.export and any(each.channel is not None for each in parts.network.bottlenecks.values()):
         # A bundle is measured through its bytes, which its runtime delivers whole; the loggers keep the link's numbers.
         parts.network.set_channel(None)
         fits[-1].trainer.loggers = []
-        perfect = tested(cfg, fits[-1], parts, fitted[-1].best)
+        perfect = tested(cfg, fits[-1], parts, fitted[-1].best, validation=False)
         fits[-1].trainer.loggers = loggers
     if fits[-1].trainer.is_global_zero:
         finish(fits[-1].step.config, parts, fitted, outcome, perfect, fits[-1].trainer)
@@ -89,9 +95,14 @@ def sweeping() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None) -> Outcome:
-    """Test the best weights, if the config says so, and return what was measured by now."""
+def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None, *, validation: bool) -> Outcome:
+    """Test the best weights, if the config says so, and return what was measured by now.
+
+    With ``validation`` what was validated stands beside it: of the best weights, not of the last epoch's.
+    """
     metrics = dict(planned.trainer.callback_metrics)
+    if best and validation:
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("val/")} | validated(best)
     if not cfg.test:
         return Outcome(metrics, None)
     file = best or (None if cfg.train else cfg.ckpt_path)
@@ -134,8 +145,6 @@ def refuse_subprocess_sweep(cfg: DictConfig) -> None:
         )
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="train")
-@friendly
 def main(cfg: DictConfig) -> float | None:
     """Train and return the optimised metric to the sweeper."""
     with telling_what_is_kept(cfg), recorded_outcome():
@@ -146,8 +155,6 @@ def main(cfg: DictConfig) -> float | None:
     return metrics.get(cfg.optimized_metric)
 
 
-if __name__ == "__main__":
-    start(main)
-elif __name__ == "__mp_main__":  # a rank of ddp_spawn
+if __name__ == "__mp_main__":  # a rank of ddp_spawn
     quiet()
     signals.install()

@@ -15,7 +15,8 @@ from pytorch_lightning import Callback
 from torch import Tensor
 
 from cleave.architectures.inserts.finite import NumberError, few, learned_names, not_finite
-from cleave.lightning_modules.resuming import in_hydra, resume_command
+from cleave.lightning_modules.command_line import quoted
+from cleave.lightning_modules.resuming import resume_command
 
 RECORD = "not_finite"
 
@@ -115,6 +116,6 @@ def _way_out(trainer: pl.Trainer) -> str:
     command = resume_command("scripts/train.py", [*words, cure], path)
     return (
         f"The last good checkpoint is {path}. As the same run would diverge again, resume it with clipped gradients: "
-        f"{command}; or start from it with a lower rate: base.ckpt_path={in_hydra(path)} training.optimizer.lr=… "
+        f"{command}; or start from it with a lower rate: {quoted({'base.ckpt_path': path})} training.optimizer.lr=… "
         "(callbacks.guard=null goes on regardless)"
     )

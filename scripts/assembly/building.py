@@ -17,8 +17,10 @@ from torch import nn
 from cleave.architectures import Backbone, StagedNetwork, staged_network
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import ExitPolicy, ImageInput
-from cleave.lightning_modules import Frozen, Task, Training
+from cleave.lightning_modules import Evaluator, Frozen, Task, Training
 from cleave.lightning_modules.evaluators import default_evaluators
+from cleave.lightning_modules.measuring import MeasuredModule
+from cleave.lightning_modules.training import prepare
 from cleave.reports.terminal import console
 from cleave.scripts.assembly.networks import build_network, keyed, plain_value, sample_of
 from cleave.scripts.assembly.restoring import Restored, restore
@@ -104,7 +106,8 @@ def build_trainer(cfg: DictConfig, **own: Any) -> pl.Trainer:
     for key, value in own.items():
         given = cfg.trainer.get(key)
         if given is not None and given != value:
-            raise ValueError(f"trainer.{key}={given} would be ignored: {_INSTEAD.get(key, 'leave it out')}")
+            instead = _INSTEAD.get(key, "leave it out") if key != "callbacks" or key in cfg else "leave it out"
+            raise ValueError(f"trainer.{key}={given} would be ignored: {instead}")
     trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(**own)
     return trainer
 
@@ -114,7 +117,6 @@ def build_task(
     network: StagedNetwork,
     class_names: list[str],
     others: Mapping[str, Frozen] | None = None,
-    policy: ExitPolicy | None = None,
 ) -> Task:
     """Build the task of ``cfg.method`` around a network, trained as ``cfg.training`` says.
 
@@ -123,20 +125,44 @@ def build_task(
         network: The network.
         class_names: Names of the classes in the order of the logits.
         others: Frozen networks beside it by name.
-        policy: An exit policy to test with; ``None`` takes that of the config.
     """
     build = instantiate(cfg.method, _partial_=True, _convert_="all")
     with keyed("training", cfg.training):
         training: Training = instantiate(cfg.training, _convert_="all")
-    decides = plain_value(cfg.exits.policy) if policy is None and network.exits else policy
     with keyed("method", cfg.method):
         return build(
             network=network,
             others=dict(others or {}),
-            evaluators=default_evaluators(network, class_names, decides),
+            evaluators=_evaluators(cfg, network, class_names),
             training=training,
             feature_cache=plain(cfg.feature_cache),
         )
+
+
+def build_measured(
+    cfg: DictConfig, network: StagedNetwork, class_names: list[str], policy: ExitPolicy | None = None
+) -> MeasuredModule:
+    """Build what measures a trained network; neither its method nor its optimizer are needed for that.
+
+    Args:
+        cfg: The config that it was trained with.
+        network: The network.
+        class_names: Names of the classes in the order of the logits.
+        policy: An exit policy to test with; ``None`` takes that of the config.
+    """
+    evaluators = _evaluators(cfg, network, class_names, policy)
+    layout = {key: cfg.training.get(key, False) for key in ("channels_last", "compile")}
+    training = Training(seed=cfg.training.seed, **layout)
+    measured = MeasuredModule(network, evaluators, cfg.get("trained", []), "images", training.seed)
+    prepare([network], training)
+    return measured
+
+
+def _evaluators(
+    cfg: DictConfig, network: StagedNetwork, class_names: list[str], policy: ExitPolicy | None = None
+) -> list[Evaluator]:
+    own = plain_value(cfg.exits.policy) if policy is None and network.exits else policy
+    return default_evaluators(network, class_names, own)
 
 
 def layers_of(methods: Sequence[DictConfig], cfg: DictConfig, owner: str = "student") -> list[str]:
@@ -158,7 +184,7 @@ def _restored_base(cfg: DictConfig, data: ImageDataModule, cuts: Sequence[str]) 
                 f"backbone.{key}={cfg.backbone[key]} has no meaning beside base.ckpt_path: training starts from the "
                 "base's weights; leave one of the two out"
             )
-    restored = restore(path, trusted=cfg.base.trust_checkpoint, cuts=cuts)
+    restored = restore(path, trusted=cfg.base.trust_checkpoint, cuts=cuts, key="base.trust_checkpoint", further=())
     if restored.class_names != data.class_names:
         raise ValueError(f"the base {path} knows the classes {restored.class_names}, the data has {data.class_names}")
     return restored
@@ -193,7 +219,8 @@ def _teacher(
 
 def _other_teacher(cfg: DictConfig, data: ImageDataModule, cuts: Sequence[str]) -> Frozen:
     path = cfg.teacher.ckpt_path
-    restored = restore(path, trusted=cfg.teacher.trust_checkpoint, cuts=cuts)
+    trusted = cfg.teacher.trust_checkpoint
+    restored = restore(path, trusted=trusted, cuts=cuts, key="teacher.trust_checkpoint", further=())
     for what, theirs, ours in (
         ("classes", restored.class_names, data.class_names),
         ("input", restored.image_input, data.input),

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from cleave.lightning_modules import Task
 from cleave.lightning_modules.callbacks import CheckpointMetadata, FitRecord, StepMarker, WandbTracking
-from cleave.reports.terminal import console, number
+from cleave.reports.terminal import console, number, say
 from cleave.scripts.assembly.building import Assembly, build_task, build_trainer, instantiate_each, plain
 from cleave.scripts.assembly.recipe import Step
 from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
@@ -66,7 +66,7 @@ def prepare(step: Step, parts: Assembly, loggers: list[Any]) -> Fit:
         callbacks = instantiate_each(cfg.get("callbacks"))
         if not loggers:  # Lightning refuses to watch the rate where nothing writes it down
             callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
-        cfg.cuts = list(parts.network.cuts)
+        cfg.cuts, cfg.trained = list(parts.network.cuts), list(task.trained_parts)
         metadata = CheckpointMetadata(plain(cfg), parts.data.class_names, parts.data.input)
         record = FitRecord(plain(cfg)["trainer"].get("max_time"))
         callbacks += [record, metadata, WandbTracking(step=step.name)]
@@ -167,7 +167,7 @@ def announce(planned: Fit, before: Fitted | None) -> None:
         words.append(f"from the best weights of {before.name}{score}")
     elif step.ckpt_path:
         words.append(f"resumed from {step.ckpt_path}")
-    console.print(", ".join(words), soft_wrap=True, highlight=False)
+    say(", ".join(words))
 
 
 def log_step(fitted: Fitted, trainer: pl.Trainer) -> None:

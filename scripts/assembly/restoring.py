@@ -19,6 +19,7 @@ from cleave.architectures.inserts.finite import check_learned
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import FLOAT_BITS, ImageInput, check_bits
 from cleave.lightning_modules.callbacks.metadata import KEY, read_metadata
+from cleave.lightning_modules.resuming import KEY as RESUMING
 from cleave.scripts.assembly.networks import NETWORK, build_network, keyed
 from cleave.scripts.assembly.trust import check_targets
 
@@ -34,7 +35,14 @@ class Restored(NamedTuple):
     other_bits: bool
 
 
-def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cuts: Sequence[str] = ()) -> Restored:
+def restore(
+    path: str | Path,
+    bits: int | None = None,
+    trusted: bool = False,
+    cuts: Sequence[str] = (),
+    key: str = "trust_checkpoint",
+    further: Sequence[str] = ("data",),
+) -> Restored:
     """Rebuild a network from a checkpoint of ``train.py``, with neither teacher nor pretrained files.
 
     Args:
@@ -42,6 +50,8 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
         bits: Another code width than the one trained with, of every bottleneck.
         trusted: Whether the file may name code of the user's own, such as a custom backbone.
         cuts: Further layers whose features are outputs; no further cut renames a weight.
+        key: The setting by which a user vouches for the file.
+        further: What else of its config will be built, beside the network.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -50,8 +60,7 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
     """
     checkpoint = read_checkpoint(path)
     metadata = checkpoint[KEY]
-    parts = {key: metadata["config"].get(key) for key in (*NETWORK, "data", "method", "training")}
-    check_targets(parts, str(path), trusted)
+    check_targets({part: metadata["config"].get(part) for part in (*NETWORK, *further)}, str(path), trusted, key)
     config = OmegaConf.create(metadata["config"])
     image_input = ImageInput.from_dict(metadata["image_input"])
     config.backbone.pretrained, config.backbone.weights = False, None
@@ -122,6 +131,12 @@ def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """Return the network's part of a checkpoint's state dict, under the network's own names."""
     prefix = "network."
     return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+
+
+def validated(path: str | Path) -> dict[str, Tensor]:
+    """Return what the last validation before a checkpoint of ``train.py`` measured: ``val/acc`` and others by name."""
+    measured = read_checkpoint(path).get(RESUMING, {}).get("measured", {})
+    return {name: value for name, value in measured.items() if name.startswith("val/")}
 
 
 def load_strictly(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
