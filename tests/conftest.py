@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 TRACED_CASES = 2
-TRACED_SECONDS = 1.5
+TRACED_SECONDS = 0.8
 _cases: Counter[str] = Counter()
 
 
