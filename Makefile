@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint types format clean
+.PHONY: help install demo test test-full lint types format dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -40,5 +40,13 @@ types: $(READY)  ## check types
 format: $(READY)  ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
+# What an earlier build left would go into the wheels, and what this one leaves would be taken for code.
+LEFT := build deployment/build deployment/*.egg-info
+dist: $(READY)  ## build the wheels of cleave and cleave-runtime into dist/
+	rm -rf dist $(LEFT)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist . ./deployment; \
+	  status=$$?; rm -rf $(LEFT); exit $$status
+	@ls dist
+
 clean:  ## remove what was built and every log
-	rm -rf $(VENV) build dist *.egg-info logs bundles .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) dist *.egg-info $(LEFT) logs bundles .pytest_cache .mypy_cache .ruff_cache .coverage

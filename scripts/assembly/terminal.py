@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from cleave.lightning_modules import signals
 from cleave.lightning_modules.signals import Stopped
 from cleave.scripts.assembly.logs import quiet
+from cleave.scripts.assembly.project import import_projects, use_projects
 from cleave.scripts.assembly.stopping import stopped_by
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
@@ -33,6 +34,7 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     @wraps(task)
     def run(cfg: DictConfig) -> Any:
         quiet()
+        import_projects()
         try:
             if missing := missing_values(cfg):
                 raise ValueError(
@@ -66,6 +68,7 @@ def start(main: Callable[[], Any]) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a trace
     signals.install()
+    use_projects()
     try:
         main()
     except BaseException as error:

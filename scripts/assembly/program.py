@@ -1,0 +1,49 @@
+"""How this command was started, so that others are named alike: ``cleave-train`` or ``python scripts/train.py``."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from cleave.scripts.assembly.project import project_folders
+
+PREFIX = "cleave-"
+CLONE = Path(__file__).resolve().parents[2]
+
+
+def program(name: str) -> str:
+    """Return what starts a command, quoted for the shell, in the way in which this one was started.
+
+    A project's ``--config-dir`` is part of it, as the project's checkpoints may name its code.
+
+    Args:
+        name: A script's name, such as ``exits_report``.
+    """
+    folders = [word for folder in project_folders() for word in ("--config-dir", _short(folder))]
+    return shlex.join([*_started(name), *folders])
+
+
+def _started(name: str) -> list[str]:
+    """Return the words that start a command, without options."""
+    own, installed = Path(sys.argv[0]), console_script(name)
+    if own.name.startswith(PREFIX):
+        found = shutil.which(installed)
+        beside = own.with_name(installed)
+        return [installed if found and beside.exists() and Path(found).samefile(beside) else _short(beside)]
+    script = Path("scripts", f"{name}.py")
+    if own.with_name(script.name).is_file() and own.parent.name == "scripts":
+        return ["python", _short(own.with_name(script.name))]
+    # Called from a notebook or a test.
+    return ["python", str(script)] if (CLONE / "pyproject.toml").is_file() else [installed]
+
+
+def console_script(name: str) -> str:
+    """Return what a script is called where the package is installed: ``cleave-exits-report``."""
+    return PREFIX + name.replace("_", "-")
+
+
+def _short(path: Path) -> str:
+    """Return a path as one would type it: from the working directory, if it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
