@@ -9,7 +9,6 @@ from pathlib import Path
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 PROVIDER = "command-line"
@@ -38,11 +37,6 @@ class ProjectFirst(SearchPathPlugin):
 def presets(folder: Path) -> set[str]:
     """Return the presets of a folder as ``group/name``."""
     return {file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")}
-
-
-def use_projects() -> None:
-    """Let this process know of projects: to be called before Hydra reads a config."""
-    Plugins.instance().register(ProjectFirst)
 
 
 def project_folders() -> list[Path]:

@@ -16,8 +16,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from cleave.lightning_modules import signals
 from cleave.lightning_modules.signals import Stopped
+from cleave.scripts.assembly.extras import apply_extras
+from cleave.scripts.assembly.hydra_extensions import extend_hydra, missing_extra
 from cleave.scripts.assembly.logs import quiet
-from cleave.scripts.assembly.project import import_projects, use_projects
+from cleave.scripts.assembly.project import import_projects
 from cleave.scripts.assembly.stopping import stopped_by
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
@@ -36,6 +38,7 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         quiet()
         import_projects()
         try:
+            apply_extras(cfg)
             if missing := missing_values(cfg):
                 raise ValueError(
                     f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value; "
@@ -68,7 +71,7 @@ def start(main: Callable[[], Any]) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a trace
     signals.install()
-    use_projects()
+    extend_hydra()
     try:
         main()
     except BaseException as error:
@@ -101,5 +104,5 @@ def fail(error: BaseException) -> None:
     error = unwrapped(error)
     if isinstance(error, HydraException) and error.__cause__ is not None:
         error = type(error)(f"{error}\n{error.__cause__}")
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    print(f"{type(error).__name__}: {error}{missing_extra(str(error))}", file=sys.stderr)
     raise SystemExit(1)
