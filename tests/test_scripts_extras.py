@@ -96,14 +96,7 @@ def test_git_ignores_the_settings_of_a_machine_and_keeps_their_example():
 
 def test_the_best_few_checkpoints_are_kept(tmp_path):
     few = ["+trainer.limit_train_batches=1", "+trainer.limit_val_batches=1", "trainer.max_epochs=4", "test=false"]
-    given = [
-        *PLAIN,
-        *small("PlainNet"),
-        *few,
-        "callbacks=topk",
-        "callbacks.progress=null",
-        "callbacks.topk.save_top_k=2",
-    ]
+    given = ["callbacks=topk", *PLAIN, *DIGITS, *few, "callbacks.topk.save_top_k=2"]
     train(composed(tmp_path, *given))
     kept = sorted(path.name for path in (tmp_path / "checkpoints/top").iterdir())
     assert len(kept) == 2
