@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint types format dist clean
+.PHONY: help install demo test test-full lint types format dist pins lowest clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -47,6 +47,17 @@ dist: $(READY)  ## build the wheels of cleave and cleave-runtime into dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist . ./deployment; \
 	  status=$$?; rm -rf $(LEFT); exit $$status
 	@ls dist
+
+pins:  ## bring constraints.txt up to the newest versions that pyproject.toml allows (needs uv)
+	(head -n 1 constraints.txt; uv pip compile --quiet --universal --upgrade --no-annotate --no-header --no-emit-index-url \
+	  --no-emit-find-links --python-version 3.11 --extra dev pyproject.toml) > constraints.new
+	mv constraints.new constraints.txt
+
+lowest:  ## create .venv with the lowest versions that pyproject.toml allows, to run `make test` with them (needs uv)
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	uv pip install --quiet --python $(BIN)/python --resolution lowest-direct -e '.[dev]'
+	@touch $(READY)
 
 clean:  ## remove what was built and every log
 	rm -rf $(VENV) dist *.egg-info $(LEFT) logs bundles .pytest_cache .mypy_cache .ruff_cache .coverage

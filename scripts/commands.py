@@ -1,4 +1,4 @@
-"""The commands of an installed package: ``cleave-train`` is ``scripts/train.py``, and so on."""
+"""The commands of an installed package: ``cleave-train`` runs the script ``train``, and so on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import runpy
 
 
 def run(name: str) -> None:
-    """Run a script as ``python scripts/NAME.py`` does."""
+    """Run a script of that name as Python does."""
     runpy.run_module(f"cleave.scripts.{name}", run_name="__main__")
 
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
+from packaging.requirements import Requirement
 from PIL import Image
 
 from cleave.deployment import Pipeline
@@ -235,3 +237,40 @@ def test_processes_of_an_installed_command_train_together(installed, tmp_path):
     result = run(installed / "cleave-train", *given, cwd=tmp_path)
     assert (tmp_path / "run/checkpoints/best.ckpt").is_file()
     assert "GPU available" not in result.stdout + result.stderr  # both processes keep frameworks quiet
+
+
+# --- what stands beside the code --------------------------------------------------------------------------------------
+
+
+def test_one_version_stands_everywhere():
+    runtime = tomllib.loads((ROOT / "deployment/pyproject.toml").read_text())["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    released = re.findall(r"^## \[(\d[\w.]*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert runtime == citation["version"] == released[0][0] == PROJECT["version"]
+    assert str(citation["date-released"]) == released[0][1]
+    assert citation["license"] == PROJECT["license"]
+
+
+def test_the_workflow_runs_every_python_and_the_lowest_versions():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())
+    matrix = workflow["jobs"]["tests"]["strategy"]["matrix"]
+    least, most = (int(bound.partition(".")[2]) for bound in PROJECT["requires-python"].lstrip(">=").split(",<"))
+    assert matrix["python"] == [f"3.{minor}" for minor in range(least, most)]
+    assert {"python": f"3.{least}", "versions": "lowest"} in matrix["include"]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+    named = {target for text in steps for target in re.findall(r"make ([a-z-]+)", text)}
+    assert named >= {"lint", "test", "lowest", "dist"}
+    assert named <= set(targets)
+    for file in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(file.read_text()), file
+
+
+def test_pins_meet_every_bound():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(
+        line.partition(";")[0].strip().lower().replace("_", "-").split("==") for line in lines if "==" in line
+    )
+    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["entropy"]]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pinned[requirement.name.lower()]), line

@@ -1,4 +1,4 @@
-"""How this command was started, so that others are named alike: ``cleave-train`` or ``python scripts/train.py``."""
+"""How this command was started, so that others are named alike: as installed ones, or as scripts of a clone."""
 
 from __future__ import annotations
 
