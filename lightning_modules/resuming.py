@@ -102,12 +102,13 @@ def resume_command(script: str, overrides: Iterable[str], file: str) -> str:
     """Return the command of a run, resumed from a checkpoint, quoted for the shell and for Hydra.
 
     Args:
-        script: What was run.
+        script: What was run: a file of Python, or an installed command.
         overrides: What it was given.
         file: The checkpoint.
     """
     kept = [each for each in overrides if not each.lstrip("+").startswith("ckpt_path=")]
-    return shlex.join(["python", script, *kept, f"ckpt_path={in_hydra(file)}"])
+    start = ["python", script] if script.endswith(".py") else [script]
+    return shlex.join([*start, *kept, f"ckpt_path={in_hydra(file)}"])
 
 
 def in_hydra(value: str) -> str:

@@ -29,7 +29,7 @@ from .deployment_networks import images, make_bundle
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, ROOMS = SETTINGS["project"], SETTINGS["tool"]["coverage"]["run"]["source"]
-SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py") if path.stem != "commands")
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py"))
 TRAINING = [
     "pytorch_lightning", "lightning_fabric", "timm", "torchvision", "torchmetrics", "hydra", "omegaconf", "wandb",
     "sklearn", "matplotlib", "rich", "cleave",
@@ -85,7 +85,7 @@ def test_the_wheel_is_the_whole_product(wheels):
 def test_every_script_is_a_command(wheels):
     points = configparser.ConfigParser()
     points.read_string(inside(wheels.cleave, "entry_points.txt"))
-    expected = {f"cleave-{name.replace('_', '-')}": f"cleave.scripts.commands:{name}" for name in SCRIPTS}
+    expected = {f"cleave-{name.replace('_', '-')}": f"cleave.scripts.assembly.commands:{name}" for name in SCRIPTS}
     assert dict(points["console_scripts"]) == expected
 
 

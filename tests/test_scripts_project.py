@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from cleave.scripts.assembly import program as naming
 from cleave.scripts.assembly.program import program
+from cleave.scripts.assembly.project import import_projects
+from cleave.scripts.assembly.stopping import going_on
 
 from .training_helpers import script
 
@@ -121,3 +124,26 @@ def test_an_installed_command_names_others_by_their_names_or_their_places(starte
     assert program("exits_report") == shlex.quote(str(folder / "cleave-exits-report"))
     monkeypatch.chdir(tmp_path)
     assert program("exits_report") == "'an environment/bin/cleave-exits-report'"
+
+
+def test_a_resumed_run_brings_its_project_along(monkeypatch, tmp_path):
+    sources = [
+        {"path": "hydra.conf", "schema": "pkg", "provider": "hydra"},
+        {"path": str(tmp_path / "my conf"), "schema": "file", "provider": "command-line"},
+        {"path": str(ROOT / "conf"), "schema": "file", "provider": "main"},
+        {"path": str(tmp_path / "my conf"), "schema": "file", "provider": "command-line"},
+    ]
+    given = {"task": ["experiment=own"], "hydra": []}
+    config = OmegaConf.create({"runtime": {"config_sources": sources}, "overrides": given})
+    monkeypatch.setattr(HydraConfig, "initialized", staticmethod(lambda: True))
+    monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
+    assert going_on("last.ckpt") == (
+        "python scripts/train.py --config-dir 'my conf' experiment=own ckpt_path=last.ckpt"
+    )
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/cleave-train"])
+    assert going_on("last.ckpt") == ("/opt/bin/cleave-train --config-dir 'my conf' experiment=own ckpt_path=last.ckpt")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    import_projects()
+    assert sys.path[-1] == str(tmp_path)

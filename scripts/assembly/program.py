@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from cleave.scripts.assembly.project import project_folders
+from cleave.scripts.assembly.project import project_options, short_path
 
 PREFIX = "cleave-"
 CLONE = Path(__file__).resolve().parents[2]
@@ -21,8 +21,7 @@ def program(name: str) -> str:
     Args:
         name: A script's name, such as ``exits_report``.
     """
-    folders = [word for folder in project_folders() for word in ("--config-dir", _short(folder))]
-    return shlex.join([*_started(name), *folders])
+    return shlex.join([*_started(name), *project_options()])
 
 
 def _started(name: str) -> list[str]:
@@ -31,10 +30,10 @@ def _started(name: str) -> list[str]:
     if own.name.startswith(PREFIX):
         found = shutil.which(installed)
         beside = own.with_name(installed)
-        return [installed if found and beside.exists() and Path(found).samefile(beside) else _short(beside)]
+        return [installed if found and beside.exists() and Path(found).samefile(beside) else short_path(beside)]
     script = Path("scripts", f"{name}.py")
     if own.with_name(script.name).is_file() and own.parent.name == "scripts":
-        return ["python", _short(own.with_name(script.name))]
+        return ["python", short_path(own.with_name(script.name))]
     # Called from a notebook or a test.
     return ["python", str(script)] if (CLONE / "pyproject.toml").is_file() else [installed]
 
@@ -42,8 +41,3 @@ def _started(name: str) -> list[str]:
 def console_script(name: str) -> str:
     """Return what a script is called where the package is installed: ``cleave-exits-report``."""
     return PREFIX + name.replace("_", "-")
-
-
-def _short(path: Path) -> str:
-    """Return a path as one would type it: from the working directory, if it lies below."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -48,6 +48,16 @@ def project_folders() -> list[Path]:
     return [Path(path) for path in dict.fromkeys(paths)]
 
 
+def project_options() -> list[str]:
+    """Return the words of a command line that bring this job's project along."""
+    return [word for folder in project_folders() for word in ("--config-dir", short_path(folder))]
+
+
+def short_path(path: Path) -> str:
+    """Return a path as one would type it: from the working directory, if it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def import_projects() -> None:
     """Make a project's modules importable in a job, which a launcher may run in another process."""
     for folder in project_folders():
