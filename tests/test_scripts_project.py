@@ -147,3 +147,21 @@ def test_a_resumed_run_brings_its_project_along(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", list(sys.path))
     import_projects()
     assert sys.path[-1] == str(tmp_path)
+
+
+def test_the_example_of_a_project_composes_and_its_parts_are_there(tmp_path):
+    example = ROOT / "examples/own_project"
+    words = ["--config-dir", str(example / "conf"), "experiment=stripes", "--cfg", "job"]
+    result = script("train", *words, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    named = set(re.findall(r"_target_: own_parts\.(\w+)\.(\w+)", result.stdout))
+    assert named == {
+        ("backbone", "StripeNet"),
+        ("loss", "FocalLoss"),
+        ("codec", "dead_zone_codec"),
+        ("data", "Stripes"),
+    }
+    for module, name in named:
+        assert re.search(rf"^(class|def) {name}\(", (example / f"own_parts/{module}.py").read_text(), re.MULTILINE)
+    presets = {path.relative_to(example / "conf") for path in (example / "conf").rglob("*.yaml")}
+    assert not any((ROOT / "conf" / preset).exists() for preset in presets)
