@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 from tempfile import mkdtemp
@@ -107,5 +106,4 @@ def percent(share: float) -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()  # it takes no arguments
     start(main)
