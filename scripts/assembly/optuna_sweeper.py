@@ -153,7 +153,7 @@ class OptunaSweeper(Sweeper):
             study.tell(trial, state=TrialState.FAIL)
         words = " ".join(f"{key}={value}" for key, value in trial.params.items())
         came_to = f"{value:g}" if isinstance(value, int | float) else "failed"
-        print(f"Trial {trial.number + 1} of {self.n_trials}: {words}: {came_to}", flush=True)
+        print(f"Trial {trial.number + 1} of {self.n_trials}, job {trial.number}: {words}: {came_to}", flush=True)
 
     def told(self, study: Study, folder: Path) -> float:
         """Write down the best trial, print it and return its value.
@@ -169,9 +169,8 @@ class OptunaSweeper(Sweeper):
         result = {"name": "optuna", "best_trial": best.number, "best_value": best.value, "best_params": best.params}
         OmegaConf.save(OmegaConf.create(result), folder / RESULT)
         words = " ".join(f"{key}={value}" for key, value in best.params.items())
-        print(
-            f"Best of {len(study.trials)} trials: {words}: {best.value:g} (trial {best.number + 1}); {folder / RESULT}"
-        )
+        print(f"Best of {len(study.trials)} trials, job {best.number}: {words}: {best.value:g}")
+        print(f"Written: {folder / RESULT}")
         return float(best.value or 0.0)
 
 
