@@ -196,6 +196,7 @@ def run(command: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProces
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_project_of_ones_own_runs_from_the_wheel(installed, tmp_path):
     project = tmp_path / "own_project"
     shutil.copytree(ROOT / "examples/own_project", project, ignore=shutil.ignore_patterns("logs", "__pycache__"))
@@ -230,6 +231,7 @@ def test_every_installed_command_takes_the_arguments_of_its_script(name, install
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_processes_of_an_installed_command_train_together(installed, tmp_path):
     few = ["+trainer.limit_train_batches=2", "+trainer.limit_val_batches=1", "trainer.max_epochs=1", "test=false"]
     plain = ["logger=none", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
