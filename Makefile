@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install say-cpu demo test test-full lint types format clean
+.PHONY: help install say-cpu demo test test-full lint types format dist pins lowest clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -56,5 +56,24 @@ types: $(DEV)  ## check types
 format: $(DEV)  ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
+# What an earlier build left would go into the wheels, and what this one leaves would be taken for code.
+LEFT := build deployment/build deployment/*.egg-info
+dist: $(READY)  ## build the wheels of cleave and cleave-runtime into dist/
+	rm -rf dist $(LEFT)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist . ./deployment; \
+	  status=$$?; rm -rf $(LEFT); exit $$status
+	@ls dist
+
+pins:  ## bring constraints.txt up to the newest versions that pyproject.toml allows (needs uv)
+	(head -n 1 constraints.txt; uv pip compile --quiet --universal --upgrade --no-annotate --no-header --no-emit-index-url \
+	  --no-emit-find-links --python-version 3.11 --extra dev pyproject.toml) > constraints.new
+	mv constraints.new constraints.txt
+
+lowest:  ## create .venv with the lowest versions that pyproject.toml allows, to run `make test` with them (needs uv)
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	uv pip install --quiet --python $(BIN)/python --resolution lowest-direct -e '.[dev]'
+	@touch $(READY) $(DEV)
+
 clean:  ## remove what was built and every log
-	rm -rf $(VENV) build dist *.egg-info logs bundles .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) dist *.egg-info $(LEFT) logs bundles .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -17,6 +17,7 @@ from cleave.architectures.inserts.codecs import uniform_codec
 from cleave.architectures.inserts.coders import FORMS, VECTOR_LAYOUTS, Coders, build_bottleneck
 from cleave.architectures.inserts.exit_head import ExitHead
 from cleave.architectures.inserts.insert import Insert
+from cleave.architectures.layer_depths import layer_depths
 from cleave.architectures.modes import evaluating
 from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.architectures.network.ensemble import GeometricEnsemble
@@ -116,7 +117,7 @@ def staged_network(
         settings = (bottleneck_at or {}).get(name, bottleneck), (codec_at or {}).get(name, codec)
         made = _bottleneck(source, tuple(features[name].shape[1:]), layouts[name], own, *settings, channel)
         behind[name].insert(0 if own == REPLACE else len(behind[name]), made)
-    return StagedNetwork(
+    network = StagedNetwork(
         stages,
         behind,
         sample=sample,
@@ -124,6 +125,8 @@ def staged_network(
         ensemble=GeometricEnsemble(len(exit_cuts) + 1, features[LOGITS].shape[-1], ensemble_last) if ensemble else None,
         gradient_equilibrium=gradient_equilibrium,
     )
+    network.layer_depths = layer_depths(backbone)
+    return network
 
 
 def split_network(

@@ -101,9 +101,10 @@ def resume_command(script: str, overrides: Iterable[str], file: str) -> str:
     """Return the command of a run, resumed from a checkpoint, quoted for the shell and for Hydra.
 
     Args:
-        script: What was run.
+        script: What was run: a file of Python, or an installed command.
         overrides: What it was given.
         file: The checkpoint.
     """
     kept = [each for each in overrides if not each.lstrip("+").startswith("ckpt_path=")]
-    return f"{shlex.join(['python', script, *kept])} {quoted({'ckpt_path': file})}"
+    start = ["python", script] if script.endswith(".py") else [script]
+    return f"{shlex.join([*start, *kept])} {quoted({'ckpt_path': file})}"

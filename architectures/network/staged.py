@@ -66,6 +66,7 @@ class StagedNetwork(NamedOutputs):
         input_shape: Shape of the input for one sample.
         envelope: Whether what it sends has an :class:`~cleave.deployment.Envelope`, which is counted in payload bytes.
         replaced_macs: MACs of the stage that is gone, which a comparison with the backbone counts.
+        layer_depths: Depth of the backbone's weights by name; see ``architectures/layer_depths.py``.
 
     Raises:
         CutError: A cut has a name that means something else.
@@ -88,6 +89,7 @@ class StagedNetwork(NamedOutputs):
         self.replaced = replaced
         self.replaced_macs = 0
         self.envelope = True
+        self.layer_depths: dict[str, int] = {}
         self.gradient_equilibrium = gradient_equilibrium
         self.input_shape = tuple(sample.shape[1:])
         self.input_dtype = sample.dtype

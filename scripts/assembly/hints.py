@@ -8,6 +8,7 @@ from typing import Any
 from cleave.lightning_modules.command_line import quoted
 from cleave.reports.terminal import say_next
 from cleave.scripts.assembly.networks import NETWORK
+from cleave.scripts.assembly.program import program
 from cleave.scripts.assembly.trust import foreign
 
 
@@ -18,7 +19,7 @@ def command(name: str, settings: Mapping[str, Any]) -> str:
         name: A script's name, such as ``exits_report``.
         settings: Its settings by key.
     """
-    return f"python scripts/{name}.py {quoted(settings)}".rstrip()
+    return f"{program(name)} {quoted(settings)}".rstrip()
 
 
 def next_command(name: str, settings: Mapping[str, Any], more: str = "") -> None:

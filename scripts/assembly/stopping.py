@@ -17,6 +17,7 @@ from torch.multiprocessing import ProcessExitedException
 from cleave.lightning_modules import privates, signals
 from cleave.lightning_modules.resuming import resume_command
 from cleave.lightning_modules.signals import Stopped
+from cleave.scripts.assembly.project import project_options
 
 REQUEUED = "hpc_ckpt_*.ckpt"
 _OF_A_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.sweeper", "hydra.launcher")
@@ -94,7 +95,7 @@ def going_on(file: str) -> str:
         return resume_command("scripts/train.py", [], file)
     given = HydraConfig.get().overrides
     own = [each for each in given.hydra if not each.startswith(_OF_A_SWEEP)]
-    return resume_command(sys.argv[0], [*given.task, *own], file)
+    return resume_command(sys.argv[0], [*project_options(), *given.task, *own], file)
 
 
 def _saved_last(cfg: DictConfig) -> str | None:

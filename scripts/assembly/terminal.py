@@ -20,9 +20,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cleave.scripts.assembly.extras import apply_extras
+from cleave.scripts.assembly.hydra_extensions import extend_hydra, missing_extra
 from cleave.scripts.assembly.logs import quiet
 from cleave.scripts.assembly.nulls import CONF as CONFIGS
 from cleave.scripts.assembly.nulls import refuse_null_choices, refuse_null_groups
+from cleave.scripts.assembly.project import import_projects
 
 if TYPE_CHECKING:
     from cleave.lightning_modules.signals import Stopped
@@ -59,7 +62,9 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
     @wraps(task)
     def run(cfg: DictConfig) -> Any:
+        import_projects()
         try:
+            apply_extras(cfg)
             if missing := missing_values(cfg):
                 raise ValueError(
                     f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value; "
@@ -109,6 +114,7 @@ def start(main: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a trace
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _end_at_once)
+    extend_hydra()
     try:
         main()
     except BaseException as error:
@@ -157,5 +163,5 @@ def fail(error: BaseException) -> None:
     error = unwrapped(error)
     if isinstance(error, HydraException) and error.__cause__ is not None:
         error = type(error)(f"{error}\n{error.__cause__}")
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    print(f"{type(error).__name__}: {error}{missing_extra(str(error))}", file=sys.stderr)
     raise SystemExit(1)
