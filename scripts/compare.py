@@ -120,4 +120,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    from cleave.scripts.compare import main  # launchers of other processes import it from there
+
     start(main)

@@ -52,4 +52,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    from cleave.scripts.cut_points import main  # launchers of other processes import it from there
+
     start(main)

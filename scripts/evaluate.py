@@ -71,10 +71,12 @@ def set_channel(restored: Restored, channel: DictConfig | None) -> str | None:
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
 @friendly
-def main(cfg: DictConfig) -> None:
-    """Evaluate a checkpoint."""
-    evaluate(cfg)
+def main(cfg: DictConfig) -> float | None:
+    """Evaluate a checkpoint and return its accuracy, which a sweep shows."""
+    return evaluate(cfg).get(f"{cfg.split}/acc")
 
 
 if __name__ == "__main__":
+    from cleave.scripts.evaluate import main  # launchers of other processes import it from there
+
     start(main)

@@ -153,4 +153,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    from cleave.scripts.exits_report import main  # launchers of other processes import it from there
+
     start(main)

@@ -72,4 +72,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    from cleave.scripts.export import main  # launchers of other processes import it from there
+
     start(main)

@@ -151,4 +151,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    from cleave.scripts.image_codecs import main  # launchers of other processes import it from there
+
     start(main)

@@ -160,4 +160,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    from cleave.scripts.infer import main  # launchers of other processes import it from there
+
     start(main)

@@ -18,6 +18,7 @@ from cleave.lightning_modules import signals
 from cleave.lightning_modules.signals import Stopped
 from cleave.scripts.assembly.logs import quiet
 from cleave.scripts.assembly.stopping import stopped_by
+from cleave.scripts.assembly.sweeps import FailedJob, run_job, sweeping, told
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
 FULL_ERRORS = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -27,19 +28,24 @@ USER_ERRORS = (ValueError, TypeError, OSError, HydraException, OmegaConfBaseExce
 def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """Turn a user's mistake into one line and exit status 1; ``HYDRA_FULL_ERROR=1`` shows where it arose.
 
-    A config value that is still missing is named before anything is built.
+    A config value that is still missing is named before anything is built. A job of a sweep fails alone.
     """
+
+    def checked(cfg: DictConfig) -> Any:
+        if missing := missing_values(cfg):
+            raise ValueError(
+                f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value; "
+                f"add {' '.join(f'{key}=…' for key in missing)}"
+            )
+        return task(cfg)
 
     @wraps(task)
     def run(cfg: DictConfig) -> Any:
         quiet()
+        if sweeping():
+            return run_job(checked, cfg)
         try:
-            if missing := missing_values(cfg):
-                raise ValueError(
-                    f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value; "
-                    f"add {' '.join(f'{key}=…' for key in missing)}"
-                )
-            return task(cfg)
+            return checked(cfg)
         except USER_ERRORS as error:
             if FULL_ERRORS or signals.received() is not None:
                 raise
@@ -69,11 +75,16 @@ def start(main: Callable[[], Any]) -> None:
     try:
         main()
     except BaseException as error:
+        told()
         if (stopped := stopped_by(error)) is not None:
             end(stopped)
+        if isinstance(error, FailedJob):
+            raise SystemExit(1) from None
         if FULL_ERRORS or not isinstance(error, USER_ERRORS):
             raise
         fail(error)
+    if told():
+        raise SystemExit(1)
 
 
 def end(stopped: Stopped) -> NoReturn:
