@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from cleave.architectures import Channel, StagedNetwork, staged_network
+from cleave.architectures import Backbone, Channel, StagedNetwork, staged_network
 from cleave.deployment import ImageInput
 from cleave.scripts.assembly.terminal import unwrapped
 
@@ -31,6 +32,13 @@ ARGUMENTS = {
     "cascade": "exits.cascade",
 }
 """Keys of a config by the arguments of :func:`~cleave.architectures.staged_network` that are called otherwise."""
+
+
+def build_backbone(cfg: DictConfig, num_classes: int, image_size: tuple[int, int] | None) -> Backbone:
+    """Build the backbone that a config describes, for images of a size if that is known."""
+    takes_size = "image_size" in inspect.signature(get_object(cfg._target_)).parameters
+    sized = {"image_size": image_size} if image_size and takes_size else {}
+    return instantiate(cfg, num_classes=num_classes, **sized)
 
 
 def build_network(

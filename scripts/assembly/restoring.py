@@ -19,7 +19,7 @@ from cleave.architectures.inserts.finite import check_learned
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import FLOAT_BITS, ImageInput, check_bits
 from cleave.lightning_modules.callbacks.metadata import KEY, read_metadata
-from cleave.scripts.assembly.networks import NETWORK, build_network, keyed
+from cleave.scripts.assembly.networks import NETWORK, build_backbone, build_network, keyed
 from cleave.scripts.assembly.trust import check_targets
 
 
@@ -55,7 +55,8 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
     config = OmegaConf.create(metadata["config"])
     image_input = ImageInput.from_dict(metadata["image_input"])
     config.backbone.pretrained, config.backbone.weights = False, None
-    backbone = instantiate(config.backbone, num_classes=len(metadata["class_names"])).network
+    size = (image_input.height, image_input.width)
+    backbone = build_backbone(config.backbone, len(metadata["class_names"]), size).network
     network = build_network(config, backbone, image_input, [*config.get("cuts", []), *cuts])
     load_strictly(network.eval(), network_state(checkpoint), f"the checkpoint {path}")
     if bits is not None and not network.bottlenecks:
@@ -86,14 +87,31 @@ def restore_data(restored: Restored, overrides: DictConfig) -> ImageDataModule:
             raise ValueError(
                 f"data.{key!s}={value} has no meaning for {config._target_}, which the checkpoint was made with"
             )
-        config[key] = value
+        config[key] = OmegaConf.merge(config[key], value) if isinstance(value, DictConfig) else value
         if key == "batch_size":
             config.eval_batch_size = None  # else the checkpoint's would go on ruling
+    _check_place(config)
     data = instantiate(config)
     data.configure_input(restored.image_input)
     if data.class_names != restored.class_names:
         raise ValueError(f"the data has the classes {data.class_names}, the checkpoint {restored.class_names}")
     return data
+
+
+def _check_place(config: DictConfig) -> None:
+    """Say what to give where the images are no longer where they were in training.
+
+    Raises:
+        ValueError: The folder or file is gone.
+    """
+    for key in ("root", "table", "dataset.root"):
+        place = OmegaConf.select(config, key)
+        if isinstance(place, str) and not Path(place).exists() and not config.get("download"):
+            option = f"data.{key}={'FILE' if key == 'table' else 'DIR'}"
+            raise ValueError(
+                f"the images of the checkpoint lay in {place}, which is gone; say where they are: "
+                f"{'' if key == 'root' else '+'}{option}"
+            )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

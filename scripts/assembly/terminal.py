@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from cleave.lightning_modules import signals
 from cleave.lightning_modules.signals import Stopped
+from cleave.scripts.assembly.given import keys, paths
 from cleave.scripts.assembly.logs import quiet
 from cleave.scripts.assembly.stopping import stopped_by
 from cleave.scripts.assembly.sweeps import FailedJob, run_job, sweeping, told
@@ -32,11 +33,16 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """
 
     def checked(cfg: DictConfig) -> Any:
+        from cleave.scripts.assembly.given import value_types
+
+        paths.settle(cfg)
+        keys.check_added(cfg, CONF)
         if missing := missing_values(cfg):
             raise ValueError(
                 f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value; "
                 f"add {' '.join(f'{key}=…' for key in missing)}"
             )
+        value_types.check_values(cfg, CONF)
         return task(cfg)
 
     @wraps(task)
@@ -72,6 +78,8 @@ def start(main: Callable[[], Any]) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a trace
     signals.install()
+    sys.path.append(str(Path.cwd()))  # behind all else: a module of the user's imports by its name
+    sys.argv[1:] = [paths.expanded_override(each) for each in sys.argv[1:]]
     try:
         main()
     except BaseException as error:
@@ -109,5 +117,9 @@ def fail(error: BaseException) -> None:
     error = unwrapped(error)
     if isinstance(error, HydraException) and error.__cause__ is not None:
         error = type(error)(f"{error}\n{error.__cause__}")
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    message = str(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        message = keys.explained(message, Path(sys.argv[0]).stem.removeprefix("cleave-"), CONF, sys.argv[1:])
+    print(f"{type(error).__name__}: {message}", file=sys.stderr)
+    print("HYDRA_FULL_ERROR=1 in front of the command shows where it arose", file=sys.stderr)
     raise SystemExit(1)
