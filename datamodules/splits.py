@@ -83,6 +83,7 @@ class ImageSplits(ABC):
         self._found: dict[str, ImageSource] | None = None
         self._splits: dict[str, ImageSource] = {}
         self._datasets: dict[str, ImageDataset] = {}
+        self._told: set[str] = set()
 
     # --- what a subclass gives --------------------------------------------------------------------------------------
 
@@ -211,6 +212,7 @@ class ImageSplits(ABC):
         source = self.split(split)
         if not isinstance(source, FileSource):
             return source
+        self._tell_turned(split, source)
         plain = self._dataset(split, source, False, {})
         if decoded and not self.skip_corrupt and plain.keeps_decoded(self.cache):
             return source
@@ -219,6 +221,18 @@ class ImageSplits(ABC):
                 raise CorruptImageError(_listed(split, list(bad.values())))
             self._splits[split] = self._without(split, source, bad)
         return self._splits[split]
+
+    def _tell_turned(self, split: str, source: FileSource) -> None:
+        """Say once for a split that EXIF orientations are not applied, where there are any."""
+        if split in self._told:
+            return
+        self._told.add(split)
+        turned, looked_at = source.turned()
+        if turned:
+            log_once(
+                f"{split}: {turned} of {looked_at} images looked at are to be turned by their EXIF orientation, which "
+                "is applied neither in training nor on the device; PIL.ImageOps.exif_transpose turns files beforehand"
+            )
 
     def _dataset(self, split: str, source: ImageSource, cache: bool | str, further: dict[str, Values]) -> ImageDataset:
         augmented = split == "train" and self.augment != "none"

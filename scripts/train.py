@@ -13,13 +13,13 @@ from cleave.architectures import Cost
 from cleave.lightning_modules import signals
 from cleave.lightning_modules.callbacks.metadata import KEY
 from cleave.lightning_modules.callbacks.tracking import recorded_outcome
+from cleave.lightning_modules.checkpoints.loading import check_kind, load_strictly, network_state, read_checkpoint
 from cleave.scripts.assembly.building import Assembly, assemble, instantiate_each, plain
 from cleave.scripts.assembly.bundling import chosen_exits
 from cleave.scripts.assembly.fitting import Fit, Fitted, fit, only_tested, prepare
 from cleave.scripts.assembly.given.resumed import compare, explained
 from cleave.scripts.assembly.outcome import Outcome, finish, returned
 from cleave.scripts.assembly.recipe import all_steps, steps_to_go
-from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
 from cleave.scripts.assembly.stopping import forwarding, requeued, telling_what_is_kept
 from cleave.scripts.assembly.sweeps import sweeping
 from cleave.scripts.assembly.terminal import CONF, friendly, quiet, start
@@ -75,6 +75,7 @@ def planned_run(cfg: DictConfig, checkpoint: dict[str, Any] | None) -> tuple[Ass
     if cfg.export:
         chosen_exits(parts.network, parts.data, to_go[-1].config)
     if checkpoint:
+        check_kind(checkpoint, parts.network, cfg.ckpt_path)
         load_strictly(parts.network, network_state(checkpoint), f"the checkpoint {cfg.ckpt_path}")
         if cfg.train:
             compare(cfg, plain(fits[0].step.config), checkpoint)

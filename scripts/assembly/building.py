@@ -15,13 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from cleave.architectures import Backbone, StagedNetwork, staged_network
+from cleave.architectures.described import sample_of
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import ExitPolicy, ImageInput
 from cleave.lightning_modules import Frozen, Task, Training
 from cleave.lightning_modules.evaluators import default_evaluators
 from cleave.reports.terminal import console
 from cleave.scripts.assembly.given.paths import settle
-from cleave.scripts.assembly.networks import build_backbone, build_network, keyed, plain_value, sample_of
+from cleave.scripts.assembly.networks import build_backbone, build_network, keyed, plain_value
 from cleave.scripts.assembly.restoring import Restored, restore
 from cleave.scripts.assembly.taking_over import check_taken, take_over
 from cleave.scripts.assembly.terminal import CONF

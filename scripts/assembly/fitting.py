@@ -13,11 +13,11 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from cleave.lightning_modules import Task
 from cleave.lightning_modules.callbacks import CheckpointMetadata, FitRecord, ResumedSchedule, StepMarker, WandbTracking
+from cleave.lightning_modules.checkpoints.loading import load_strictly, network_state, read_checkpoint
 from cleave.reports.terminal import console, number
 from cleave.scripts.assembly.building import Assembly, build_task, build_trainer, instantiate_each, plain
 from cleave.scripts.assembly.given.resumed import overrides
 from cleave.scripts.assembly.recipe import Step
-from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
 from cleave.scripts.assembly.stopping import forwarding, used_up
 
 

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
 
 from cleave.architectures import StagedNetwork
-from cleave.architectures.inserts.finite import check_learned
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import FLOAT_BITS, ImageInput, check_bits
-from cleave.lightning_modules.callbacks.metadata import KEY, read_metadata
-from cleave.scripts.assembly.networks import NETWORK, build_backbone, build_network, keyed
-from cleave.scripts.assembly.trust import check_targets
+from cleave.lightning_modules.checkpoints.loading import load_checkpoint
+from cleave.lightning_modules.checkpoints.trust import check_targets
+from cleave.scripts.assembly.networks import keyed
 
 
 class Restored(NamedTuple):
@@ -48,17 +43,11 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
         ValueError: The file is damaged, is no checkpoint of Cleave, names code that is not Cleave's, or does not fit
             its own config.
     """
-    checkpoint = read_checkpoint(path)
-    metadata = checkpoint[KEY]
-    parts = {key: metadata["config"].get(key) for key in (*NETWORK, "data", "method", "training")}
-    check_targets(parts, str(path), trusted)
-    config = OmegaConf.create(metadata["config"])
-    image_input = ImageInput.from_dict(metadata["image_input"])
+    loaded = load_checkpoint(path, trusted=trusted, cuts=cuts)
+    # What is built besides the network: the data, the task and how it is trained.
+    check_targets({key: loaded.config.get(key) for key in ("data", "method", "training")}, str(path), trusted)
+    config, network = OmegaConf.create(dict(loaded.config)), loaded.network
     config.backbone.pretrained, config.backbone.weights = False, None
-    size = (image_input.height, image_input.width)
-    backbone = build_backbone(config.backbone, len(metadata["class_names"]), size).network
-    network = build_network(config, backbone, image_input, [*config.get("cuts", []), *cuts])
-    load_strictly(network.eval(), network_state(checkpoint), f"the checkpoint {path}")
     if bits is not None and not network.bottlenecks:
         raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
     other_bits = False
@@ -70,7 +59,7 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
                 network.set_bits(bits, cut)  # else `bundling.recalibrate` finds a range first
         config.codec.bits = bits
         other_bits = True
-    return Restored(config, network, image_input, metadata["class_names"], file_sha256(path), other_bits)
+    return Restored(config, network, loaded.image_input, loaded.class_names, loaded.sha256, other_bits)
 
 
 def restore_data(restored: Restored, overrides: DictConfig) -> ImageDataModule:
@@ -112,65 +101,3 @@ def _check_place(config: DictConfig) -> None:
                 f"the images of the checkpoint lay in {place}, which is gone; say where they are: "
                 f"{'' if key == 'root' else '+'}{option}"
             )
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of ``train.py`` with ``weights_only=True``.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is truncated, damaged, or was not written by this version of Cleave.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}; train.py prints the path of what it saved")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        whole = zipfile.is_zipfile(path)
-        raise ValueError(
-            f"the checkpoint {path} cannot be read: "
-            + (f"it holds what weights_only=True refuses ({error})" if whole else "it is truncated or no checkpoint")
-            + "; use another save, such as last.ckpt beside it"
-        ) from error
-    read_metadata(checkpoint, str(path))
-    return checkpoint
-
-
-def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the network's part of a checkpoint's state dict, under the network's own names."""
-    prefix = "network."
-    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-
-
-def load_strictly(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict that must fit exactly.
-
-    Raises:
-        NumberError: A weight or a running statistic is not finite.
-        ValueError: Names or shapes differ; the message lists them.
-    """
-    own = network.state_dict()
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(
-            f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-            for k in own.keys() & state.keys()
-            if own[k].shape != state[k].shape
-        ),
-    }
-    if any(problems.values()):
-        told = "; ".join(
-            f"{len(names)} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
-            for what, names in problems.items()
-            if names
-        )
-        raise ValueError(f"{source} is of another architecture than {type(network).__name__}: {told}")
-    network.load_state_dict(state)
-    check_learned(network, source)
-
-
-def file_sha256(path: str | Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
