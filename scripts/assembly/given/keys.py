@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -101,7 +100,7 @@ def _stands_in(key: str, files: Mapping[str, Any], conf: Path) -> bool:
     for group, name in files.items():
         file = conf / group / f"{name}.yaml"
         if name and file.is_file():
-            keys = _below(yaml.safe_load(file.read_text(encoding="utf-8")) or {}, group)
+            keys = _below(OmegaConf.to_container(OmegaConf.load(file), resolve=False), group)
             if any(f"{each}.".startswith(f"{key}.") for each in keys):
                 return True
     return False

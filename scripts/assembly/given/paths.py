@@ -36,8 +36,8 @@ def settle(cfg: DictConfig) -> None:
 
 def _texts(node: Any) -> Iterator[tuple[Any, Any, str]]:
     """Yield the texts of a config as (container, key, value), without resolving what leans on others."""
-    keys = node.keys() if isinstance(node, DictConfig) else range(len(node))
-    for key in list(keys):
+    keys: list[Any] = list(node.keys() if isinstance(node, DictConfig) else range(len(node)))
+    for key in keys:
         if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
             continue
         value = node[key]

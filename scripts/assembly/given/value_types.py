@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
@@ -81,8 +80,9 @@ def _signatures(factory: Any) -> Iterator[Any]:
         return
     for each in factory.__mro__[:-1]:
         if "__init__" in vars(each):
-            yield each.__init__
-            kinds = {parameter.kind for parameter in inspect.signature(each.__init__).parameters.values()}
+            function = vars(each)["__init__"]
+            yield function
+            kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
             if inspect.Parameter.VAR_KEYWORD not in kinds:
                 return
 
@@ -121,7 +121,7 @@ def _settings(values: Mapping[str, Any], conf: Path) -> Iterator[tuple[str, Any,
         elif isinstance(default, int | float):
             yield at, value, (type(default), type(None))
 
-    yield from search(yaml.safe_load(file.read_text(encoding="utf-8")), values, "")
+    yield from search(OmegaConf.to_container(OmegaConf.load(file), resolve=False), values, "")
 
 
 def _fits(value: Any, allowed: tuple[type, ...]) -> bool:
