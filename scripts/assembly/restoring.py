@@ -44,8 +44,10 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
             its own config.
     """
     loaded = load_checkpoint(path, trusted=trusted, cuts=cuts)
-    # What is built besides the network: the data, the task and how it is trained.
-    check_targets({key: loaded.config.get(key) for key in ("data", "method", "training")}, str(path), trusted)
+    # What is built besides the network: the data, but for transforms of training images, the task, and its training.
+    built = {key: loaded.config.get(key) for key in ("data", "method", "training")}
+    built["data"] = {key: value for key, value in (built["data"] or {}).items() if key != "transforms"}
+    check_targets(built, str(path), trusted)
     config, network = OmegaConf.create(dict(loaded.config)), loaded.network
     config.backbone.pretrained, config.backbone.weights = False, None
     if bits is not None and not network.bottlenecks:
@@ -69,6 +71,7 @@ def restore_data(restored: Restored, overrides: DictConfig) -> ImageDataModule:
         ValueError: The data lacks an overridden setting, or has other classes than the checkpoint.
     """
     config = copy.deepcopy(restored.config.data)
+    config.transforms = []
     for key, value in overrides.items():
         if value is None:
             continue
