@@ -1,4 +1,4 @@
-"""Lightning data modules: digits, CIFAR-10, any folder or table of images, data sets of torchvision and Hugging Face."""
+"""Lightning data modules: digits, CIFAR-10, any folder or table of images, data sets of torchvision, Hugging Face."""
 
 from .base import ImageDataModule
 from .feature_cache import FeatureCache, FeatureCacheError

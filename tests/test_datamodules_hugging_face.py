@@ -1,8 +1,8 @@
 """Data sets of Hugging Face; those that need its library are skipped where it is not installed."""
 
+import io
 import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,16 +15,17 @@ def datasets():
     return pytest.importorskip("datasets")
 
 
-def picture(value: int) -> Image.Image:
-    return Image.fromarray(np.full((6, 8, 3), value, dtype=np.uint8))
-
-
 def rows(datasets, count: int, labels: list, feature, start: int = 0):
-    columns = {
-        "img": [picture(start + number) for number in range(count)],
-        "fine": [labels[i % len(labels)] for i in range(count)],
-    }
-    return datasets.Dataset.from_dict(columns, features=datasets.Features({"img": datasets.Image(), "fine": feature}))
+    """A data set of pictures of one grey each; its fingerprint is given, as hashing one needs pickles of pyarrow's."""
+    features = datasets.Features({"img": datasets.Image(), "fine": feature})
+    pictures = []
+    for value in range(start, start + count):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 6), (value, value, value)).save(file, "PNG")
+        pictures.append({"bytes": file.getvalue(), "path": None})
+    columns = {"img": pictures, "fine": [labels[number % len(labels)] for number in range(count)]}
+    table = pytest.importorskip("pyarrow").Table.from_pydict(columns, schema=features.arrow_schema)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=f"{start}-{count}")
 
 
 def module(folder, **settings):

@@ -14,7 +14,7 @@ from .torchvision_images import SPLIT_NAMES, dataset_sources
 class HuggingFaceImages(FoundImages):
     """The pictures and labels of a data set that the library ``datasets`` reads (the extra ``hf``).
 
-    It gives what it has of ``train``, ``val`` (also ``valid``, ``validation``) and ``test``; other splits are left aside.
+    It gives what it has of ``train``, ``val`` (or ``valid``, ``validation``) and ``test``; other splits are left aside.
     What is missing is split off as :class:`~cleave.datamodules.sets.completing.FoundImages` says.
 
     Args:
