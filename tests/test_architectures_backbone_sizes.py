@@ -78,6 +78,13 @@ def test_a_network_that_can_be_built_for_no_other_size_is_refused_in_words():
         create_backbone("timm", "levit_128s", num_classes=3, image_size=(64, 64))
 
 
+def test_a_size_among_the_fields_of_the_input_counts_as_well():
+    size = {"height": 64, "width": 96}
+    backbone = create_backbone("timm", "vit_tiny_patch16_224", num_classes=3, image_input=size, kwargs=SMALL)
+    assert backbone.network(torch.zeros(1, *backbone.input.shape)).shape == (1, 3)
+    assert backbone.input.shape == (3, 64, 96)
+
+
 def test_torchvisions_transformers_are_built_for_the_size_too():
     backbone = create_backbone("torchvision", "vit_b_32", num_classes=3, image_size=(64, 64))
     assert backbone.input.shape == (3, 64, 64)

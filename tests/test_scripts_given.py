@@ -128,6 +128,8 @@ def test_the_keys_that_overrides_add():
         ("trainer.max_epoch", "trainer.max_epochs"),
         ("split.att", "split.at"),
         ("max_epoks", "trainer.max_epochs"),
+        ("methd", "method"),
+        ("optimizer", "training.optimizer"),
     ],
 )
 def test_a_key_that_was_meant(key, meant, tmp_path):

@@ -76,8 +76,9 @@ def create_backbone(
         in_channels: 3 for RGB or 1 for grey images. Pretrained RGB kernels are summed for grey.
         image_input: Fields of ``ImageInput`` to override. A new ``height`` or ``width``
             scales ``resize`` along. For ``custom``, ``height`` and ``width`` are required.
-        image_size: (height, width) of the images where it is known that they have another size than the network's own.
-            A network of timm or torchvision that runs at no other size than it was built for is built for this one.
+        image_size: (height, width) of the images where it is known that they have another size than the network's own;
+            ``None`` takes that of ``image_input``. A network of timm or torchvision that runs at no other size than it
+            was built for is built for this one.
         kwargs: Further arguments of the constructor, passed on verbatim.
         network: For ``custom``: the constructor itself, such as a ``functools.partial``; ``name`` only describes it
             then. ``num_classes`` and ``in_channels`` are passed where the constructor takes them.
@@ -96,6 +97,8 @@ def create_backbone(
     """
     _check_arguments(source, name, num_classes, pretrained, weights, in_channels, network)
     options = dict(kwargs or {})
+    if image_size is None and image_input and {"height", "width"} <= image_input.keys():
+        image_size = (image_input["height"], image_input["width"])
     if source == "timm":
         backbone = _timm(name, num_classes, bool(pretrained), in_channels, options)
         if image_size is not None and needs_size(backbone, "img_size", image_size, options):

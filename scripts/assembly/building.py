@@ -171,7 +171,8 @@ def _restored_base(cfg: DictConfig, data: ImageDataModule, cuts: Sequence[str]) 
 def size_of(data: ImageDataModule, base: ImageInput | None) -> tuple[int, int] | None:
     """Return the size that the images will have, (height, width); ``None`` where the backbone says it."""
     own = (base.height, base.width) if base else None
-    return (data.overrides["height"], data.overrides["width"]) if "height" in data.overrides else own
+    asked = getattr(data, "overrides", {})
+    return (asked["height"], asked["width"]) if "height" in asked else own
 
 
 def _untrained(cfg: DictConfig) -> Any:

@@ -71,7 +71,9 @@ def explained(message: str, config_name: str, conf: str, overrides: Sequence[str
 
 def meant(key: str, known: Iterable[str]) -> str:
     """Return the settings that a key was meant for, as a sentence: those that end alike first, then similar ones."""
-    known = list(known)
+    leaves = list(known)
+    groups = (".".join(each.split(".")[:length]) for each in leaves for length in range(1, each.count(".") + 1))
+    known = list(dict.fromkeys([*leaves, *groups]))
     for start in range(key.count(".") + 1):
         ending = ".".join(key.split(".")[start:])
         if alike := [each for each in known if each.endswith(f".{ending}") or each == ending]:
@@ -116,5 +118,8 @@ def _is_read(cfg: DictConfig, key: str) -> bool:
         node = OmegaConf.select(cfg, ".".join(names[:length]), throw_on_missing=False)
         if isinstance(node, DictConfig) and not node._is_none() and node.get("_target_") is not None:
             return True
-    leant_on = re.findall(r"\$\{\.*([\w.]+)\}", str(OmegaConf.to_container(cfg, resolve=False)))
+    text = str(OmegaConf.to_container(cfg, resolve=False))
+    if HydraConfig.initialized():
+        text += str(list(HydraConfig.get().overrides.hydra))  # such as hydra.run.dir=logs/${name}
+    leant_on = re.findall(r"\$\{\.*([\w.]+)\}", text)
     return any(f"{each}.".startswith(f"{key}.") or f"{key}.".startswith(f"{each}.") for each in leant_on)
