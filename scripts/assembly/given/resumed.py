@@ -121,6 +121,8 @@ def tell(
         if command := whole_command(cfg, checkpoint, changed=True):
             lines.append(f"Repeat the run's options to go on as it would have: {command}")
         _print("\n".join([f"Resumed with other settings than those in {cfg.ckpt_path}:", *lines]))
+    if "loops" not in checkpoint:  # of weights alone, which Lightning refuses
+        return
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     steps = checkpoint["global_step"]
     for key, done in (("max_epochs", epochs), ("max_steps", steps)):
