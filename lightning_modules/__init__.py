@@ -1,5 +1,6 @@
 """Training and evaluation: one task of terms and evaluators, and the published methods as thin classes of it."""
 
+from cleave.lightning_modules.checkpoints.loading import LoadedCheckpoint, load_checkpoint
 from cleave.lightning_modules.evaluators import Evaluator, Measured, Passed, default_evaluators
 from cleave.lightning_modules.frozen import Frozen
 from cleave.lightning_modules.methods import (
@@ -33,6 +34,7 @@ __all__ = [
     "HeadDistillation",
     "InformationBottleneck",
     "KnowledgeDistillation",
+    "LoadedCheckpoint",
     "Measured",
     "Passed",
     "Reconstruction",
@@ -41,4 +43,5 @@ __all__ = [
     "Training",
     "ZeroTimeWaste",
     "default_evaluators",
+    "load_checkpoint",
 ]

@@ -13,17 +13,18 @@ import shlex
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from cleave.architectures import cut_points
 from cleave.reports.terminal import console, short, table
 from cleave.scripts.assembly.hints import next_command
+from cleave.scripts.assembly.networks import build_backbone
 
 
 def main(cfg: DictConfig) -> None:
     """Print the cut points of a backbone and mark those that send less than the image."""
-    backbone = instantiate(cfg.backbone, num_classes=cfg.num_classes)
+    side = cfg.image_size
+    backbone = build_backbone(cfg.backbone, cfg.num_classes, None if side is None else (side, side))
     image_input = backbone.input
     if cfg.image_size is not None:
         image_input = dataclasses.replace(image_input, height=cfg.image_size, width=cfg.image_size, resize=None)

@@ -75,6 +75,6 @@ def set_channel(restored: Restored, channel: DictConfig | None) -> str | None:
     return link.in_words()
 
 
-def main(cfg: DictConfig) -> None:
-    """Evaluate a checkpoint."""
-    evaluate(cfg)
+def main(cfg: DictConfig) -> float | None:
+    """Evaluate a checkpoint and return its accuracy, which a sweep shows."""
+    return evaluate(cfg).get(f"{cfg.split}/acc")

@@ -77,7 +77,8 @@ def test_the_wheel_is_the_whole_product(wheels):
     code = {f"cleave/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     local = ROOT / "conf/local/default.yaml"
     presets = {f"cleave/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml") if path != local}
-    assert found == code | presets | {"cleave/__init__.py", "cleave/py.typed", "cleave/deployment/py.typed"}
+    data = {"cleave/datamodules/sets/digits.npz", "cleave/py.typed", "cleave/deployment/py.typed"}
+    assert found == code | presets | data | {"cleave/__init__.py"}
     assert "cleave/conf/data/digits.yaml" in found
     assert Parser().parsestr(inside(wheels.cleave, "METADATA"))["Version"] == PROJECT["version"]
 

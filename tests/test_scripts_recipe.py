@@ -10,8 +10,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from cleave.lightning_modules.checkpoints.loading import read_checkpoint
 from cleave.scripts.assembly.building import compose_config
-from cleave.scripts.assembly.restoring import read_checkpoint, restore
+from cleave.scripts.assembly.restoring import restore
 from cleave.scripts.assembly.terminal import missing_values, quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from cleave.architectures import Backbone, StagedNetwork, staged_network
+from cleave.architectures.described import sample_of
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import ExitPolicy, ImageInput
 from cleave.lightning_modules import Evaluator, Frozen, Task, Training
@@ -22,7 +23,8 @@ from cleave.lightning_modules.evaluators import default_evaluators
 from cleave.lightning_modules.measuring import MeasuredModule
 from cleave.lightning_modules.training import prepare
 from cleave.reports.terminal import console
-from cleave.scripts.assembly.networks import build_network, keyed, plain_value, sample_of
+from cleave.scripts.assembly.given.paths import settle
+from cleave.scripts.assembly.networks import build_backbone, build_network, keyed, plain_value
 from cleave.scripts.assembly.restoring import Restored, restore
 from cleave.scripts.assembly.taking_over import check_taken, take_over
 from cleave.scripts.assembly.terminal import CONF
@@ -42,6 +44,7 @@ def compose_config(name: str, overrides: Sequence[str], output_dir: Path) -> Dic
         cfg = compose(name, list(overrides))
     # Set afterwards: a folder's name may hold what an override's grammar gives a meaning.
     cfg.paths.output_dir, cfg.paths.root_dir = str(output_dir), str(Path.cwd())
+    settle(cfg)
     return cfg
 
 
@@ -74,7 +77,8 @@ def assemble(cfg: DictConfig, methods: Sequence[DictConfig]) -> Assembly:
     data = instantiate(cfg.data)
     taught = layers_of(methods, cfg, TEACHER)
     base = _restored_base(cfg, data, taught)
-    backbone: Backbone = instantiate(_untrained(cfg) if base else cfg.backbone, num_classes=data.num_classes)
+    size = size_of(data, base.image_input if base else None)
+    backbone = build_backbone(_untrained(cfg) if base else cfg.backbone, data.num_classes, size)
     _configure_input(data, base, backbone)
     # Before the network is cut from the backbone, of which the teacher is a copy.
     pretrained = None if base or backbone.pretrained is None else copy.deepcopy(backbone.network)
@@ -188,6 +192,13 @@ def _restored_base(cfg: DictConfig, data: ImageDataModule, cuts: Sequence[str]) 
     if restored.class_names != data.class_names:
         raise ValueError(f"the base {path} knows the classes {restored.class_names}, the data has {data.class_names}")
     return restored
+
+
+def size_of(data: ImageDataModule, base: ImageInput | None) -> tuple[int, int] | None:
+    """Return the size that the images will have, (height, width); ``None`` where the backbone says it."""
+    own = (base.height, base.width) if base else None
+    asked = getattr(data, "overrides", {})
+    return (asked["height"], asked["width"]) if "height" in asked else own
 
 
 def _untrained(cfg: DictConfig) -> Any:

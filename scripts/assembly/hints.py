@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cleave.architectures.described import GROUPS
+from cleave.lightning_modules.checkpoints.trust import foreign
 from cleave.lightning_modules.command_line import quoted
 from cleave.reports.terminal import say_next
-from cleave.scripts.assembly.networks import NETWORK
 from cleave.scripts.assembly.program import program
-from cleave.scripts.assembly.trust import foreign
 
 
 def command(name: str, settings: Mapping[str, Any]) -> str:
@@ -39,5 +39,5 @@ def vouching(config: Mapping[str, Any]) -> dict[str, bool]:
     Args:
         config: The run's config as plain containers.
     """
-    read = {part: config.get(part) for part in (*NETWORK, "data")}
+    read = {part: config.get(part) for part in (*GROUPS, "data")}
     return {"trust_checkpoint": True} if any(foreign(read)) else {}

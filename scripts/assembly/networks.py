@@ -7,17 +7,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
-from cleave.architectures import Channel, StagedNetwork, staged_network
+from cleave.architectures import Backbone, Channel, StagedNetwork, staged_network
+from cleave.architectures.described import GROUPS, backbone_from, network_arguments, sample_of
 from cleave.deployment import ImageInput
 from cleave.scripts.assembly.terminal import unwrapped
 
-NETWORK = ("backbone", "split", "bottleneck", "codec", "channel", "exits", "inserts")
-"""The groups that describe a network; a checkpoint's are all it takes to build it again."""
 ARGUMENTS = {
     "exits_count": "exits.count",
     "exit_head": "exits.head",
@@ -31,6 +29,11 @@ ARGUMENTS = {
     "cascade": "exits.cascade",
 }
 """Keys of a config by the arguments of :func:`~cleave.architectures.staged_network` that are called otherwise."""
+
+
+def build_backbone(cfg: DictConfig, num_classes: int, image_size: tuple[int, int] | None) -> Backbone:
+    """Build the backbone that a config describes, for images of a size if that is known."""
+    return backbone_from(plain_value(cfg), num_classes, image_size, lambda group, key: instantiate(group))
 
 
 def build_network(
@@ -48,28 +51,11 @@ def build_network(
         CutError: A layer is unknown or cannot be cut at.
         ValueError: A setting is out of range; the message names its key.
     """
-    split, exits = cfg.split, cfg.exits
-    with keyed("split", split), keyed("exits", exits), keyed("channel", cfg.channel or {}):
-        network = staged_network(
-            backbone,
-            sample_of(image_input),
-            cuts=cuts,
-            split=plain_value(split.at),
-            form=split.form,
-            bottleneck=None if split.form == "none" else builder(cfg, "bottleneck"),
-            bottleneck_at={} if split.form == "none" else builders_at(cfg, "bottleneck"),
-            codec=builder(cfg, "codec"),
-            codec_at=builders_at(cfg, "codec"),
-            channel=build_channel(cfg.channel) if split.at is not None else None,
-            exits=plain_value(exits.at),
-            exits_count=exits.count,
-            exit_head=builder(exits, "head", "exits.head"),
-            cascade=exits.cascade,
-            ensemble=exits.ensemble,
-            ensemble_last=exits.ensemble_last,
-            gradient_equilibrium=exits.gradient_equilibrium,
-            inserts={layer: instantiate(each) for layer, each in (cfg.get("inserts") or {}).items()},
-        )
+    split, exits, channel = cfg.split, cfg.exits, cfg.channel or {}
+    described = {group: plain_value(cfg.get(group)) for group in GROUPS}
+    with keyed("split", split), keyed("exits", exits), keyed("channel", channel):
+        arguments = network_arguments(described, _built)
+        network = staged_network(backbone, sample_of(image_input), cuts=cuts, **arguments)
     choose_envelope(network, split.get("envelope", True))
     return network
 
@@ -89,29 +75,9 @@ def build_channel(cfg: DictConfig | None) -> Channel | None:
         return instantiate(cfg, _convert_="all")
 
 
-def builder(cfg: DictConfig, group: str, key: str | None = None) -> Callable[..., Any]:
-    """Return what a group builds, called with the rest of its arguments."""
-    return _naming_keys(_without_at(cfg[group]), key or group)
-
-
-def builders_at(cfg: DictConfig, group: str) -> dict[str, Callable[..., Any]]:
-    """Return the same for single layers, with their settings over the group's."""
-    own = _without_at(cfg[group])
-    at = cfg[group].get("at") or {}
-    return {
-        str(layer): _naming_keys(OmegaConf.merge(own, settings), f"{group}.at.{layer}")
-        for layer, settings in at.items()
-    }
-
-
 def plain_value(value: Any) -> Any:
     """Return a config value as plain Python."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def sample_of(image_input: ImageInput) -> Tensor:
-    """Return two images of an input's shape, the same at each call."""
-    return torch.randn(2, *image_input.shape, generator=torch.Generator().manual_seed(0))
 
 
 class keyed:  # noqa: N801 used as a verb: `with keyed("codec", cfg):`
@@ -151,8 +117,12 @@ def in_config_words(message: str) -> str:
     return message
 
 
-def _without_at(group: DictConfig) -> DictConfig:
-    return OmegaConf.create({key: value for key, value in group.items() if key != "at"})
+def _built(group: Mapping[str, Any], key: str) -> Any:
+    if key == "channel":
+        return build_channel(OmegaConf.create(dict(group)))
+    if key.startswith("inserts."):
+        return instantiate(group)
+    return _naming_keys(group, key)
 
 
 def _naming_keys(group: Any, key: str) -> Callable[..., Any]:

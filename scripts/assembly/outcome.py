@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
+from cleave.architectures.naming import did_you_mean
 from cleave.lightning_modules import Measured
 from cleave.lightning_modules.callbacks.tracking import log_artifact, wandb_run
 from cleave.reports.answers import say_if_larger
@@ -21,6 +22,7 @@ from cleave.scripts.assembly.bundling import chosen_exits, example_input, write_
 from cleave.scripts.assembly.fitting import Fitted
 from cleave.scripts.assembly.hints import command, next_command, vouching
 from cleave.scripts.assembly.restoring import Restored, restore
+from cleave.scripts.assembly.sweeps import chooses
 
 
 class Outcome(NamedTuple):
@@ -57,6 +59,8 @@ def finish(
     table("Cost per image", cost_rows(parts.network.costs()), ("part", "MACs", "parameters"))
     if best:
         say(f"Checkpoint: {best}")
+    elif (last := Path(cfg.paths.checkpoints, "last.ckpt")).is_file() and fitted[-1].epochs is not None:
+        say(f"Checkpoint: {last}, as trained last: {fitted[-1].monitor} was never measured, so none is the best")
     run = described(
         cfg,
         " → ".join(each.method for each in fitted),
@@ -88,6 +92,27 @@ def finish(
         next_command("infer", {"bundle": bundle, "input": example_input(parts.data)})
     elif best:
         next_command("exits_report" if parts.network.exits else "export", {"ckpt_path": best} | vouching(plain(cfg)))
+
+
+def returned(cfg: DictConfig, metrics: Mapping[str, float]) -> float | None:
+    """Return the metric that a sweep asks for; where it was not measured, say so: the run itself went well.
+
+    Raises:
+        ValueError: It was not measured, and this is a job of a sweep that chooses by it.
+    """
+    name = cfg.optimized_metric
+    if not name or not cfg.train or name in metrics:
+        return metrics.get(name)
+    split = f"{name.partition('/')[0]}/"
+    measured = sorted(metric for metric in metrics if "/acc_class/" not in metric)
+    why = f"optimized_metric={name} was not measured"
+    if not any(metric.startswith(split) for metric in measured):
+        why += ", as no validation ended" if split == "val/" else ""
+    message = why + (f"; measured were {', '.join(measured)}.{did_you_mean(name, measured)}" if measured else "")
+    if chooses():
+        raise ValueError(message)
+    say(message)
+    return None
 
 
 def described(

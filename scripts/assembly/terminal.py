@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,11 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cleave.scripts.assembly.extras import apply_extras
+from cleave.scripts.assembly.given import keys, paths
 from cleave.scripts.assembly.hydra_extensions import extend_hydra, missing_extra
 from cleave.scripts.assembly.logs import quiet
 from cleave.scripts.assembly.nulls import CONF as CONFIGS
 from cleave.scripts.assembly.nulls import refuse_null_choices, refuse_null_groups
 from cleave.scripts.assembly.project import import_projects
+from cleave.scripts.assembly.sweeps import FailedJob, run_job, sweeping, told
 
 if TYPE_CHECKING:
     from cleave.lightning_modules.signals import Stopped
@@ -57,23 +60,33 @@ def run(name: str) -> NoReturn:
 def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """Turn a user's mistake into one line and exit status 1; ``HYDRA_FULL_ERROR=1`` shows where it arose.
 
-    A config value that is still missing is named before anything is built.
+    A config value that is still missing is named before anything is built. A job of a sweep fails alone.
     """
+
+    def checked(cfg: DictConfig) -> Any:
+        from cleave.scripts.assembly.given import value_types
+
+        apply_extras(cfg)
+        paths.settle(cfg)
+        keys.check_added(cfg, CONF)
+        if missing := missing_values(cfg):
+            raise ValueError(
+                f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value; "
+                f"add {' '.join(f'{key}=…' for key in missing)}"
+            )
+        refuse_null_groups(cfg)
+        value_types.check_values(cfg, CONF)
+        heed_signals()
+        quiet()
+        return task(cfg)
 
     @wraps(task)
     def run(cfg: DictConfig) -> Any:
         import_projects()
+        if sweeping():
+            return run_job(checked, cfg)
         try:
-            apply_extras(cfg)
-            if missing := missing_values(cfg):
-                raise ValueError(
-                    f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value; "
-                    f"add {' '.join(f'{key}=…' for key in missing)}"
-                )
-            refuse_null_groups(cfg)
-            heed_signals()
-            quiet()
-            return task(cfg)
+            return checked(cfg)
         except Exception as error:
             if FULL_ERRORS or not is_users_mistake(error) or stopped_by(error):
                 raise
@@ -115,14 +128,21 @@ def start(main: Callable[[], Any]) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _end_at_once)
     extend_hydra()
+    sys.path.append(str(Path.cwd()))  # behind all else: a module of the user's imports by its name
+    sys.argv[1:] = [paths.expanded_override(each) for each in sys.argv[1:]]
     try:
         main()
     except BaseException as error:
+        told()
         if (stopped := stopped_by(error)) is not None:
             end(stopped)
+        if isinstance(error, FailedJob):
+            raise SystemExit(1) from None
         if FULL_ERRORS or not is_users_mistake(error):
             raise
         fail(error)
+    if told():
+        raise SystemExit(1)
 
 
 def stopped_by(error: BaseException) -> Stopped | None:
@@ -163,5 +183,10 @@ def fail(error: BaseException) -> None:
     error = unwrapped(error)
     if isinstance(error, HydraException) and error.__cause__ is not None:
         error = type(error)(f"{error}\n{error.__cause__}")
-    print(f"{type(error).__name__}: {error}{missing_extra(str(error))}", file=sys.stderr)
+    message = str(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        name = Path(sys.argv[0]).stem.removeprefix("cleave-").replace("-", "_")
+        message = keys.explained(message, name, CONF, sys.argv[1:])
+    print(f"{type(error).__name__}: {message}{missing_extra(message)}", file=sys.stderr)
+    print("HYDRA_FULL_ERROR=1 in front of the command shows where it arose", file=sys.stderr)
     raise SystemExit(1)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from hydra.utils import get_object
+from cleave.architectures.described import located
 
 # A class by its own name, at the end of lower-case modules; and the functions that make backbones, encoders and
 # quantisers.
@@ -66,4 +66,4 @@ def targets(config: Any) -> Iterator[str]:
 
 def _is_ours(target: str) -> bool:
     """Whether a class was defined in a room: modules also hold names that they imported."""
-    return str(getattr(get_object(target), "__module__", "")).startswith(tuple(f"cleave.{room}." for room in ROOMS))
+    return str(getattr(located(target), "__module__", "")).startswith(tuple(f"cleave.{room}." for room in ROOMS))
