@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -97,14 +97,13 @@ def _place(trainer: pl.Trainer, config: Any) -> int:
     return trainer.global_step if config.interval == "step" else progress.processed
 
 
-def resume_command(script: str, overrides: Iterable[str], file: str) -> str:
+def resume_command(start: Sequence[str], overrides: Iterable[str], file: str) -> str:
     """Return the command of a run, resumed from a checkpoint, quoted for the shell and for Hydra.
 
     Args:
-        script: What was run: a file of Python, or an installed command.
+        start: What starts it: Python and a script, or an installed command.
         overrides: What it was given.
         file: The checkpoint.
     """
     kept = [each for each in overrides if not each.lstrip("+").startswith("ckpt_path=")]
-    start = ["python", script] if script.endswith(".py") else [script]
     return f"{shlex.join([*start, *kept])} {quoted({'ckpt_path': file})}"

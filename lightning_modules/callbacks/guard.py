@@ -114,7 +114,7 @@ def _way_out(trainer: pl.Trainer) -> str:
     installed = Path(sys.argv[0]).stem == "cleave-train"
     given = sys.argv[1:] if installed or Path(sys.argv[0]).name == "train.py" else []
     words = [word for word in given if not word.startswith("trainer.gradient_clip_val=")]
-    command = resume_command("cleave-train" if installed else "scripts/train.py", [*words, cure], path)
+    command = resume_command(["cleave-train"] if installed else ["python", "scripts/train.py"], [*words, cure], path)
     return (
         f"The last good checkpoint is {path}. As the same run would diverge again, resume it with clipped gradients: "
         f"{command}; or start from it with a lower rate: {quoted({'base.ckpt_path': path})} training.optimizer.lr=… "

@@ -21,11 +21,11 @@ def program(name: str) -> str:
     Args:
         name: A script's name, such as ``exits_report``.
     """
-    return shlex.join([*_started(name), *project_options()])
+    return shlex.join([*started(name), *project_options()])
 
 
-def _started(name: str) -> list[str]:
-    """Return the words that start a command, without options."""
+def started(name: str) -> list[str]:
+    """Return the words that start a command, without options, in the way in which this one was started."""
     own, installed = Path(sys.argv[0]), console_script(name)
     if own.name.startswith(PREFIX):
         found = shutil.which(installed)

@@ -57,8 +57,8 @@ def restore(
     loaded = load_checkpoint(path, trusted=trusted, cuts=cuts, key=key)
     # What is built besides the network: such as the data, but for transforms of training images.
     built = {part: loaded.config.get(part) for part in further}
-    if built.get("data"):
-        built["data"] = {name: value for name, value in built["data"].items() if name != "transforms"}
+    if data := built.get("data"):
+        built["data"] = {name: value for name, value in data.items() if name != "transforms"}
     check_targets(built, str(path), trusted, key)
     config, network = OmegaConf.create(dict(loaded.config)), loaded.network
     config.backbone.pretrained, config.backbone.weights = False, None

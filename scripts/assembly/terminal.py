@@ -64,8 +64,6 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """
 
     def checked(cfg: DictConfig) -> Any:
-        from cleave.scripts.assembly.given import value_types
-
         apply_extras(cfg)
         paths.settle(cfg)
         keys.check_added(cfg, CONF)
@@ -75,6 +73,8 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
                 f"add {' '.join(f'{key}=…' for key in missing)}"
             )
         refuse_null_groups(cfg)
+        from cleave.scripts.assembly.given import value_types  # imports torch: what stands above is told without
+
         value_types.check_values(cfg, CONF)
         heed_signals()
         quiet()

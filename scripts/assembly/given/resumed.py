@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from cleave.lightning_modules.callbacks.metadata import KEY
 from cleave.lightning_modules.resuming import resume_command
 from cleave.reports.terminal import console
+from cleave.scripts.assembly.program import started
 from cleave.scripts.assembly.project import project_options
 from cleave.scripts.assembly.terminal import is_users_mistake, unwrapped
 
@@ -86,11 +86,9 @@ def explained(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> Iterator
     try:
         yield
     except Exception as error:
-        if (
-            not is_users_mistake(error)
-            or checkpoint is None
-            or not (command := whole_command(cfg, checkpoint, changed=False))
-        ):
+        if not is_users_mistake(error) or checkpoint is None:
+            raise
+        if not (command := whole_command(cfg, checkpoint, changed=False)):
             raise
         raise ValueError(f"{unwrapped(error)}\nRepeat the run's options: {command}") from error
 
@@ -158,7 +156,7 @@ def whole_command(cfg: DictConfig, checkpoint: Mapping[str, Any], *, changed: bo
     if not missing:
         return None
     kept = [*missing, *given] if changed else first
-    return resume_command(sys.argv[0], [*project_options(), *kept], str(cfg.ckpt_path))
+    return resume_command(started("train"), [*project_options(), *kept], str(cfg.ckpt_path))
 
 
 def overrides() -> list[str]:
