@@ -48,7 +48,8 @@ def test_a_run_resumed_without_its_options_says_to_repeat_them(first, given, tmp
     told = run_script("train", *given, f"ckpt_path={first}", folder=tmp_path / "run", code=1)
     (command,) = re.findall(r"Repeat the run's options: python (.*)", told)
     words = shlex.split(command)
-    assert words == ["scripts/train.py", *RUN, f"ckpt_path={first}"]
+    assert Path(words[0]).parts[-2:] == ("scripts", "train.py")
+    assert words[1:] == [*RUN, f"ckpt_path={first}"]
     assert "Traceback" not in told
 
 
