@@ -19,6 +19,7 @@ from cleave.planning import (
 )
 from cleave.reports.csv_file import write_csv
 from cleave.reports.paths.plots import iterations_plot, paths_plot
+from cleave.reports.paths.report import print_search, write_search
 from cleave.reports.paths.tables import path_rows, read_path_table
 
 from .path_tables import BLOCKS, ORIGINAL, pair
@@ -151,3 +152,26 @@ def test_without_a_trained_path_there_is_nothing_to_draw():
     for draw in (lambda: paths_plot(path_rows(problem, result)), lambda: iterations_plot(problem, result)):
         with pytest.raises(ValueError, match="nothing to draw: no path was trained"):
             draw()
+
+
+def test_what_was_found_is_printed_and_written(searched, tmp_path, capsys):
+    problem, result = searched
+    rows = path_rows(problem, result)
+    print_search(rows, result)
+    printed = capsys.readouterr().out
+    assert printed.count("[0, 1, ") == len(result.trained) + 1
+    assert f"Found: the path {result.path} ({result.reason})" in printed
+    assert f"{100 * ORIGINAL:.2f} %" in printed
+    files = write_search(tmp_path, rows, problem, result)
+    assert list(files) == ["paths.csv", "paths.png", "iterations.png"]
+    assert all(file.stat().st_size > 1000 for file in files.values())
+    assert read_path_table(files["paths.csv"]).accuracy == ORIGINAL
+
+
+def test_a_search_that_trains_nothing_has_a_table_and_says_why(tmp_path, capsys):
+    problem = path_problem(PathLoad(1.0), 0.8, {Path(0, 0, 0, 1): PathLoad(1.0)}, lambda option, accuracy: accuracy)
+    result = exhaustive_search(problem, lambda path: 0.9)
+    rows = path_rows(problem, result)
+    assert list(write_search(tmp_path, rows, problem, result)) == ["paths.csv"]
+    print_search(rows, result)
+    assert "Found: the local network as it is (no path is above the local network's 1 images" in capsys.readouterr().out
