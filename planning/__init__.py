@@ -30,7 +30,7 @@ from cleave.planning.paths.problem import (
     path_problem,
     reward_value,
 )
-from cleave.planning.paths.records import PathRecord, SearchFolder
+from cleave.planning.paths.records import PathRecord, SearchFolder, path_name
 from cleave.planning.paths.rewards import Logistic, PathCost, PathLoad, PathReward
 from cleave.planning.paths.search import (
     SearchResult,
@@ -93,6 +93,7 @@ __all__ = [
     "path_counts",
     "path_features",
     "path_loads",
+    "path_name",
     "path_problem",
     "path_throughput",
     "place_exits",

@@ -8,11 +8,14 @@ import pytest
 
 from cleave.architectures.linking.path import Path
 from cleave.planning import (
+    BlockTimes,
     GaussianProcess,
     PathLoad,
     PathReward,
     SearchSettings,
+    candidate_paths,
     exhaustive_search,
+    path_loads,
     path_problem,
     reward_value,
     search_paths,
@@ -127,23 +130,17 @@ def test_the_plots_are_pictures_that_show_what_was_found(searched):
     rows = path_rows(problem, result)
     drawn = paths_plot(rows)
     assert pixels(drawn).shape == (930, 1350, 4)
-    assert paths_plot(rows) == drawn
-    unmarked = [{**row, "best": False} for row in rows]
-    assert paths_plot(unmarked) != drawn
+    assert paths_plot([{**row, "best": False} for row in rows]) != drawn
     assert pixels(iterations_plot(problem, result)).shape == (750, 1350, 4)
-    assert iterations_plot(problem, result) != iterations_plot(problem, result, "Cost")
 
 
-def test_plots_of_hundreds_of_paths_have_few_labels():
-    from cleave.planning import BlockTimes, candidate_paths, path_loads
-
+def test_a_plot_of_hundreds_of_paths_has_few_labels():
     times = BlockTimes({str(i): 0.2 for i in range(6)}, 0.1, {str(i): 0.1 for i in range(6)}, 0.01)
     loads = path_loads(times, candidate_paths(6, 6))
     problem = path_problem(PathLoad(times.original), 0.9, loads, reward_value(PathReward(), 0.9), above_original=False)
     generator = np.random.default_rng(0)
     result = exhaustive_search(problem, lambda path: float(generator.random()))
     assert pixels(paths_plot(path_rows(problem, result))).shape[1] == 1350
-    assert pixels(iterations_plot(problem, result)).shape[1] == 1350
 
 
 def test_without_a_trained_path_there_is_nothing_to_draw():

@@ -30,6 +30,16 @@ class PathRecord:
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def path_name(path: Path) -> str:
+    """Return a path as a name of files.
+
+    Example:
+        >>> path_name(Path(0, 1, 4, 5)), path_name(Path(0, None, None, 5))
+        ('0-1-4-5', '0-x-x-5')
+    """
+    return "-".join("x" if block is None else str(block) for block in path)
+
+
 class SearchFolder:
     """A folder with ``search.json``, which says what is searched, and ``paths/0-1-4-5.json`` for each trained path.
 
@@ -83,7 +93,7 @@ class SearchFolder:
 
     def file(self, path: Path) -> pathlib.Path:
         """Return the file of a path's record."""
-        return self.folder / RECORDS / _name(path)
+        return self.folder / RECORDS / f"{path_name(path)}.json"
 
     def recorded(self, train: Callable[[Path], PathRecord]) -> Callable[[Path], float]:
         """Wrap training for a search: a path that has a record is not trained again.
@@ -134,10 +144,6 @@ def _flat(values: Any, name: str = "") -> dict[str, Any]:
     }
 
 
-def _name(path: Path) -> str:
-    return f"{'-'.join('x' if block is None else str(block) for block in path)}.json"
-
-
 def _read(file: pathlib.Path) -> PathRecord:
     try:
         values = parse(file.read_bytes())
@@ -146,7 +152,7 @@ def _read(file: pathlib.Path) -> PathRecord:
         blocks = [values[name] for name in Path._fields]
         if any(not isinstance(block, int | None) or isinstance(block, bool) for block in blocks):
             raise ValueError(f"its blocks must be whole numbers, got {blocks}")
-        if file.name != _name(Path(*blocks)):
+        if file.stem != path_name(Path(*blocks)):
             raise ValueError(f"it is of the path {Path(*blocks)}")
         if not isinstance(values["details"], dict):
             raise ValueError("its details must be an object")
