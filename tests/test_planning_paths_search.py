@@ -131,7 +131,7 @@ def test_the_printed_algorithm_trains_what_the_corrected_one_does_until_it_repea
     for seed in range(2):
         printed, corrected = Counted(accuracies), Counted(accuracies)
         printed_algorithm(problem, printed, process, SearchSettings(seed=seed))
-        search_paths(problem, corrected, process, SearchSettings(seed=seed, patience=8))
+        search_paths(problem, corrected, process, SearchSettings(seed=seed, stop_after=8))
         assert len(set(printed.asked)) == len(printed.asked)
         assert corrected.asked[: len(printed.asked)] == printed.asked
 
@@ -142,16 +142,16 @@ def test_the_printed_algorithm_trains_what_the_corrected_one_does_until_it_repea
 @pytest.mark.parametrize(
     ("settings", "trained", "reason"),
     [
-        ({"start": 2, "patience": 1}, 3, "none of the last 1 stages gained 0.01 or more"),
-        ({"start": 2, "patience": 3}, 5, "none of the last 3 stages gained 0.01 or more"),
-        ({"start": 2, "patience": 2, "each": 2}, 6, "none of the last 2 stages gained 0.01 or more"),
-        ({"start": 2, "patience": 9, "most": 4}, 4, "4 paths were trained, as many as allowed"),
-        ({"start": 2, "patience": 9, "most": 5, "each": 2}, 5, "5 paths were trained, as many as allowed"),
-        ({"start": 5, "patience": 9, "most": 3}, 3, "3 paths were trained, as many as allowed"),
-        ({"start": 2, "patience": 9}, 8, "every path to choose from was trained"),
-        ({"start": 20, "patience": 9}, 8, "every path to choose from was trained"),
-        ({"start": 2, "patience": 9, "most": 8}, 8, "every path to choose from was trained"),
-        ({"start": 2, "patience": 3, "least_gain": 0.0}, 8, "every path to choose from was trained"),
+        ({"start": 2, "stop_after": 1}, 3, "none of the last 1 stages gained 0.01 or more"),
+        ({"start": 2, "stop_after": 3}, 5, "none of the last 3 stages gained 0.01 or more"),
+        ({"start": 2, "stop_after": 2, "each": 2}, 6, "none of the last 2 stages gained 0.01 or more"),
+        ({"start": 2, "stop_after": 9, "most": 4}, 4, "4 paths were trained, as many as allowed"),
+        ({"start": 2, "stop_after": 9, "most": 5, "each": 2}, 5, "5 paths were trained, as many as allowed"),
+        ({"start": 5, "stop_after": 9, "most": 3}, 3, "3 paths were trained, as many as allowed"),
+        ({"start": 2, "stop_after": 9}, 8, "every path to choose from was trained"),
+        ({"start": 20, "stop_after": 9}, 8, "every path to choose from was trained"),
+        ({"start": 2, "stop_after": 9, "most": 8}, 8, "every path to choose from was trained"),
+        ({"start": 2, "stop_after": 3, "least_gain": 0.0}, 8, "every path to choose from was trained"),
     ],
 )
 def test_how_a_search_stops(settings, trained, reason):
@@ -298,7 +298,7 @@ def test_random_draws_are_a_seeds_own_without_repeats_and_all_paths_come_up():
     [
         ({"start": 0}, "start must be a whole number of at least 1, got 0"),
         ({"each": 0}, "each must be a whole number of at least 1"),
-        ({"patience": 1.5}, "patience must be a whole number of at least 1, got 1.5"),
+        ({"stop_after": 1.5}, "stop_after must be a whole number of at least 1, got 1.5"),
         ({"most": 0}, "most must be a whole number of at least 1"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"least_gain": -0.01}, "least_gain must be a number of at least 0"),

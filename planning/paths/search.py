@@ -66,7 +66,7 @@ class SearchSettings:
     Args:
         start: Paths of the first set P⁰, drawn at random from the candidates.
         each: k: paths that a stage trains.
-        patience: c_stop: stages in a row without a gain after which it stops.
+        stop_after: c_stop: stages in a row without a gain after which it stops.
         least_gain: ε: a stage that adds less to the worth has no gain.
         most: Most paths to train in all; ``None``: no limit.
         exploration: Standard deviations that are added to a predicted accuracy; the paper adds none.
@@ -78,14 +78,14 @@ class SearchSettings:
 
     start: int = 3
     each: int = 1
-    patience: int = 3
+    stop_after: int = 3
     least_gain: float = 0.01
     most: int | None = None
     exploration: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("start", "each", "patience"):
+        for name in ("start", "each", "stop_after"):
             whole_number(name, getattr(self, name))
         whole_number("seed", self.seed, least=0)
         if self.most is not None:
@@ -124,7 +124,7 @@ def search_paths(
     limit = min(settings.most or len(remaining), len(remaining))
     trained = [_train(problem, train, path, 0) for path in _first(remaining, settings)[:limit]]
     best, idle, stage = _best(problem, trained), 0, 0
-    while len(trained) < limit and idle < settings.patience:
+    while len(trained) < limit and idle < settings.stop_after:
         stage += 1
         done = {one.path for one in trained}
         remaining = [path for path in remaining if path not in done]
@@ -133,7 +133,7 @@ def search_paths(
             trained.append(_train(problem, train, path, stage, predicted))
         before, best = best, _best(problem, trained)
         idle = idle + 1 if best - before < settings.least_gain else 0
-    if idle >= settings.patience:
+    if idle >= settings.stop_after:
         return _found(problem, trained, _no_gain(settings))
     everything = len(trained) == len(problem.candidates())
     return _found(problem, trained, ALL if everything else f"{limit} paths were trained, as many as allowed")
@@ -164,7 +164,7 @@ def printed_algorithm(
         return _kept(problem)
     known = {path: _train(problem, train, path, 0) for path in _first(candidates, settings)}
     last, before, idle, stage = next(iter(known.values())), -math.inf, 0, 0
-    while idle < settings.patience:
+    while idle < settings.stop_after:
         stage += 1
         path, predicted = _ranked(problem, list(known.values()), candidates, predict, 0.0)[0]
         if path not in known:
@@ -240,7 +240,7 @@ def _best(problem: PathProblem, trained: Sequence[TrainedPath]) -> float:
 
 
 def _no_gain(settings: SearchSettings) -> str:
-    return f"none of the last {settings.patience} stages gained {settings.least_gain:g} or more"
+    return f"none of the last {settings.stop_after} stages gained {settings.least_gain:g} or more"
 
 
 def _kept(problem: PathProblem) -> SearchResult:
