@@ -80,3 +80,11 @@ def test_features_tell_all_paths_apart_within_0_to_1():
 def test_features_of_networks_of_one_block_are_finite():
     assert np.isfinite(path_features(candidate_paths(2, 1), 2, 1)).all()
     assert np.isfinite(path_features(candidate_paths(3, 0), 3, 0)).all()
+
+
+@pytest.mark.parametrize(
+    "path", [Path(0, 1, 6, 5), Path(0, 1, 4, 6), Path(3, 1, 4, 3), Path(0, 4, 1, 5), Path(-1, 0, 0, 1)]
+)
+def test_a_path_of_other_networks_has_no_features(path):
+    with pytest.raises(ValueError, match="does not lead through 6 local and 6 host blocks"):
+        path_features([path], 6, 6)

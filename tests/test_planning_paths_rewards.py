@@ -71,6 +71,10 @@ def test_equation_1_by_hand():
     assert own(load, 0.8) == pytest.approx(by_hand)
 
 
+def test_a_steep_cost_stays_finite():
+    assert 1e300 < PathCost(1.0, accuracy_weight=1e6)(PathLoad(1.0), 0.0) < math.inf
+
+
 def test_each_weight_of_equation_1_has_its_own_term():
     load = PathLoad(1.0, 2.0, 4.0, 8, 16)
     weights = ["communication", "local_time", "host_time", "local_params", "host_params"]

@@ -329,6 +329,15 @@ def test_training_must_give_an_accuracy(accuracy):
         random_search(problem, lambda path: 0.5, 0)
 
 
+@pytest.mark.parametrize("worth", [float("nan"), float("inf")])
+def test_a_worth_that_is_no_number_is_refused(worth):
+    problem, accuracies = line([0.6, 0.7])
+    broken = PathProblem(problem.original, 0.1, problem.paths, lambda option, accuracy: worth)
+    for search in (search_paths, printed_algorithm):
+        with pytest.raises(ValueError, match=r"the path \[0, 0, 0, .\] with an accuracy of 0\.. is worth (nan|inf)"):
+            search(broken, accuracies.__getitem__, knows(accuracies))
+
+
 # --- the Gaussian process ---------------------------------------------------------------------------------------------
 
 

@@ -54,10 +54,27 @@ def test_every_path_is_the_sum_of_what_runs():
         assert load.host_seconds == sum(32 * 2**block for block in host)
 
 
-def test_a_path_outside_the_blocks_is_refused():
-    for path, name in ((Path(0, 1, 3, 3), "hout=3"), (Path(0, 1, 2, 4), "lin=4"), (Path(-1, 0, 0, 1), "lout=-1")):
-        with pytest.raises(ValueError, match=rf"has {name}, but the blocks are 0 to"):
-            crossings(path, LOCAL, HOST)
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (Path(0, 1, 3, 3), "path has hout=3, which is no host block"),
+        (Path(0, 1, 2, 4), "path has lin=4, which is no local block"),
+        (Path(-1, 0, 0, 1), "path has lout=-1, which is no local block"),
+        (Path(2, 0, 0, 2), "lin=2, which must come behind lout=2"),
+        (Path(3, 0, 0, 1), "lin=1, which must come behind lout=3"),
+        (Path(0, 2, 1, 3), "hin=2 behind hout=1"),
+        (Path(0, None, None, 1), "skips nothing"),
+        (Path(0, 1, None, 2), "hin and hout both, or neither"),
+    ],
+)
+def test_a_path_that_leads_nowhere_has_neither_times_nor_features(path, message):
+    for ask in (
+        lambda: crossings(path, LOCAL, HOST),
+        lambda: times().path(path),
+        lambda: path_loads(times(), [path]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()
 
 
 def test_a_file_gives_back_what_was_written_in_the_order_of_the_blocks(tmp_path):

@@ -101,12 +101,17 @@ def path_features(paths: Sequence[Path], local: int, host: int) -> Floats:
     Returns:
         (P, 7), in the order of ``FEATURES``.
 
+    Raises:
+        ValueError: A path leads outside the blocks.
+
     Example:
         >>> path_features([Path(0, 1, 4, 5)], 6, 6)[0].round(2).tolist()
         [0.0, 0.2, 0.8, 1.0, 0.67, 0.67, 0.0]
     """
     rows = []
     for path in paths:
+        if not (0 <= path.lout < path.lin < local and (path.hin is None or 0 <= path.hin <= (path.hout or 0) < host)):
+            raise ValueError(f"the path {path} does not lead through {local} local and {host} host blocks")
         hin, hout = path.hin or 0, path.hout or 0
         run = 0 if path.skips else hout - hin + 1
         ends = [path.lout / max(local - 1, 1), hin / max(host - 1, 1), hout / max(host - 1, 1)]

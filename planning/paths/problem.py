@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -65,8 +66,15 @@ class PathProblem:
         ]
 
     def worth(self, path: Path, accuracy: float) -> float:
-        """Return what a path is worth with an accuracy."""
-        return self.value(self.paths[path], accuracy)
+        """Return what a path is worth with an accuracy.
+
+        Raises:
+            ValueError: It is no number.
+        """
+        worth = self.value(self.paths[path], accuracy)
+        if not math.isfinite(worth):
+            raise ValueError(f"the path {path} with an accuracy of {accuracy:g} is worth {worth}; value must be finite")
+        return worth
 
 
 def reward_value(reward: PathReward, original: float) -> PathValue:

@@ -151,8 +151,10 @@ class PathCost:
             accuracy: A_p.
         """
         micro, millions = 1e6, 1e-6
+        # Beyond 700 an exponential is too large for a float.
+        lost = min(self.accuracy_weight * (self.least_accuracy - accuracy), 700.0)
         return (
-            math.exp(self.accuracy_weight * (self.least_accuracy - accuracy))
+            math.exp(lost)
             + self.communication_weight * micro * load.communication_seconds
             + self.local_time_weight * micro * load.local_seconds
             + self.host_time_weight * micro * load.host_seconds

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cleave.architectures.linking.path import Path
+from cleave.architectures.linking.path import Path, read_path
 from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.deployment.bundle.canonical_json import parse
 
@@ -58,7 +58,7 @@ class BlockTimes:
         Both links of a cross-connection run on the host, that of a skip-connection on the local side.
 
         Raises:
-            ValueError: The path leads outside the blocks, or a link on it has no time.
+            ValueError: The path leads outside the blocks or nowhere, or a link on it has no time.
         """
         local, host = list(self.local.values()), list(self.host.values())
         links = sum(self._link(name) for name in crossings(path, list(self.local), list(self.host)))
@@ -82,7 +82,7 @@ def crossings(path: Path, local: Sequence[str], host: Sequence[str]) -> tuple[st
     """Name the links of a path by the layer that they read and the block that they lead to.
 
     Raises:
-        ValueError: The path leads outside the blocks.
+        ValueError: The path leads outside the blocks, or nowhere.
 
     Example:
         >>> crossings(Path(0, 1, 1, 2), ["a", "b", "c"], ["x", "y"])
@@ -90,10 +90,7 @@ def crossings(path: Path, local: Sequence[str], host: Sequence[str]) -> tuple[st
         >>> crossings(Path(0, None, None, 2), ["a", "b", "c"], [])
         ('local/a -> local/c',)
     """
-    for name, value in path._asdict().items():
-        blocks = local if name.startswith("l") else host
-        if value is not None and not 0 <= value < len(blocks):
-            raise ValueError(f"path {path} has {name}={value}, but the blocks are 0 to {len(blocks) - 1}")
+    path = read_path(path, local, host or None)
     out, back = f"local/{local[path.lout]}", f"local/{local[path.lin]}"
     if path.hin is None or path.hout is None:
         return (f"{out} -> {back}",)
