@@ -21,9 +21,9 @@ Predictor = Callable[[Sequence[Path], Sequence[float], Sequence[Path]], tuple[Fl
 class GaussianProcess:
     r"""scikit-learn's Gaussian process, with a Matérn 5/2 kernel on :func:`path_features`, and noise.
 
-    Three or four accuracies say little of a kernel, and a search for its best parameters often ends at a border of what
-    is allowed. So the length scale and the share of noise are those of a small grid under which the accuracies seen are
-    most likely, the smoother one where two are alike.
+    A few accuracies say little of a kernel, and a search for its best parameters often ends at a border of what is
+    allowed. So of some length scales and noises those are taken under which the accuracies seen are most likely, the
+    first where two are alike.
 
     Args:
         local: Number of the local network's blocks.
@@ -37,8 +37,8 @@ class GaussianProcess:
 
     local: int
     host: int
-    length_scales: tuple[float, ...] = (2.0, 1.0, 0.5)
-    noises: tuple[float, ...] = (0.1, 0.01)
+    length_scales: tuple[float, ...] = (2.0, 1.0)
+    noises: tuple[float, ...] = (0.01,)
 
     def __post_init__(self) -> None:
         whole_number("local", self.local)

@@ -76,7 +76,7 @@ class SearchSettings:
         ValueError: A number is out of range.
     """
 
-    start: int = 3
+    start: int = 2
     each: int = 1
     stop_after: int = 3
     least_gain: float = 0.01
