@@ -11,6 +11,7 @@ from cleave.architectures.cutting.cut_points import cut_points, spread
 from cleave.architectures.furnishing import INSERT, REPLACE, Chain, Furnishing, Settings, check_exits
 from cleave.architectures.inserts.channels import Channel
 from cleave.architectures.inserts.insert import Insert
+from cleave.architectures.layer_depths import layer_depths
 from cleave.architectures.network.outputs import RESERVED
 from cleave.architectures.network.staged import StagedNetwork
 
@@ -92,7 +93,9 @@ def staged_network(
         inserts=inserts,
     )
     stages, features = cut_copy(backbone, list(dict.fromkeys([*furnishing.layers, *cuts])), sample)
-    return furnishing.build(Chain(stages, features), sample)
+    network = furnishing.build(Chain(stages, features), sample)
+    network.layer_depths = layer_depths(backbone)
+    return network
 
 
 def split_network(

@@ -56,16 +56,22 @@ class Augmentation:
     Args:
         name: A key of ``PRESETS``.
         spec: The input that the images are made for.
+        further: Transforms of uint8 images (C, H, W) that follow, each under a seed of its own; they draw by torch and
+            keep type and size.
+        words: Tells them from others.
 
     Raises:
-        ValueError: The name is unknown.
+        ValueError: The name is unknown, or a transform gives something else than images of the same size.
     """
 
-    def __init__(self, name: str, spec: ImageInput) -> None:
+    def __init__(
+        self, name: str, spec: ImageInput, further: Sequence[Callable[[Any], Any]] = (), words: str = ""
+    ) -> None:
         check_preset(name)
         preset = PRESETS[name]
-        self.name = name
+        self.name = f"{name}{words}"
         self.spec = spec
+        self.further = tuple(further)
         self.flip = preset.flip
         self.padding = (
             (round_half_up(spec.height / 8), round_half_up(spec.width / 8)) if preset.crop == "padded" else None
@@ -84,7 +90,7 @@ class Augmentation:
     @property
     def moves_maps(self) -> bool:
         """Whether :meth:`move` can follow: crops of pictures and torchvision's policies move images alone."""
-        return self.resized_crop is None and self.policy is None
+        return self.resized_crop is None and self.policy is None and not self.further
 
     def __call__(self, images: np.ndarray | Sequence[Image.Image], seeds: np.ndarray) -> Tensor:
         """Augment a batch.
@@ -100,11 +106,12 @@ class Augmentation:
             batch = self._mirrored(self._crop_pictures(images, seeds), seeds)  # type: ignore[arg-type]
         else:
             batch = self.move(np.asarray(images), seeds)
-        if self.policy is None:
-            return batch
-        return torch.stack(
-            [self._under(seed, self.policy, image) for seed, image in zip(draw(seeds, 4), batch, strict=True)]
-        )
+        steps = [] if self.policy is None else [(4, self.policy)]
+        for stream, transform in [*steps, *enumerate(self.further, start=5)]:
+            done = [self._under(seed, transform, image) for seed, image in zip(draw(seeds, stream), batch, strict=True)]
+            check_kept(transform, batch[0], done)
+            batch = torch.stack(done)
+        return batch
 
     def move(self, maps: np.ndarray | Tensor, seeds: np.ndarray) -> Tensor:
         """Crop and mirror what lies on the images' grid, (B, ..., H, W), as images of these seeds; zeros move in."""
@@ -124,6 +131,17 @@ class Augmentation:
     def _under(seed: np.uint64, transform: Callable[[Any], Any], image: Any) -> Any:
         with cpu_seed(int(seed)):
             return transform(image)
+
+
+def check_kept(transform: Any, image: Tensor, done: Sequence[Any]) -> None:
+    """Raise a ValueError unless a transform kept type and size of every image."""
+    for each in done:
+        if not isinstance(each, Tensor) or each.dtype != image.dtype or each.shape != image.shape:
+            made = f"{each.dtype} {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
+            raise ValueError(
+                f"the transform {transform} makes {made} of a uint8 image {tuple(image.shape)}; it must keep type and "
+                "size, as normalising and resizing are the input's"
+            )
 
 
 def check_preset(name: str) -> None:

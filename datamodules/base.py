@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from .arguments import check_whole
 from .dataset import Batch
+from .extras import Described
 from .feature_cache import FeatureCache
 from .precompute import Precomputation, check_dtype, check_views
 from .sampling import EpochSampler, Loaders
@@ -50,6 +51,13 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
         cache: Keep decoded pictures in memory, shared with the workers: ``True``, ``False``, or ``"auto"``: splits of
             at most 1 GiB decoded.
         skip_corrupt: Leave out pictures that cannot be decoded or preprocessed, and log how many, instead of an error.
+        color_jitter: How far brightness, contrast and saturation of training images are changed at most, 0.4 for 40 %;
+            or these and ``hue`` by name.
+        random_erasing: Share of the training images in which a rectangle is blackened.
+        transforms: Further transforms of uint8 training images (C, H, W), as of ``torchvision.transforms.v2``, or their
+            descriptions with ``_target_``.
+        mixup: Alpha of mixup, 0 for none. Mixed images have labels (B, classes), the share of each class.
+        cutmix: Alpha of CutMix, 0 for none.
 
     Raises:
         ValueError: An argument is out of range; the message names it, its value and what is allowed.
@@ -71,6 +79,11 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
         interpolation: str | None = None,
         cache: bool | str = "auto",
         skip_corrupt: bool = False,
+        color_jitter: float | Mapping[str, float] | None = None,
+        random_erasing: float = 0.0,
+        transforms: Sequence[Described] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
     ) -> None:
         super().__init__(
             seed=seed,
@@ -81,6 +94,11 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
             interpolation=interpolation,
             cache=cache,
             skip_corrupt=skip_corrupt,
+            color_jitter=color_jitter,
+            random_erasing=random_erasing,
+            transforms=transforms,
+            mixup=mixup,
+            cutmix=cutmix,
         )
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -91,7 +109,7 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
         check_whole("eval_batch_size", self.eval_batch_size, 1)
         check_whole("num_workers", num_workers, 0)
         # Not to the logger: Lightning refuses to log a name (`seed`) that data and network module give two values.
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters(logger=False, ignore=["transforms"])  # those may be objects
 
     # --- features of frozen parts -----------------------------------------------------------------------------------
 
@@ -135,7 +153,12 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
                 run, the disk is full, or a value lies beyond the range of ``dtype``.
             ValueError: The augmentation is random and ``views`` not given, or an argument is out of range.
         """
-        views = check_views(views, self.augment)
+        if self.mixup or self.cutmix:
+            raise ValueError(
+                f"feature_cache.use=true stores features of single images, but mixup={self.mixup} and "
+                f"cutmix={self.cutmix} mix them anew in every epoch; set both to 0, or leave the cache out"
+            )
+        views = check_views(views, self.augmentation_name)
         check_dtype(dtype)
         self.drop_features()
         dataset = self.dataset("train")
@@ -185,6 +208,9 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Normalise a batch on its device, in the trainer's precision, to which cached features are brought as well."""
         batch = self._normalized(batch)
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor) and labels.is_floating_point():  # shares of classes: double where the rest is
+            batch["labels"] = labels.to(torch.promote_types(labels.dtype, self._in_precision(labels).dtype))
         if "given" in batch:
             batch["given"] = {name: self._in_precision(value.float()) for name, value in batch["given"].items()}
         return batch

@@ -18,6 +18,7 @@ from .augment import Augmentation
 from .cache import AUTO_CACHE_BYTES, PixelCache
 from .feature_cache import FeatureCache
 from .look import corrupt_pictures
+from .mixing import Mixing
 from .sampling import Key, sample_seeds
 from .sources import CorruptImageError, ImageSource
 
@@ -44,6 +45,7 @@ class ImageDataset(Dataset[Batch]):
         further: Further parts of a batch by name.
         maps: Names of those further parts that lie on the image's grid, (B, ..., H, W), and are cropped and mirrored
             with it.
+        mixing: What mixes the images of a batch and their labels, in training.
 
     Attributes:
         features: Features of frozen parts that batches bring along as ``given``, or ``None``. Augmentation is then
@@ -65,6 +67,7 @@ class ImageDataset(Dataset[Batch]):
         labels: bool = True,
         further: Mapping[str, Values] | None = None,
         maps: Sequence[str] = (),
+        mixing: Mixing | None = None,
     ) -> None:
         self.source = source
         self.spec = spec
@@ -73,6 +76,7 @@ class ImageDataset(Dataset[Batch]):
         self.labels = labels
         self.further = dict(further or {})
         self.maps = tuple(maps)
+        self.mixing = mixing
         self._check_parts()
         self.features: FeatureCache | None = None
         self.with_images = True
@@ -112,18 +116,22 @@ class ImageDataset(Dataset[Batch]):
     def batch(self, keys: Sequence[int | Key], images: bool = True) -> Batch:
         """Return uint8 ``images`` (B, C, H, W), int64 ``labels`` (B,) and further parts.
 
+        Mixed images have float32 labels (B, classes), the share of each class.
+
         Args:
             keys: An index or (epoch, index) for every sample; a bare index stands for epoch 0.
             images: ``False`` leaves the images out and decodes none.
         """
         pairs = self._pairs(keys)
         indices = np.array([index for _, index in pairs], dtype=np.int64)
-        seeds = None if self.augmentation is None else sample_seeds(self.seed, pairs)
+        seeds = None if self.augmentation is None and self.mixing is None else sample_seeds(self.seed, pairs)
         batch: Batch = {"images": self._images(indices, seeds)} if images else {}
         if self.labels:
             batch["labels"] = torch.from_numpy(self.source.labels[indices])
         for name in self.further:
             batch[name] = self._further(name, indices, seeds)
+        if self.mixing is not None and seeds is not None and images:
+            batch["images"], batch["labels"] = self.mixing(batch["images"], batch["labels"], seeds)
         return batch
 
     def _images(self, indices: np.ndarray, seeds: np.ndarray | None) -> Tensor:
@@ -165,7 +173,7 @@ class ImageDataset(Dataset[Batch]):
     def without_augmentation(self) -> ImageDataset:
         """Return the same images as evaluation sees them, sharing what is decoded."""
         plain = copy.copy(self)
-        plain.augmentation = None
+        plain.augmentation = plain.mixing = None
         plain.features = None
         return plain
 

@@ -15,7 +15,9 @@ from cleave.deployment import ImageInput
 from .arguments import changed_input, check_cache, check_whole, input_changes
 from .augment import Augmentation, check_preset
 from .dataset import Batch, ImageDataset, Values
+from .extras import Described, further_transforms
 from .look import corrupt_pictures
+from .mixing import Mixing, check_alphas
 from .sources import CorruptImageError, FileSource, ImageSource
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,11 @@ class ImageSplits(ABC):
         interpolation: Resize filter instead of the backbone's.
         cache: Whether decoded pictures are kept in memory, or ``"auto"``.
         skip_corrupt: Leave out pictures that cannot be decoded.
+        color_jitter: As of :func:`~cleave.datamodules.extras.further_transforms`.
+        random_erasing: As there.
+        transforms: As there.
+        mixup: As of :class:`~cleave.datamodules.mixing.Mixing`.
+        cutmix: As there.
 
     Attributes:
         parts: Names of the parts of a batch: ``images``, maybe ``labels``, and what :meth:`further_parts` gives.
@@ -69,13 +76,21 @@ class ImageSplits(ABC):
         interpolation: str | None,
         cache: bool | str,
         skip_corrupt: bool,
+        color_jitter: float | Mapping[str, float] | None = None,
+        random_erasing: float = 0.0,
+        transforms: Sequence[Described] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
     ) -> None:
         super().__init__()
         check_preset(augment)
         check_whole("seed", seed, 0)
         check_cache(cache)
+        check_alphas(mixup, cutmix)
         self.seed = seed
         self.augment = augment
+        self.mixup, self.cutmix = mixup, cutmix
+        self.further, self._further_words = further_transforms(color_jitter, random_erasing, transforms)
         self.cache = cache
         self.skip_corrupt = skip_corrupt
         self.overrides = input_changes(image_size, mean, std, interpolation)
@@ -83,6 +98,7 @@ class ImageSplits(ABC):
         self._found: dict[str, ImageSource] | None = None
         self._splits: dict[str, ImageSource] = {}
         self._datasets: dict[str, ImageDataset] = {}
+        self._told: set[str] = set()
 
     # --- what a subclass gives --------------------------------------------------------------------------------------
 
@@ -144,6 +160,11 @@ class ImageSplits(ABC):
             raise
         if any(dataset.spec != now for dataset in self._datasets.values()):
             self._datasets.clear()
+
+    @property
+    def augmentation_name(self) -> str:
+        """What is done to training images, as a text that tells it from all else; ``none`` for nothing."""
+        return f"{self.augment}{self._further_words}"
 
     # --- the pictures -----------------------------------------------------------------------------------------------
 
@@ -211,6 +232,7 @@ class ImageSplits(ABC):
         source = self.split(split)
         if not isinstance(source, FileSource):
             return source
+        self._tell_turned(split, source)
         plain = self._dataset(split, source, False, {})
         if decoded and not self.skip_corrupt and plain.keeps_decoded(self.cache):
             return source
@@ -220,18 +242,44 @@ class ImageSplits(ABC):
             self._splits[split] = self._without(split, source, bad)
         return self._splits[split]
 
+    def _tell_turned(self, split: str, source: FileSource) -> None:
+        """Say once for a split that EXIF orientations are not applied, where there are any."""
+        if split in self._told:
+            return
+        self._told.add(split)
+        turned, looked_at = source.turned()
+        if turned:
+            log_once(
+                f"{split}: {turned} of {looked_at} images looked at are to be turned by their EXIF orientation, which "
+                "is applied neither in training nor on the device; PIL.ImageOps.exif_transpose turns files beforehand"
+            )
+
     def _dataset(self, split: str, source: ImageSource, cache: bool | str, further: dict[str, Values]) -> ImageDataset:
-        augmented = split == "train" and self.augment != "none"
+        training = split == "train"
+        augmentation = None
+        if training and self.augmentation_name != "none":
+            augmentation = Augmentation(self.augment, self.input, self.further, self._further_words)
         return ImageDataset(
             source,
             self.input,
-            augmentation=Augmentation(self.augment, self.input) if augmented else None,
+            augmentation=augmentation,
+            mixing=self._mixing() if training else None,
             seed=self.seed,
             cache=cache,
             labels="labels" in self.parts,
             further=further,
             maps=self.maps if further else (),
         )
+
+    def _mixing(self) -> Mixing | None:
+        if not self.mixup and not self.cutmix:
+            return None
+        if tuple(self.parts) != ("images", "labels"):
+            raise ValueError(
+                f"mixup={self.mixup} and cutmix={self.cutmix} mix images and labels alone, and these batches have the "
+                f"parts {self.parts}; set both to 0"
+            )
+        return Mixing(self.mixup, self.cutmix, self.num_classes)
 
     def _further(self, split: str, source: ImageSource) -> dict[str, Values]:
         found = self.further_parts(split, source)

@@ -1,5 +1,6 @@
 """Training and evaluation: one task of terms and evaluators, and the published methods as thin classes of it."""
 
+from cleave.lightning_modules.checkpoints.loading import LoadedCheckpoint, load_checkpoint
 from cleave.lightning_modules.evaluators import Evaluator, Measured, Passed, default_evaluators
 from cleave.lightning_modules.frozen import Frozen
 from cleave.lightning_modules.linking.links import Links
@@ -37,6 +38,7 @@ __all__ = [
     "InformationBottleneck",
     "KnowledgeDistillation",
     "Links",
+    "LoadedCheckpoint",
     "Measured",
     "Passed",
     "Reconstruction",
@@ -46,4 +48,5 @@ __all__ = [
     "TwoParties",
     "ZeroTimeWaste",
     "default_evaluators",
+    "load_checkpoint",
 ]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cleave.architectures import StagedNetwork
+from cleave.architectures.layer_depths import depth_scales
 from cleave.architectures.naming import did_you_mean
 from cleave.lightning_modules.training import Training
 
@@ -28,25 +29,37 @@ def check_lr_scales(network: StagedNetwork, scales: Mapping[str, float]) -> None
             raise ValueError(f"lr_scales names {prefix!r}, which the network lacks." + did_you_mean(prefix, known))
 
 
+def check_layer_decay(network: StagedNetwork, decay: float | None) -> None:
+    """Raise ValueError where rates should decay over layers, but the backbone does not say which it has."""
+    if decay is not None and not network.layer_depths:
+        raise ValueError(
+            f"layer_decay={decay} needs a backbone that groups its layers, as timm's do (group_matcher); use "
+            "lr_scales, such as +training.lr_scales.layer1=0.1"
+        )
+
+
 def parameter_groups(network: StagedNetwork, terms: nn.Module, settings: Training) -> list[dict[str, Any]]:
     """Group trainable parameters by their rate and by whether they decay; those of terms come last and do not.
 
     Raises:
-        ValueError: Nothing is trainable, or ``lr_scales`` is used with an optimizer that names no rate.
+        ValueError: Nothing is trainable, or rates are scaled with an optimizer that names none.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     spared = _undecayed(network)
+    scaled = bool(settings.lr_scales) or settings.layer_decay is not None
+    depths = depth_scales(network.layer_depths, settings.layer_decay or 1.0)
     for name, parameter in _in_order(network):
         decays = settings.decay_norms_and_biases or (parameter.ndim > 1 and parameter not in spared)
-        groups.setdefault((_scale(name, settings.lr_scales), decays), []).append(parameter)
+        scale = _scale(name, settings.lr_scales) * depths.get(name, 1.0)
+        groups.setdefault((scale, decays), []).append(parameter)
     learned = [parameter for parameter in terms.parameters() if parameter.requires_grad]
     if not groups and not learned:
         raise ValueError("there is nothing to train: every parameter of the network is frozen")
-    base = base_rate(settings.optimizer) if settings.lr_scales else 1.0
+    base = base_rate(settings.optimizer) if scaled else 1.0
     found: list[dict[str, Any]] = []
     for (scale, decays), parameters in groups.items():
         found.append({"params": parameters})
-        if settings.lr_scales:
+        if scaled:
             found[-1]["lr"] = base * scale
         if not decays:
             found[-1]["weight_decay"] = 0.0
@@ -89,7 +102,7 @@ def base_rate(optimizer: Callable[..., Optimizer]) -> float:
     factory = getattr(optimizer, "func", optimizer)
     rate = keywords.get("lr", getattr(inspect.signature(factory).parameters.get("lr"), "default", None))
     if not isinstance(rate, int | float):
-        raise ValueError("lr_scales needs a learning rate to scale: give the optimizer's lr as a number")
+        raise ValueError("lr_scales and layer_decay need a learning rate to scale: give the optimizer's lr as a number")
     return float(rate)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor
 
 from cleave.lightning_modules import privates
+from cleave.lightning_modules.command_line import quoted
 
 KEY = "resuming"
-_PLAIN = re.compile(r"[\w./+-]+")
 
 
 class ResumingModule(pl.LightningModule):
@@ -98,21 +97,13 @@ def _place(trainer: pl.Trainer, config: Any) -> int:
     return trainer.global_step if config.interval == "step" else progress.processed
 
 
-def resume_command(script: str, overrides: Iterable[str], file: str) -> str:
+def resume_command(start: Sequence[str], overrides: Iterable[str], file: str) -> str:
     """Return the command of a run, resumed from a checkpoint, quoted for the shell and for Hydra.
 
     Args:
-        script: What was run.
+        start: What starts it: Python and a script, or an installed command.
         overrides: What it was given.
         file: The checkpoint.
     """
     kept = [each for each in overrides if not each.lstrip("+").startswith("ckpt_path=")]
-    return shlex.join(["python", script, *kept, f"ckpt_path={in_hydra(file)}"])
-
-
-def in_hydra(value: str) -> str:
-    """Quote a value for the grammar of Hydra's overrides, where it needs it."""
-    if _PLAIN.fullmatch(value):
-        return value
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    return f"'{escaped}'"
+    return f"{shlex.join([*start, *kept])} {quoted({'ckpt_path': file})}"

@@ -30,6 +30,8 @@ class Training:
         monitor: Metric that a plateau scheduler watches; ``None`` takes that of the task's evaluators.
         lr_scales: Layer-wise rates: a factor on the learning rate by prefix of the names that the network's weights
             have in a checkpoint; the longest prefix wins. A factor of 0 is refused: freeze such a part instead.
+        layer_decay: Factor on the learning rate for every layer that lies between a weight and the output, in the
+            groups that timm makes of its models' layers; what is new, such as a bottleneck, keeps the full rate.
         decay_norms_and_biases: Whether weight decay also applies to parameters of one dimension or none, and to those
             of modules that say ``decays = False``, such as a learned prior.
         compile: Compile the network's modules one by one in place with ``torch.compile``.
@@ -39,7 +41,8 @@ class Training:
             (seed, epoch, batch, rank) alone, so that a resumed run repeats it.
 
     Raises:
-        ValueError: ``scheduler_interval`` is unknown, or a factor of ``lr_scales`` is not positive.
+        ValueError: ``scheduler_interval`` is unknown, a factor of ``lr_scales`` is not positive, or ``layer_decay``
+            does not lie in (0, 1].
     """
 
     optimizer: Callable[[Parameters], Optimizer] = ADAMW
@@ -47,6 +50,7 @@ class Training:
     scheduler_interval: str = "epoch"
     monitor: str | None = None
     lr_scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    layer_decay: float | None = None
     decay_norms_and_biases: bool = False
     compile: bool = False
     channels_last: bool = False
@@ -58,6 +62,8 @@ class Training:
         for prefix, scale in self.lr_scales.items():
             if scale <= 0:
                 raise ValueError(f"lr_scales[{prefix!r}] must be positive, got {scale}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must lie in (0, 1], got {self.layer_decay}; 0.75 is common, null is none")
 
 
 DEFAULT = Training()

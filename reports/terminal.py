@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cleave.architectures import Cost
 
@@ -19,14 +20,17 @@ console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ e
 
 
 def table(title: str, rows: Iterable[tuple[Any, ...]], header: tuple[str, ...] = ()) -> None:
-    """Print rows under a title; columns after the first stand right. Without rows there is nothing to print."""
-    rows = [tuple(str(cell) for cell in row) for row in rows]
+    """Print rows under a title; columns after the first stand right. Without rows there is nothing to print.
+
+    Nothing in them is markup, as names and paths may hold brackets and colons.
+    """
+    rows = [tuple(Text(str(cell)) for cell in row) for row in rows]
     if not rows:
         return
-    console.print(f"\n[bold]{title}[/bold]", soft_wrap=True, highlight=False)
+    console.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
     grid = Table(show_header=bool(header))
     for i in range(max(map(len, rows))):
-        grid.add_column(header[i] if header else "", justify="left" if i == 0 else "right", no_wrap=i == 0)
+        grid.add_column(Text(header[i] if header else ""), justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         grid.add_row(*row)
     console.print(grid)
@@ -71,6 +75,11 @@ def short(count: float) -> str:
     return f"{count:.3g}{unit}"
 
 
-def next_command(command: str) -> None:
-    """Print the command to type next, unwrapped so that it can be copied."""
-    console.print(f"Next: [bold]{command}[/bold]", soft_wrap=True, highlight=False)
+def say(words: str) -> None:
+    """Print a sentence as it is, unwrapped so that paths and commands can be copied."""
+    console.print(Text(words), soft_wrap=True)
+
+
+def say_next(command: str) -> None:
+    """Print the command to type next."""
+    console.print(Text.assemble("Next: ", (command, "bold")), soft_wrap=True)

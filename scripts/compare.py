@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the config comes first: --help and a misspelt key need nothing of what is imported below
+    from cleave.scripts.assembly.terminal import run
+
+    run("compare")
+
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 from pytorch_lightning import loggers as pl_loggers
 
@@ -19,9 +23,8 @@ from cleave.reports.rates.fronts import Setting, settings, trade_offs
 from cleave.reports.rates.plots import rate_plot, tradeoff_plot
 from cleave.reports.rates.results import Point
 from cleave.reports.rates.tables import print_tables
-from cleave.reports.terminal import console
+from cleave.reports.terminal import say
 from cleave.scripts.assembly.building import instantiate_each, plain
-from cleave.scripts.assembly.terminal import CONF, friendly, start
 
 
 @recorded_outcome()
@@ -40,7 +43,7 @@ def compare(cfg: DictConfig) -> dict[str, Path]:
     for logger in loggers:
         log_report(logger, known, files)
     for file in files.values():
-        console.print(f"Written: {file}", soft_wrap=True, highlight=False, markup=False)
+        say(f"Written: {file}")
     return files
 
 
@@ -112,12 +115,6 @@ def log_report(logger: Any, known: Sequence[Setting], files: dict[str, Path]) ->
     logger.finalize("success")
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="compare")
-@friendly
 def main(cfg: DictConfig) -> None:
     """Compare what was measured."""
     compare(cfg)
-
-
-if __name__ == "__main__":
-    start(main)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the config comes first: --help and a misspelt key need nothing of what is imported below
+    from cleave.scripts.assembly.terminal import run
+
+    run("cut_points")
+
 import dataclasses
 import math
+import shlex
 
-import hydra
 import torch
-from hydra.utils import instantiate
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cleave.architectures import cut_points
-from cleave.reports.terminal import console, next_command, short, table
-from cleave.scripts.assembly.terminal import CONF, friendly, start
+from cleave.reports.terminal import console, short, table
+from cleave.scripts.assembly.hints import next_command
+from cleave.scripts.assembly.networks import build_backbone
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="cut_points")
-@friendly
 def main(cfg: DictConfig) -> None:
     """Print the cut points of a backbone and mark those that send less than the image."""
-    backbone = instantiate(cfg.backbone, num_classes=cfg.num_classes)
+    side = cfg.image_size
+    backbone = build_backbone(cfg.backbone, cfg.num_classes, None if side is None else (side, side))
     image_input = backbone.input
     if cfg.image_size is not None:
         image_input = dataclasses.replace(image_input, height=cfg.image_size, width=cfg.image_size, resize=None)
@@ -48,8 +53,7 @@ def main(cfg: DictConfig) -> None:
     console.print(
         f"< an 8-bit representation here is smaller than the uint8 image of {image_bytes:,} bytes", highlight=False
     )
-    next_command("python scripts/train.py method=head_distillation split.at=LAYER teacher.ckpt_path=FILE …")
-
-
-if __name__ == "__main__":
-    start(main)
+    chosen = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    kept = " ".join(shlex.quote(word) for word in chosen if word.startswith("backbone"))
+    settings = {"method": "head_distillation", "split.at": "LAYER", "base.ckpt_path": "FILE"}
+    next_command("train", settings, f"{kept} …".strip())

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # it takes no options; to say so needs nothing of what is imported below
+    import argparse
+
+    argparse.ArgumentParser(description=__doc__).parse_args()
+
 import statistics
 from pathlib import Path
 from tempfile import mkdtemp
 
 from cleave.datamodules import Digits
 from cleave.deployment import ImageInput, Pipeline, Result, load_bundle
-from cleave.reports.terminal import console, next_command, table
+from cleave.reports.terminal import console, say_next, table
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.bundling import parity_words
+from cleave.scripts.assembly.hints import command
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.terminal import quiet, start
+from cleave.scripts.assembly.terminal import heed_signals, quiet, start
 from cleave.scripts.exits_report import POLICY, exits_report
 from cleave.scripts.export import export
 from cleave.scripts.train import train
@@ -22,6 +28,7 @@ SEEDS = (0, 1, 2)
 
 def main() -> None:
     """Run the demonstration and print its table."""
+    heed_signals()
     quiet()
     logs = Path("logs/demo")
     logs.mkdir(parents=True, exist_ok=True)
@@ -97,7 +104,7 @@ def report(
         ("  payload, mean over all images", f"{statistics.mean(sent):.1f} bytes"),
     ]
     table("Cleave on handwritten digits", rows)
-    next_command(f".venv/bin/python scripts/infer.py bundle={early} input=digits")
+    say_next(f".venv/bin/{command('infer', {'bundle': early, 'input': 'digits'})}")
 
 
 def percent(share: float) -> str:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the config comes first: --help and a misspelt key need nothing of what is imported below
+    from cleave.scripts.assembly.terminal import run
+
+    run("evaluate")
+
 from pathlib import Path
 
-import hydra
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from cleave.lightning_modules.callbacks.tracking import recorded_outcome
+from cleave.reports.answers import say_if_larger
 from cleave.reports.rates.measured import measured_points
 from cleave.reports.rates.results import RESULTS, write_results
-from cleave.reports.terminal import cost_rows, next_command, results_table, table
-from cleave.scripts.assembly.building import build_task, build_trainer, instantiate_each
+from cleave.reports.terminal import cost_rows, results_table, table
+from cleave.scripts.assembly.building import build_measured, build_trainer, instantiate_each, plain
 from cleave.scripts.assembly.bundling import recalibrate
+from cleave.scripts.assembly.hints import next_command, vouching
 from cleave.scripts.assembly.linking.report import path_record, path_table
 from cleave.scripts.assembly.networks import build_channel, keyed
 from cleave.scripts.assembly.outcome import run_of
 from cleave.scripts.assembly.restoring import Restored, restore, restore_data
-from cleave.scripts.assembly.terminal import CONF, friendly, start
 
 
 @recorded_outcome()
@@ -33,7 +38,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     data = restore_data(restored, cfg.data)
     # BatchNorm is measured over the link of training, as it was in training; only then comes the one to test.
     variant = [recalibrate(restored, data, cfg.recalibrate), set_channel(restored, cfg.get("channel"))]
-    task = build_task(restored.config, restored.network, restored.class_names)
+    task = build_measured(restored.config, restored.network, restored.class_names)
     loggers = instantiate_each(cfg.get("logger"))
     trainer = build_trainer(cfg, logger=loggers, enable_checkpointing=False)
     run = trainer.test if cfg.split == "test" else trainer.validate
@@ -42,6 +47,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if not trainer.is_global_zero:
         return metrics
     results_table(f"{cfg.ckpt_path} on {cfg.split}", metrics)
+    say_if_larger(metrics)
     table("Cost per image", cost_rows(restored.network.costs()), ("part", "MACs", "parameters"))
     path = path_record(restored.network, metrics)
     path_table(path)
@@ -49,8 +55,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     points = measured_points(run_words, task.measured() if cfg.split == "test" else None, restored.network)
     if points and points[0].kind == "run":
         write_results(Path(cfg.paths.output_dir) / RESULTS, points, path=path)
-    bits = f" codec.bits={cfg.codec.bits}" if restored.other_bits else ""
-    next_command(f"python scripts/export.py ckpt_path={cfg.ckpt_path}{bits}")
+    settings = {"ckpt_path": cfg.ckpt_path} | ({"codec.bits": cfg.codec.bits} if restored.other_bits else {})
+    next_command("export", settings | vouching(plain(restored.config)))
     return metrics
 
 
@@ -72,12 +78,6 @@ def set_channel(restored: Restored, channel: DictConfig | None) -> str | None:
     return link.in_words()
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
-@friendly
-def main(cfg: DictConfig) -> None:
-    """Evaluate a checkpoint."""
-    evaluate(cfg)
-
-
-if __name__ == "__main__":
-    start(main)
+def main(cfg: DictConfig) -> float | None:
+    """Evaluate a checkpoint and return its accuracy, which a sweep shows."""
+    return evaluate(cfg).get(f"{cfg.split}/acc")

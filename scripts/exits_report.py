@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the config comes first: --help and a misspelt key need nothing of what is imported below
+    from cleave.scripts.assembly.terminal import run
+
+    run("exits_report")
+
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning import loggers as pl_loggers
-from rich.markup import escape
 
 from cleave.architectures import StagedNetwork
 from cleave.datamodules import ImageDataModule
@@ -22,13 +25,13 @@ from cleave.reports.exits.measure import exit_costs, stored_logits
 from cleave.reports.exits.place import place
 from cleave.reports.exits.plots import accuracy_plot, exits_plot, shares_plot
 from cleave.reports.exits.points import Study, bounds, choose, exit_figures, policy_figures
-from cleave.reports.exits.tables import csv_rows, print_report, say
+from cleave.reports.exits.tables import csv_rows, print_report
 from cleave.reports.exits.timing import timed_batches, wall_clock
-from cleave.reports.terminal import next_command
+from cleave.reports.terminal import say
 from cleave.scripts.assembly.building import instantiate_each, plain
 from cleave.scripts.assembly.exits_settings import checked
+from cleave.scripts.assembly.hints import next_command, vouching
 from cleave.scripts.assembly.restoring import restore, restore_data
-from cleave.scripts.assembly.terminal import CONF, friendly, start
 
 SCHEMA = 1
 REPORT, POLICY = "exits_report", "exit_policy.json"
@@ -59,8 +62,8 @@ def exits_report(cfg: DictConfig) -> dict[str, Path]:
     for file in files.values():
         say(f"Written: {file}")
     if POLICY in files:
-        command = f"python scripts/export.py ckpt_path={cfg.ckpt_path} exits.policy_file={files[POLICY]}"
-        next_command(escape(command))
+        settings = {"ckpt_path": cfg.ckpt_path, "exits.policy_file": files[POLICY]}
+        next_command("export", settings | vouching(plain(restored.config)))
     return files
 
 
@@ -145,12 +148,6 @@ def log_report(logger: Any, report: dict[str, Any], files: dict[str, Path]) -> N
     logger.finalize("success")
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="exits_report")
-@friendly
 def main(cfg: DictConfig) -> None:
     """Report on early exits."""
     exits_report(cfg)
-
-
-if __name__ == "__main__":
-    start(main)

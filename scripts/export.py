@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the config comes first: --help and a misspelt key need nothing of what is imported below
+    from cleave.scripts.assembly.terminal import run
+
+    run("export")
+
 from pathlib import Path
 
-import hydra
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from cleave.deployment import check_target
 from cleave.lightning_modules.callbacks.tracking import WandbTracking, log_artifact, recorded_outcome, wandb_run
+from cleave.reports.answers import say_if_larger
 from cleave.reports.rates.measured import measured_points
-from cleave.reports.terminal import next_command, results_table
-from cleave.scripts.assembly.building import build_task, build_trainer, instantiate_each, plain
+from cleave.reports.terminal import results_table
+from cleave.scripts.assembly.building import build_measured, build_trainer, instantiate_each, plain
 from cleave.scripts.assembly.bundling import chosen_exits, example_input, recalibrate, write_bundle
+from cleave.scripts.assembly.hints import next_command
 from cleave.scripts.assembly.networks import choose_envelope
 from cleave.scripts.assembly.outcome import run_of
 from cleave.scripts.assembly.restoring import restore, restore_data
-from cleave.scripts.assembly.terminal import CONF, friendly, start
 
 
 @recorded_outcome()
@@ -39,10 +44,11 @@ def export(cfg: DictConfig) -> Path:
         raise ValueError("export runs on one device; add trainer.devices=1")
     for logger in trainer.loggers:
         logger.log_hyperparams({**plain(cfg), "trained": plain(restored.config)})
-    task = build_task(restored.config, restored.network, restored.class_names, policy=exits.policy)
+    task = build_measured(restored.config, restored.network, restored.class_names, policy=exits.policy)
     trainer.test(task, datamodule=data, verbose=False)
     metrics = dict(trainer.callback_metrics)
     results_table(f"{cfg.ckpt_path} on test", metrics)
+    say_if_larger(metrics)
     config = plain(restored.config)
     if restored.other_bits:
         config["recalibrate"] = plain(cfg.recalibrate)
@@ -60,16 +66,10 @@ def export(cfg: DictConfig) -> Path:
     )
     if run := wandb_run(trainer):
         log_artifact(run, bundle, kind="bundle", name="bundle")
-    next_command(f"python scripts/infer.py bundle={bundle} input={example_input(data)}")
+    next_command("infer", {"bundle": bundle, "input": example_input(data)})
     return bundle
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="export")
-@friendly
 def main(cfg: DictConfig) -> None:
     """Export a checkpoint."""
     export(cfg)
-
-
-if __name__ == "__main__":
-    start(main)

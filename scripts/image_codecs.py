@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the config comes first: --help and a misspelt key need nothing of what is imported below
+    from cleave.scripts.assembly.terminal import run
+
+    run("image_codecs")
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
-from rich.markup import escape
 from torch import Tensor, nn
 
 from cleave.architectures.naming import did_you_mean
@@ -17,9 +20,9 @@ from cleave.datamodules import ImageDataModule
 from cleave.deployment import ENVELOPE_BYTES, zstd_bytes
 from cleave.deployment.codecs.image_codecs import ImageCodec, image_codec
 from cleave.reports.rates.results import RESULTS, Point, write_results
-from cleave.reports.terminal import console, next_command, table
+from cleave.reports.terminal import console, table
+from cleave.scripts.assembly.hints import next_command
 from cleave.scripts.assembly.restoring import restore, restore_data
-from cleave.scripts.assembly.terminal import CONF, friendly, start
 
 LOSSY, LOSSLESS = ("jpeg", "webp"), {"webp_lossless": "webp", "png": "png"}
 
@@ -96,7 +99,7 @@ def image_codecs(cfg: DictConfig) -> list[Point]:
     points = [tally.point(backbone=backbone, checkpoint=str(cfg.ckpt_path)) for tally in tallies]
     file = Path(cfg.paths.output_dir) / RESULTS
     write_results(file, points, kind="baseline")
-    next_command(escape(f"python scripts/compare.py inputs=[{file},RUNS]"))
+    next_command("compare", {"inputs": [file, "RUNS"]})
     return points
 
 
@@ -143,12 +146,6 @@ def measure(
             tally.correct += int((network(arrived).argmax(1).cpu() == batch["labels"]).sum())
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="image_codecs")
-@friendly
 def main(cfg: DictConfig) -> None:
     """Measure image codecs."""
     image_codecs(cfg)
-
-
-if __name__ == "__main__":
-    start(main)

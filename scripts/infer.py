@@ -2,64 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+if __name__ == "__main__":  # the config comes first: --help and a misspelt key need nothing of what is imported below
+    from cleave.scripts.assembly.terminal import run
 
-import hydra
+    run("infer")
+
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from cleave.datamodules import Digits
 from cleave.datamodules.sets.image_folder import EXTENSIONS
-from cleave.deployment import ImageInput, Pipeline, Result, exit_shares, load_bundle, read_policy
-from cleave.reports.terminal import console, table
-from cleave.scripts.assembly.terminal import CONF, friendly, start
+from cleave.deployment import Bundle, Codec, ImageInput, Pipeline, Result, exit_shares, load_bundle, read_policy
+from cleave.reports.answers import Answer, check_file, print_answers, print_larger_than_files, write_answers
+from cleave.reports.terminal import say, table
+from cleave.scripts.assembly.hints import command
 
 
 def infer(cfg: DictConfig) -> list[str]:
-    """Run what the config describes, print it, and return the predicted class names."""
-    if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number of at least 1, got {cfg.batch_size}")
-    if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={cfg.device}: torch finds no CUDA device here; use device=cpu")
-    bundle = load_bundle(cfg.bundle, device=cfg.device)
-    if [output.kind for output in bundle.manifest.outputs] != ["logits"]:
-        found = ", ".join(f"{output.name} ({output.kind})" for output in bundle.manifest.outputs)
-        raise ValueError(f"bundle={cfg.bundle} answers with {found}; infer.py names classes, so run it by Pipeline")
-    file = cfg.exits.policy_file
-    pipeline = Pipeline(bundle, bits=cfg.bits, policy=None if file is None else read_policy(file))
-    known = bundle.manifest.exits
-    rows: list[tuple[str, ...]] = []
-    predicted: list[str] = []
-    lengths: list[int] = []
+    """Run what the config describes, print it, write the answers where asked to, and return the predicted classes."""
+    pipeline, output = checked(cfg)
+    answers: list[Answer] = []
     left: list[int] = []
     seconds: dict[str, float] = {}
-    for names, images, labels in batches(cfg, pipeline):
+    for batch in batches(cfg, pipeline):
         # TorchScript profiles its first two runs and compiles; that is not what a device would measure.
-        for _ in range(0 if rows else 3):
-            pipeline.run(images)
-        result = pipeline.run(images)
+        for _ in range(0 if answers else 3):
+            pipeline.run(batch.images)
+        result = pipeline.run(batch.images)
         for part, spent in timings(pipeline, result):
             seconds[part] = seconds.get(part, 0.0) + spent
-        lengths += result.payload_bytes
-        exits = [] if result.exits is None else result.exits.tolist()
-        left += exits
-        (logits,) = result.outputs.values()
-        confidences, indices = (values.tolist() for values in logits.softmax(1).max(1))
-        for i, name in enumerate(names):
-            predicted.append(bundle.class_names[indices[i]])
-            where = (known[exits[i]].name,) if exits else ()
-            row = (name, predicted[-1], labels[i], f"{confidences[i]:.3f}", f"{result.payload_bytes[i]:,}")
-            rows.append((*row, *where))
-    header = ("image", "prediction", "label", "confidence", "payload bytes", *(("exit",) if known else ()))
-    table(f"{len(rows)} images through {cfg.bundle}", rows, header)
+        left += [] if result.exits is None else result.exits.tolist()
+        answers += answered(pipeline, batch, result)
+    if output is not None:
+        write_answers(output, answers)
+    print_answers(f"{len(answers)} images through {cfg.bundle}", answers)
+    if cfg.input != "digits" and (found := len(image_files(Path(cfg.input)))) > len(answers):
+        say(f"These are the first {len(answers):,} of {found:,} images, by their names; limit=null runs all")
+    lengths = [answer.payload_bytes for answer in answers]
     if pipeline.crossings:
-        console.print(f"Payload: {length_words(lengths)}. {width_words(pipeline)}", soft_wrap=True, highlight=False)
+        say(f"Payload: {length_words(lengths)}. {width_words(pipeline)}")
+        print_larger_than_files(answers)
+    if (unmeasured := unmeasured_words(pipeline, cfg.bits)) is not None:
+        say(unmeasured)
     exits_summary(pipeline, left, lengths)
-    per_image = [(part, f"{1000 * spent / len(rows):.3f}") for part, spent in seconds.items()]
-    table(f"Milliseconds per image, batches of {min(cfg.batch_size, len(rows))}", per_image)
-    return predicted
+    per_image = [(part, f"{1000 * spent / len(answers):.3f}") for part, spent in seconds.items()]
+    table(f"Milliseconds per image, batches of {min(cfg.batch_size, len(answers))}", per_image)
+    if output is not None:
+        say(f"Written: {output}")
+    return [answer.prediction for answer in answers]
+
+
+def checked(cfg: DictConfig) -> tuple[Pipeline, Path | None]:
+    """Return the pipeline that a config describes, and where its answers are to be written.
+
+    Raises:
+        ValueError: A setting is out of range, or the bundle does not name classes.
+    """
+    if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, got {cfg.batch_size}")
+    if cfg.limit is not None and (not isinstance(cfg.limit, int) or cfg.limit < 1):
+        raise ValueError(f"limit must be a whole number of at least 1, or null for all images, got {cfg.limit}")
+    if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={cfg.device}: torch finds no CUDA device here; use device=cpu")
+    output = check_file(cfg.output)
+    bundle = load_bundle(cfg.bundle, device=cfg.device)
+    if [each.kind for each in bundle.manifest.outputs] != ["logits"]:
+        found = ", ".join(f"{each.name} ({each.kind})" for each in bundle.manifest.outputs)
+        raise ValueError(f"bundle={cfg.bundle} answers with {found}; infer.py names classes, so run it by Pipeline")
+    file = cfg.exits.policy_file
+    return Pipeline(bundle, bits=cfg.bits, policy=None if file is None else read_policy(file)), output
+
+
+class Batch(NamedTuple):
+    """Images as a bundle takes them, uint8 (B, C, H, W), with what is known of each."""
+
+    images: Tensor
+    names: list[str]
+    labels: list[str | None]
+    file_bytes: list[int | None]
+
+
+def answered(pipeline: Pipeline, batch: Batch, result: Result) -> Iterator[Answer]:
+    """Put what came out of a batch beside what is known of its images."""
+    (logits,) = result.outputs.values()
+    confidences, indices = (values.tolist() for values in logits.softmax(1).max(1))
+    exits = [] if result.exits is None else result.exits.tolist()
+    for i, name in enumerate(batch.names):
+        yield Answer(
+            image=name,
+            prediction=pipeline.bundle.class_names[indices[i]],
+            label=batch.labels[i],
+            confidence=confidences[i],
+            payload_bytes=result.payload_bytes[i],
+            file_bytes=batch.file_bytes[i],
+            exit=None if not exits else pipeline.bundle.manifest.exits[exits[i]].name,
+        )
 
 
 def exits_summary(pipeline: Pipeline, left: Sequence[int], lengths: Sequence[int]) -> None:
@@ -73,10 +116,7 @@ def exits_summary(pipeline: Pipeline, left: Sequence[int], lengths: Sequence[int
     decides = "no policy" if policy is None else f"the policy {policy.kind}"
     table(f"Where images left, by {decides}", rows, ("exit", "share", "MACs until there"))
     mean = sum(share * cost for share, cost in zip(shares, costs, strict=True))
-    console.print(
-        f"Per image: {mean:,.0f} MACs ({mean / costs[-1]:.1%} of all), {sum(lengths) / len(lengths):,.1f} bytes",
-        highlight=False,
-    )
+    say(f"Per image: {mean:,.0f} MACs ({mean / costs[-1]:.1%} of all), {sum(lengths) / len(lengths):,.1f} bytes")
 
 
 def length_words(lengths: Sequence[int]) -> str:
@@ -87,11 +127,48 @@ def length_words(lengths: Sequence[int]) -> str:
 
 
 def width_words(pipeline: Pipeline) -> str:
-    """Say at which widths the codes were sent, and how to ask for another."""
-    widths = [codec.bits for codec in pipeline.codecs.values() if codec.levels]
+    """Say at which widths the codes were sent, and how to ask for another that was measured."""
+    widths = widths_of(pipeline.codecs)
     if not widths:
         return "There is no other width."
-    return f"Codes of {' and '.join(map(str, widths))} bits; another width: add bits={4 if 4 not in widths else 8}"
+    others = sorted(measured_widths(pipeline.bundle) - set(widths))
+    more = f"; also measured: {', '.join(f'bits={bits}' for bits in others)}" if others else ""
+    return f"Codes of {' and '.join(map(str, widths))} bits{more}"
+
+
+def widths_of(codecs: Mapping[str, Codec]) -> list[int]:
+    """Return the widths of all integer codes that are sent."""
+    return [codec.bits for codec in codecs.values() if codec.levels]
+
+
+def points_of(bundle: Bundle) -> list[Mapping[str, Any]]:
+    """Return what a bundle's manifest says was measured, a point for each width."""
+    points = bundle.manifest.metrics.get("points")
+    return [point for point in points if isinstance(point, dict)] if isinstance(points, list) else []
+
+
+def measured_widths(bundle: Bundle) -> set[int]:
+    """Return the widths at which a bundle was measured as a whole: its own, and those that it was trained for."""
+    own = set(widths_of(bundle.manifest.route.codecs))
+    points = points_of(bundle)
+    several = {bits for point in points if isinstance(bits := point.get("bits"), int)} if len(points) > 1 else set()
+    return several | (own if len(own) == 1 else set())
+
+
+def unmeasured_words(pipeline: Pipeline, bits: int | None) -> str | None:
+    """Warn of a width at which nobody has measured the network, and name the way to one that is measured."""
+    own = sorted(set(widths_of(pipeline.bundle.manifest.route.codecs)))
+    if bits is None or bits in measured_widths(pipeline.bundle):
+        return None
+    # A bundle knows its checkpoint by name alone.
+    names = (point.get("checkpoint") for point in points_of(pipeline.bundle))
+    known = next((f", of {name}" for name in names if name), "")
+    way = command("export", {"ckpt_path": "FILE", "codec.bits": bits})
+    return (
+        f"Warning: bits={bits} was never measured. This bundle was made for {' and '.join(map(str, own))} bits; at "
+        "others its BatchNorm statistics do not fit, and answers may be far worse. "
+        f"A bundle for {bits} bits{known}: {way}"
+    )
 
 
 def timings(pipeline: Pipeline, result: Result) -> Iterator[tuple[str, float]]:
@@ -104,8 +181,8 @@ def timings(pipeline: Pipeline, result: Result) -> Iterator[tuple[str, float]]:
             yield f"unpack after {name}", sum(result.decode_seconds[key] for key in sent)
 
 
-def batches(cfg: DictConfig, pipeline: Pipeline) -> Iterator[tuple[list[str], Tensor, list[str]]]:
-    """Read the images batch by batch: their names, uint8 tensor (B, C, H, W), and labels, empty where unknown.
+def batches(cfg: DictConfig, pipeline: Pipeline) -> Iterator[Batch]:
+    """Read the images batch by batch; the class of a file is the folder nearest to it that has a class's name.
 
     Raises:
         FileNotFoundError: ``input`` is neither ``digits``, nor a file, nor a folder with images.
@@ -119,15 +196,27 @@ def batches(cfg: DictConfig, pipeline: Pipeline) -> Iterator[tuple[list[str], Te
         for start in range(0, len(images), size):
             some = range(start, min(start + size, len(images)))
             known = [data.class_names[label] for label in labels[some.start : some.stop].tolist()]
-            yield [f"digit {i}" for i in some], images[some.start : some.stop], known
+            yield Batch(images[some.start : some.stop], [f"digit {i}" for i in some], known, [None] * len(some))
         return
     folder = Path(cfg.input)
     files = image_files(folder)[: cfg.limit]
     for start in range(0, len(files), size):
         some_files = files[start : start + size]
-        images = torch.stack([pipeline.preprocess(file) for file in some_files])
-        names = [str(file.relative_to(folder)) if folder.is_dir() else file.name for file in some_files]
-        yield names, images, [""] * len(some_files)
+        yield Batch(
+            torch.stack([pipeline.preprocess(file) for file in some_files]),
+            [str(file.relative_to(folder)) if folder.is_dir() else file.name for file in some_files],
+            [class_of(file, folder, pipeline.bundle.class_names) for file in some_files],
+            [file.stat().st_size for file in some_files],
+        )
+
+
+def class_of(file: Path, root: Path, class_names: Sequence[str]) -> str | None:
+    """Return the class that the folders of an image name, the nearest first and the root's own last; ``None``: none."""
+    depth = len(file.relative_to(root).parts) if root.is_dir() else 1
+    folders = [folder.name for folder in file.absolute().parents[:depth]]
+    known = {unicodedata.normalize("NFC", name): name for name in class_names}
+    found = (known.get(unicodedata.normalize("NFC", name)) for name in folders)
+    return next((name for name in found if name is not None), None)
 
 
 def image_input(pipeline: Pipeline) -> ImageInput:
@@ -152,12 +241,6 @@ def image_files(path: Path) -> list[Path]:
     return files
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="infer")
-@friendly
 def main(cfg: DictConfig) -> None:
     """Run a bundle."""
     infer(cfg)
-
-
-if __name__ == "__main__":
-    start(main)

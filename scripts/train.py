@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the config comes first: --help and a misspelt key need nothing of what is imported below
+    from cleave.scripts.assembly.terminal import run
+
+    run("train")
+
 from typing import Any
 
-import hydra
 import pytorch_lightning as pl
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
 from cleave.architectures import Cost
 from cleave.lightning_modules import signals
 from cleave.lightning_modules.callbacks.metadata import KEY
 from cleave.lightning_modules.callbacks.tracking import recorded_outcome
+from cleave.lightning_modules.checkpoints.loading import check_kind, load_strictly, network_state, read_checkpoint
 from cleave.scripts.assembly.building import Assembly, assemble, instantiate_each, plain
 from cleave.scripts.assembly.bundling import chosen_exits
 from cleave.scripts.assembly.fitting import Fit, Fitted, fit, only_tested, prepare
-from cleave.scripts.assembly.outcome import Outcome, finish
+from cleave.scripts.assembly.given.resumed import compare, explained
+from cleave.scripts.assembly.idle import say_what_is_idle
+from cleave.scripts.assembly.outcome import Outcome, finish, returned
 from cleave.scripts.assembly.recipe import all_steps, steps_to_go
-from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
+from cleave.scripts.assembly.restoring import validated
 from cleave.scripts.assembly.stopping import forwarding, requeued, telling_what_is_kept
-from cleave.scripts.assembly.terminal import CONF, friendly, quiet, start
+from cleave.scripts.assembly.sweeps import sweeping
+from cleave.scripts.assembly.terminal import quiet
 
 
 @recorded_outcome()
@@ -34,13 +40,36 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.train and cfg.ckpt_path is None:
         cfg.ckpt_path = requeued(cfg)
     checkpoint = read_checkpoint(cfg.ckpt_path) if cfg.ckpt_path else None
+    with explained(cfg, checkpoint if cfg.train else None):
+        parts, fits, loggers = planned_run(cfg, checkpoint)
+    fitted = [Fitted(**before) for before in checkpoint[KEY].get("before", [])] if checkpoint else []
+    # As the checkpoint holds it, unless that is of one step alone.
+    log_setup(loggers, plain(fits[0].step.config if cfg.steps is None else cfg), parts, fits)
+    for planned in fits:
+        fitted.append(fit(planned, parts, fitted) if cfg.train else only_tested(planned))
+    outcome = perfect = tested(cfg, fits[-1], parts, fitted[-1].best, validation=True)
+    if cfg.test and cfg.export and any(each.channel is not None for each in parts.network.bottlenecks.values()):
+        # A bundle is measured through its bytes, which its runtime delivers whole; the loggers keep the link's numbers.
+        parts.network.set_channel(None)
+        fits[-1].trainer.loggers = []
+        perfect = tested(cfg, fits[-1], parts, fitted[-1].best, validation=False)
+        fits[-1].trainer.loggers = loggers
+    if fits[-1].trainer.is_global_zero:
+        finish(fits[-1].step.config, parts, fitted, outcome, perfect, fits[-1].trainer)
+    return {name: float(value) for name, value in outcome.metrics.items()}
+
+
+def planned_run(cfg: DictConfig, checkpoint: dict[str, Any] | None) -> tuple[Assembly, list[Fit], list[Any]]:
+    """Build all that a run is made of, its network with the checkpoint's weights: its parts, fits and loggers.
+
+    What cannot be built or resumed from is named before any training time is spent, of the last step too.
+    """
     steps = all_steps(cfg)
     to_go = steps_to_go(cfg, steps, checkpoint)
     parts = assemble(to_go[0].config, [step.config.method for step in steps])
     tracked = checkpoint[KEY].get("wandb_id") if checkpoint else None
     track_on(cfg, tracked)
     loggers = instantiate_each(cfg.get("logger"))
-    # What cannot be built or resumed from is named before any training time is spent, of the last step too.
     fits = [prepare(step, parts, loggers) for step in to_go]
     for planned in fits:
         planned.metadata.wandb_id = tracked
@@ -49,26 +78,15 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             f"teacher.ckpt_path={cfg.teacher.ckpt_path} would be ignored: nothing learns from a teacher; set a method "
             "that distils, such as method=exits_distilled method.loss.source=teacher, or leave it out"
         )
+    say_what_is_idle(to_go[-1].config)
     if cfg.export:
         chosen_exits(parts.network, parts.data, to_go[-1].config)
-    fitted: list[Fitted] = []
     if checkpoint:
+        check_kind(checkpoint, parts.network, cfg.ckpt_path)
         load_strictly(parts.network, network_state(checkpoint), f"the checkpoint {cfg.ckpt_path}")
-        fitted = [Fitted(**before) for before in checkpoint[KEY].get("before", [])]
-    # As the checkpoint holds it, unless that is of one step alone.
-    log_setup(loggers, plain(fits[0].step.config if cfg.steps is None else cfg), parts, fits)
-    for planned in fits:
-        fitted.append(fit(planned, parts, fitted) if cfg.train else only_tested(planned))
-    outcome = perfect = tested(cfg, fits[-1], parts, fitted[-1].best)
-    if cfg.test and cfg.export and any(each.channel is not None for each in parts.network.bottlenecks.values()):
-        # A bundle is measured through its bytes, which its runtime delivers whole; the loggers keep the link's numbers.
-        parts.network.set_channel(None)
-        fits[-1].trainer.loggers = []
-        perfect = tested(cfg, fits[-1], parts, fitted[-1].best)
-        fits[-1].trainer.loggers = loggers
-    if fits[-1].trainer.is_global_zero:
-        finish(fits[-1].step.config, parts, fitted, outcome, perfect, fits[-1].trainer)
-    return {name: float(value) for name, value in outcome.metrics.items()}
+        if cfg.train:
+            compare(cfg, plain(fits[0].step.config), checkpoint)
+    return parts, fits, loggers
 
 
 def track_on(cfg: DictConfig, run: str | None) -> None:
@@ -84,14 +102,14 @@ def track_on(cfg: DictConfig, run: str | None) -> None:
             logger.id = run
 
 
-def sweeping() -> bool:
-    """Return whether this is one of the jobs of a Hydra multirun."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None, *, validation: bool) -> Outcome:
+    """Test the best weights, if the config says so, and return what was measured by now.
 
-
-def tested(cfg: DictConfig, planned: Fit, parts: Assembly, best: str | None) -> Outcome:
-    """Test the best weights, if the config says so, and return what was measured by now."""
+    With ``validation`` what was validated stands beside it: of the best weights, not of the last epoch's.
+    """
     metrics = dict(planned.trainer.callback_metrics)
+    if best and validation:
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("val/")} | validated(best)
     if not cfg.test:
         return Outcome(metrics, None)
     file = best or (None if cfg.train else cfg.ckpt_path)
@@ -134,20 +152,12 @@ def refuse_subprocess_sweep(cfg: DictConfig) -> None:
         )
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="train")
-@friendly
 def main(cfg: DictConfig) -> float | None:
     """Train and return the optimised metric to the sweeper."""
     with telling_what_is_kept(cfg), recorded_outcome():
-        metrics = train(cfg)
-        if cfg.train and cfg.optimized_metric and cfg.optimized_metric not in metrics:
-            known = ", ".join(sorted(metrics))
-            raise ValueError(f"optimized_metric={cfg.optimized_metric} was not measured; measured were {known}")
-    return metrics.get(cfg.optimized_metric)
+        return returned(cfg, train(cfg))
 
 
-if __name__ == "__main__":
-    start(main)
-elif __name__ == "__mp_main__":  # a rank of ddp_spawn
+if __name__ == "__mp_main__":  # a rank of ddp_spawn
     quiet()
     signals.install()

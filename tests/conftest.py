@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter
 
@@ -13,26 +14,31 @@ from pathlib import Path
 import pytest
 
 TRACED_CASES = 2
+TRACED_SECONDS = 0.8
 _cases: Counter[str] = Counter()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Leave most of the tests' time out of the coverage, as tracing more than doubles it.
+    """Leave most of the tests' time out of the coverage, as tracing nearly doubles it.
 
-    Of a parametrised test the first cases are traced, as the others run the same lines; what is marked ``untraced`` is
-    not traced at all, fixtures included. Not by stopping coverage, which goes back to an outer one where pytest-cov has
-    started two.
+    A test is traced for its first seconds of computing, as what takes longer goes over the same lines again; of a
+    parametrised test the first cases are, and what is marked ``untraced`` is not at all, fixtures included. Not by
+    stopping coverage, which goes back to an outer one where pytest-cov has started two.
     """
     tracer, test = sys.gettrace(), item.nodeid.partition("[")[0]
-    _cases[test] += 1
-    repeated = _cases[test] > TRACED_CASES or item.get_closest_marker("untraced")
-    if not repeated or type(tracer).__module__ != "coverage":
+    if type(tracer).__module__ != "coverage":
         return (yield)
-    sys.settrace(None)
+    _cases[test] += 1
+    if _cases[test] > TRACED_CASES or item.get_closest_marker("untraced"):
+        sys.settrace(None)
+    else:
+        signal.signal(signal.SIGVTALRM, lambda number, frame: sys.settrace(None))
+        signal.setitimer(signal.ITIMER_VIRTUAL, TRACED_SECONDS)
     try:
         return (yield)
     finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         sys.settrace(tracer)
 
 

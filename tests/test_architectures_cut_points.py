@@ -75,7 +75,13 @@ SMALL = {
 
 
 @pytest.mark.untraced
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("selecsls", "mobilenet", "maxvit", "resnet18")))
+        for name in SMALL
+    ],
+)
 def test_every_listed_point_is_accepted_by_cut(family):
     build, size = SMALL[family]
     network, sample = build(), images(1, size)

@@ -424,7 +424,7 @@ import deployment
 assert deployment.__file__.startswith({alone!r})
 bundle = deployment.load_bundle({bundle!r})
 bundle.self_test()
-result = deployment.Pipeline(bundle).run(bundle.samples["device"]["images"])
+result = deployment.Pipeline(bundle, envelope=False).run(bundle.samples["device"]["images"])
 print(json.dumps([payload.hex() for payload in result.payloads["cut"]]))
 """
 

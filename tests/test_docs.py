@@ -100,8 +100,13 @@ def test_every_object_that_a_document_names_exists(document):
 def commands(document: str) -> list[tuple[str, ...]]:
     """The commands of a document: a script's name, empty where none is named, and its overrides."""
     lines = [line for text in fences(document, "bash") for line in shell_lines(text)]
+    return commands_in([*lines, *spans(document)])
+
+
+def commands_in(lines: list[str]) -> list[tuple[str, ...]]:
+    """The commands among some lines."""
     found = []
-    for words in (split_words(line) for line in [*lines, *spans(document)]):
+    for words in (split_words(line) for line in lines):
         script = next((Path(word).stem for word in words if word.endswith(".py")), "")
         overrides = [word for word in words if OVERRIDE.fullmatch(word)]
         if overrides and script in ("", *SCRIPTS) and len(words) == len(overrides) + len(prefix(words)):

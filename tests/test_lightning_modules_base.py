@@ -3,6 +3,8 @@ import functools
 import pytest
 import pytorch_lightning as pl
 import torch
+from timm import create_model
+from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -70,6 +72,30 @@ def test_layer_wise_rates_take_the_longest_prefix():
     assert measured["a.0.weight"] == pytest.approx(0.01)
     assert measured["a.3.weight"] == measured["a.3.bias"] == pytest.approx(0.05)
     assert measured["b.3.weight"] == 0.1
+
+
+def test_rates_decay_over_the_layers_as_in_timm():
+    backbone = create_model("vit_tiny_patch16_224", num_classes=7, img_size=32, depth=3)
+    expected = {}
+    for group in param_groups_layer_decay(backbone, layer_decay=0.5):
+        expected |= {id(parameter): 0.1 * group["lr_scale"] for parameter in group["params"]}
+    expected = {name: expected[id(parameter)] for name, parameter in backbone.named_parameters()}
+    assert len(set(expected.values())) == 5
+    network = staged_network(backbone, torch.randn(2, 3, 32, 32), split="blocks.0", form="insert")
+    task = Classification(network, training=Training(SGD, layer_decay=0.5), train=["backbone", "bottleneck"])
+    rates = {id(p): group["lr"] for group in task.parameter_groups() for p in group["params"]}
+    measured = {name: rates[id(parameter)] for name, parameter in task.network.named_weights()}
+    new = set(measured) - set(expected)
+    assert new
+    assert {measured[name] for name in new} == {0.1}
+    assert {name: measured[name] for name in expected} == pytest.approx(expected)
+
+
+def test_rates_cannot_decay_over_layers_that_nobody_grouped():
+    with pytest.raises(ValueError, match=r"layer_decay=0\.5 needs a backbone that groups its layers"):
+        build(net(), layer_decay=0.5)
+    with pytest.raises(ValueError, match=r"layer_decay must lie in \(0, 1\], got 1\.5"):
+        Training(layer_decay=1.5)
 
 
 def test_channels_last_changes_the_memory_of_maps_alone():

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cleave.lightning_modules.checkpoints.loading import read_checkpoint
 from cleave.scripts.assembly.building import assemble, compose_config
 from cleave.scripts.assembly.recipe import all_steps
-from cleave.scripts.assembly.restoring import read_checkpoint, restore
+from cleave.scripts.assembly.restoring import restore
 from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.train import train
 

@@ -181,7 +181,7 @@ def test_what_cannot_be_exported_is_told_before_any_test(
     (tmp_path / "damaged.json").write_bytes(policy_file(tmp_path).read_bytes()[:-20])
     (tmp_path / "four").mkdir()
     policy_file(tmp_path / "four", exits=4, thresholds=0.5)
-    monkeypatch.setattr("cleave.scripts.export.build_task", lambda *_, **__: pytest.fail("it went on"))
+    monkeypatch.setattr("cleave.scripts.export.build_measured", lambda *_, **__: pytest.fail("it went on"))
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         exported(ran, tmp_path, *(each.format(folder=tmp_path) for each in overrides))
     assert not (tmp_path / "bundle").exists()

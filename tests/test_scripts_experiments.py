@@ -7,7 +7,6 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from cleave.reports.rates.collect import collect
-from cleave.reports.rates.results import RESULTS
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore
 from cleave.scripts.assembly.terminal import CONF, missing_values, quiet
@@ -50,14 +49,11 @@ def test_each_experiment_runs_tests_and_is_rebuilt_from_its_checkpoint(name, tmp
     given = needed(name, tmp_path, teacher_file)
     metrics = train(compose_config("train", [f"experiment={name}", *QUICK, *given], tmp_path))
     assert {"val/acc", "test/acc", "test/loss", "test/ece"} <= set(metrics)
-    if "test/payload_bytes" in metrics or name == "digits_teacher":  # exits alone have a report of their own
-        (point,) = collect([tmp_path])
-        around_exits = "test/policy/acc" in metrics
-        assert point.accuracy == pytest.approx(metrics["test/policy/acc" if around_exits else "test/acc"])
-        unsplit = name == "digits_teacher"
-        assert (point.kind, point.payload_bytes == 64) == (("baseline", True) if unsplit else ("run", False))
-    else:
-        assert not list(tmp_path.rglob(RESULTS))
+    (point,) = collect([tmp_path])
+    around_exits = "test/policy/acc" in metrics
+    assert point.accuracy == pytest.approx(metrics["test/policy/acc" if around_exits else "test/acc"])
+    assert point.kind == ("baseline" if name == "digits_teacher" else "run")
+    assert (point.payload_bytes == 64) == ("test/payload_bytes" not in metrics)
     checkpoint = max(tmp_path.rglob("best.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     again = evaluate(compose_config("evaluate", [f"ckpt_path={checkpoint}", *OVERRIDES], tmp_path / "evaluate"))
     for metric, value in again.items():

@@ -139,5 +139,5 @@ def test_the_script_prints_a_table_and_what_comes_next(teacher_file, tmp_path):
     assert "jpeg input, q50" in told
     assert "payload bytes" in told
     assert "as a file" in told
-    assert f"python scripts/compare.py inputs=[{tmp_path}/o/results.json" in told
+    assert f"python scripts/compare.py 'inputs=[{tmp_path}/o/results.json,RUNS]'" in told
     assert "ckpt_path has no value" in run_script("image_codecs", folder=tmp_path / "p", code=1)

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from cleave.architectures import create_backbone
+from cleave.architectures.linking.described import Host
 from cleave.datamodules import Digits
 from cleave.deployment import ENVELOPE_BYTES, ImageInput, Pipeline, load_bundle
+from cleave.lightning_modules.checkpoints.loading import file_sha256
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.linking.lending import lend
-from cleave.scripts.assembly.networks import Host, build_network
-from cleave.scripts.assembly.restoring import file_sha256, restore
+from cleave.scripts.assembly.networks import build_network
+from cleave.scripts.assembly.restoring import restore
 from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export

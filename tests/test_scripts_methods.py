@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from cleave.architectures import StagedNetwork
+from cleave.architectures.described import GROUPS
 from cleave.deployment import (
     ENVELOPE_BYTES,
     Bundle,
@@ -23,12 +24,11 @@ from cleave.deployment import (
     load_bundle,
 )
 from cleave.deployment.codecs.tiled_image import TiledImageCodec
+from cleave.lightning_modules.checkpoints.trust import check_targets
 from cleave.reports.rates.collect import collect
 from cleave.scripts.assembly.building import compose_config
-from cleave.scripts.assembly.networks import NETWORK
 from cleave.scripts.assembly.restoring import restore, restore_data
 from cleave.scripts.assembly.terminal import quiet
-from cleave.scripts.assembly.trust import check_targets
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.infer import infer
@@ -282,4 +282,4 @@ def test_another_version_of_a_lossy_codec_is_no_fault_of_the_partitions(ran, los
 
 def test_what_a_method_names_runs_without_trust(ran):
     config = torch.load(ran.checkpoint, weights_only=True)["cleave"]["config"]
-    check_targets({key: config[key] for key in (*NETWORK, "data", "method", "training")}, "x.ckpt", trusted=False)
+    check_targets({key: config[key] for key in (*GROUPS, "data", "method", "training")}, "x.ckpt", trusted=False)

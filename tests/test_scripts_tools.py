@@ -1,6 +1,10 @@
 """cut_points, evaluate, export and infer as a person runs them."""
 
+import csv
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +13,7 @@ import pytest
 from PIL import Image
 
 from cleave.deployment import ENVELOPE_BYTES
+from cleave.lightning_modules.command_line import in_hydra
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.evaluate import evaluate
@@ -93,10 +98,109 @@ def test_infer_reads_digits_a_folder_and_one_image_alike(bundle, tmp_path, capsy
     assert from_digits == from_folder
     assert from_file == from_folder[3:4]
     printed = capsys.readouterr().out
-    assert "40" in printed  # 8 bytes of range and 64 codes of 4 bits
+    assert "Payload: 52 bytes an image" in printed  # the envelope, 8 bytes of range and 64 codes of 4 bits
     assert "pack after device" in printed
     infer(compose_config("infer", [*run, "input=digits", "bits=8"], tmp_path / "out"))
-    assert "72" in capsys.readouterr().out
+    assert "Payload: 84 bytes an image" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """Digits as files by class: more than the table shows, in folders with names that no table is wide enough for."""
+    from cleave.datamodules import Digits
+
+    root = tmp_path_factory.mktemp("tree") / "some [very] bold folder"
+    batch = Digits().sample_batch("test", 40)
+    for i, (pixels, label) in enumerate(zip(batch["images"], batch["labels"].tolist(), strict=True)):
+        folder = root / str(label) / "taken in a place that has a long name" / "and on a day that has another one"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[0].numpy()).save(folder / f"{i}.png")
+    return root
+
+
+def inferred(bundle: Path, folder: Path, *overrides: str) -> list[str]:
+    return infer(compose_config("infer", [f"bundle={bundle}", *overrides], folder))
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "CSV"])
+def test_class_folders_give_an_accuracy_and_a_file(bundle, tree, tmp_path, capsys, ending):
+    file = tmp_path / "new" / f"answers.{ending}"
+    predicted = inferred(bundle, tmp_path, f"input={in_hydra(tree)}", "limit=null", f"output={file}")
+    printed = capsys.readouterr().out
+    if ending == "jsonl":
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    else:
+        rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert [row["prediction"] for row in rows] == predicted
+    assert all(Path(row["image"]).parts[0] == row["label"] for row in rows)
+    assert all((tree / row["image"]).stat().st_size == int(row["file_bytes"]) for row in rows)
+    right = sum(row["prediction"] == row["label"] for row in rows)
+    assert sum(str(row["correct"]) == "True" for row in rows) == right
+    assert f"Accuracy: {right / 40:.2%}, {right} of 40 images with a label" in printed
+    assert f"Written: {file}" in printed
+
+
+def test_the_table_is_cut_to_what_fits(bundle, tree, tmp_path, capsys):
+    inferred(bundle, tmp_path, f"input={in_hydra(tree)}", "limit=null")
+    table = capsys.readouterr().out.partition("Accuracy")[0].splitlines()
+    assert "… and 8 more; output=FILE.csv or output=FILE.jsonl writes all of them" in table
+    assert f"40 images through {bundle}" in table
+    assert sum(line.rstrip().endswith("│") for line in table) == 32
+    assert len({len(line) for line in table if line.startswith(("│", "┃"))}) == 1
+    assert all(len(line) <= 120 for line in table if line.startswith("│"))
+    assert sum(bool(re.search(r"…\S.*another one/\d+\.png", line)) for line in table) == 32
+
+
+def test_an_accuracy_over_the_first_images_alone_says_so(bundle, tree, tmp_path, capsys):
+    inferred(bundle, tmp_path, f"input={in_hydra(tree)}", "limit=5")
+    assert "These are the first 5 of 40 images, by their names; limit=null runs all" in capsys.readouterr().out
+    inferred(bundle, tmp_path, f"input={in_hydra(tree)}", "limit=40")
+    assert "These are the first" not in capsys.readouterr().out
+    for limit in ("0", "-1", "many"):
+        with pytest.raises(ValueError, match=f"limit must be .* got {limit}"):
+            inferred(bundle, tmp_path, "input=digits", f"limit={limit}")
+
+
+def test_images_without_a_class_have_no_accuracy(bundle, tree, tmp_path, capsys):
+    picture = next(tree.rglob("*.png"))
+    shutil.copy(picture, tmp_path / "alone.png")
+    inferred(bundle, tmp_path, f"input={tmp_path}/alone.png")
+    assert "Accuracy" not in capsys.readouterr().out
+    (tmp_path / "7").mkdir()
+    shutil.copy(picture, tmp_path / "7")
+    inferred(bundle, tmp_path, f"input={tmp_path}/7")
+    assert "of 1 images with a label" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["answers.txt", "answers", "."])
+def test_a_file_of_no_known_format_is_refused_before_anything_runs(tmp_path, output):
+    with pytest.raises(ValueError, match=r"output=.* must be a file that ends in \.csv or \.jsonl"):
+        inferred(tmp_path / "nowhere", tmp_path, "input=digits", f"output={output}")
+
+
+@pytest.mark.parametrize("bits", [2, 16])
+def test_a_width_nobody_measured_is_warned_of_with_the_way_to_one(bundle, tmp_path, capsys, bits):
+    inferred(bundle, tmp_path, "input=digits", f"bits={bits}")
+    printed = capsys.readouterr().out
+    assert f"Warning: bits={bits} was never measured. This bundle was made for 4 bits" in printed
+    assert f"of best.ckpt: python scripts/export.py ckpt_path=FILE codec.bits={bits}\n" in printed
+
+
+def test_the_width_of_the_bundle_is_no_reason_to_warn(bundle, tmp_path, capsys):
+    for more in ([], ["bits=4"]):
+        inferred(bundle, tmp_path, "input=digits", *more)
+        printed = capsys.readouterr().out
+        assert "Warning" not in printed
+        assert "add bits=" not in printed
+
+
+def test_a_payload_larger_than_the_file_is_pointed_out(bundle, tree, tmp_path, capsys):
+    inferred(bundle, tmp_path, f"input={in_hydra(tree)}")
+    assert "larger than" not in capsys.readouterr().out
+    inferred(bundle, tmp_path, f"input={in_hydra(tree)}", "bits=16", "limit=5")
+    assert re.search(
+        r"larger than the image's own file for 5 of 5 images \(on average 148\.0 bytes", capsys.readouterr().out
+    )
 
 
 def test_infer_says_what_it_cannot_read(bundle, tmp_path):

@@ -16,8 +16,9 @@ import torch
 import wandb
 from omegaconf import OmegaConf
 
+from cleave.lightning_modules.checkpoints.loading import read_checkpoint
 from cleave.scripts.assembly.building import compose_config
-from cleave.scripts.assembly.restoring import Restored, read_checkpoint, restore, restore_data
+from cleave.scripts.assembly.restoring import Restored, restore, restore_data
 from cleave.scripts.assembly.terminal import CONF
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cleave.scripts.assembly.networks import NETWORK
+from cleave.architectures.described import GROUPS
+from cleave.lightning_modules.checkpoints.trust import check_targets
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.trust import check_targets
 
 
 def test_a_checkpoint_cannot_name_code_of_its_own(tmp_path, teacher_file):
@@ -37,4 +37,4 @@ def test_what_is_not_ours_is_refused_however_it_is_reached(target):
 
 def test_what_presets_name_is_allowed(teacher_file):
     config = torch.load(teacher_file, weights_only=True)["cleave"]["config"]
-    check_targets({key: config[key] for key in (*NETWORK, "data", "method", "training")}, "x.ckpt", trusted=False)
+    check_targets({key: config[key] for key in (*GROUPS, "data", "method", "training")}, "x.ckpt", trusted=False)

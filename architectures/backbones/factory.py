@@ -17,6 +17,7 @@ import torchvision
 from torch import nn
 
 from cleave.architectures.backbones.inputs import constructed_size, describe_input, override_input, timm_input
+from cleave.architectures.backbones.sizes import check_runs, needs_size
 from cleave.architectures.backbones.surgery import find_classifier, replace_classifier, use_grey_input
 from cleave.architectures.backbones.weights import WeightsError, load_weights
 from cleave.architectures.backbones.zoo import CIFAR_NETWORKS
@@ -24,6 +25,7 @@ from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.deployment.runtime.preprocess import ImageInput
 
 SOURCES = ("timm", "torchvision", "cifar", "custom")
+TIMM_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")  # names that timm itself looks up, on the hub or in a folder
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of torchvision's GoogLeNet and Inception v3
 # torchvision's DenseNet files say "norm.1" where its modules say "norm1".
 DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
@@ -58,6 +60,7 @@ def create_backbone(
     weights: str | Path | None = None,
     in_channels: int = 3,
     image_input: Mapping[str, Any] | None = None,
+    image_size: Sequence[int] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     network: Callable[..., nn.Module] | None = None,
 ) -> Backbone:
@@ -73,6 +76,9 @@ def create_backbone(
         in_channels: 3 for RGB or 1 for grey images. Pretrained RGB kernels are summed for grey.
         image_input: Fields of ``ImageInput`` to override. A new ``height`` or ``width``
             scales ``resize`` along. For ``custom``, ``height`` and ``width`` are required.
+        image_size: (height, width) of the images where it is known that they have another size than the network's own;
+            ``None`` takes that of ``image_input``. A network of timm or torchvision that runs at no other size than it
+            was built for is built for this one.
         kwargs: Further arguments of the constructor, passed on verbatim.
         network: For ``custom``: the constructor itself, such as a ``functools.partial``; ``name`` only describes it
             then. ``num_classes`` and ``in_channels`` are passed where the constructor takes them.
@@ -91,10 +97,20 @@ def create_backbone(
     """
     _check_arguments(source, name, num_classes, pretrained, weights, in_channels, network)
     options = dict(kwargs or {})
+    if image_size is None and image_input and {"height", "width"} <= image_input.keys():
+        image_size = (image_input["height"], image_input["width"])
     if source == "timm":
         backbone = _timm(name, num_classes, bool(pretrained), in_channels, options)
+        if image_size is not None and needs_size(backbone, "img_size", image_size, options):
+            options["img_size"] = tuple(image_size)
+            backbone = _timm(name, num_classes, bool(pretrained), in_channels, options)
+            check_runs(backbone, name, image_size)
     elif source == "torchvision":
-        backbone = _torchvision(name, num_classes, pretrained, in_channels, options)
+        backbone = _torchvision(name, num_classes, pretrained, in_channels, dict(options))
+        if image_size is not None and needs_size(backbone, "image_size", image_size, options):
+            options["image_size"] = image_size[0]
+            backbone = _torchvision(name, num_classes, pretrained, in_channels, options)
+            check_runs(backbone, name, image_size)
     elif source == "cifar":
         backbone = _cifar(name, num_classes, in_channels, options)
     else:
@@ -152,6 +168,23 @@ def _check_arguments(
 
 
 def _timm(name: str, num_classes: int, pretrained: bool, in_channels: int, options: dict[str, Any]) -> Backbone:
+    elsewhere = name.startswith(TIMM_SOURCES)
+    if not elsewhere:
+        _check_timm_name(name, pretrained)
+    with _building("timm", name, options, pretrained or elsewhere):
+        network = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **options
+        )
+    config = network.pretrained_cfg
+    named = config.get("classifier") or find_classifier(network, num_classes)
+    classifier = (named,) if isinstance(named, str) else tuple(named or ())
+    reset = _parameters(network, classifier) if pretrained and config["num_classes"] != num_classes else ()
+    kept = name if elsewhere else f"{name.partition('.')[0]}.{config['tag']}"
+    origin = f"timm {kept}" if pretrained else None
+    return Backbone(network, timm_input(name, network, in_channels), origin, reset, classifier)
+
+
+def _check_timm_name(name: str, pretrained: bool) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise ValueError(f"timm has no model {architecture!r}.{did_you_mean(architecture, timm.list_models())}")
@@ -160,16 +193,6 @@ def _timm(name: str, num_classes: int, pretrained: bool, in_channels: int, optio
         raise ValueError(f"timm has no weights {name!r}; for {architecture} it has {', '.join(sets) or 'none'}")
     if pretrained and not timm.models.is_model_pretrained(name):
         raise ValueError(f"timm has no weights to download for {name!r}; give weights=FILE or pretrained=false")
-    with _building("timm", name, options, pretrained):
-        network = timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **options
-        )
-    config = network.pretrained_cfg
-    named = config.get("classifier") or find_classifier(network, num_classes)
-    classifier = (named,) if isinstance(named, str) else tuple(named or ())
-    reset = _parameters(network, classifier) if pretrained and config["num_classes"] != num_classes else ()
-    origin = f"timm {architecture}.{config['tag']}" if pretrained else None
-    return Backbone(network, timm_input(name, network, in_channels), origin, reset, classifier)
 
 
 def _torchvision(

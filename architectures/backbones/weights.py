@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cleave.architectures.backbones.surgery import find_classifier
+from cleave.architectures.kinds import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ def load_weights(
     path = Path(path)
     architecture = architecture or type(network).__name__
     expected = network.state_dict()
-    state, metadata = strip_prefix(*find_state(read_checkpoint(path), path), expected)
+    content = read_checkpoint(path)
+    state, metadata = strip_prefix(*find_state(content, path), expected)
     ignored = tuple(key for key in state if key.startswith(tuple(ignore)))
     state = {rename(key) if rename else key: value for key, value in state.items() if key not in ignored}
 
@@ -100,12 +102,26 @@ def load_weights(
     summed = _sum_colours(state, network)
     loadable = {key: value for key, value in state.items() if key not in reset}
     missing, unexpected, wrong = _load(network, loadable, metadata, f"{path} does not fit {architecture}")
-    _refuse_mismatch(path, architecture, [key for key in missing if key not in reset], unexpected, wrong)
+    try:
+        _refuse_mismatch(path, architecture, [key for key in missing if key not in reset], unexpected, wrong)
+    except WeightsError as error:
+        if (kind := _kind_of_ours(content)) is None:
+            raise
+        raise WeightsError(
+            f"{path} is {kind} checkpoint of Cleave's; give it by base.ckpt_path=FILE, without weights ({error})"
+        ) from error
     if reset:
         logger.info("%s: classifier %s has another class count and was initialised anew", path, ", ".join(reset))
     if summed:
         logger.info("%s: the RGB kernels of %s were summed for grey images", path, ", ".join(summed))
     return LoadReport(path, reset, summed, ignored)
+
+
+def _kind_of_ours(content: Any) -> str | None:
+    """Say what kind a checkpoint of train.py is of, ``None`` for any other file."""
+    metadata = content.get("cleave") if isinstance(content, Mapping) else None
+    config = metadata.get("config") if isinstance(metadata, Mapping) else None
+    return kind_of(config) if isinstance(config, Mapping) and {"split", "exits"} <= config.keys() else None
 
 
 def read_checkpoint(path: Path) -> Any:

@@ -64,6 +64,7 @@ class StagedNetwork(Sending):
         input_shape: Shape of the input for one sample.
         envelope: Whether what it sends has an :class:`~cleave.deployment.Envelope`, which is counted in payload bytes.
         replaced_macs: MACs of the stage that is gone, which a comparison with the backbone counts.
+        layer_depths: Depth of the backbone's weights by name; see ``architectures/layer_depths.py``.
 
     Raises:
         CutError: A cut has a name that means something else.
@@ -87,6 +88,7 @@ class StagedNetwork(Sending):
         self.replaced = replaced
         self.replaced_macs = 0
         self.envelope = True
+        self.layer_depths: dict[str, int] = {}
         self.gradient_equilibrium = gradient_equilibrium
         self.left_out = tuple(left_out)
         self.input_shape = tuple(sample.shape[1:])

@@ -61,21 +61,31 @@ class TorchvisionImages(FoundImages):
         path = str(self.described["_target_"])
         arguments = {name: value for name, value in self.described.items() if name != "_target_"}
         built = _splits(_imported(path), arguments, path)
-        sources: dict[str, ImageSource] = {
-            split: DatasetSource(each, f"{path} {split}") for split, each in built.items()
-        }
-        first = next(iter(built.values()))
-        count = 1 + max(int(source.labels.max()) for source in sources.values())
-        given = getattr(first, "classes", None) or ()
-        known = [str(name) for name in given] if len(given) >= count else [str(label) for label in range(count)]
-        names = picked_classes(known, self.classes, path)
-        if names != known:
-            kept = np.array([names.index(name) if name in names else -1 for name in known])
-            for split, source in sources.items():
-                labels = kept[source.labels]
-                sources[split] = source.subset(np.flatnonzero(labels >= 0))
-                sources[split].labels = labels[labels >= 0]
-        return names, sources, path
+        return (*dataset_sources(built, self.classes, path), path)
+
+
+def dataset_sources(
+    built: Mapping[str, Any], classes: Sequence[str] | None, path: str
+) -> tuple[list[str], dict[str, ImageSource]]:
+    """Return the names of the classes that are asked for, and the pictures of each split of a data set.
+
+    Args:
+        built: The data sets by split; they may have ``classes``, the names of all classes.
+        classes: The classes to take; ``None``: all.
+        path: What messages call the data set.
+    """
+    sources: dict[str, ImageSource] = {split: DatasetSource(each, f"{path} {split}") for split, each in built.items()}
+    count = 1 + max(int(source.labels.max()) for source in sources.values())
+    given = getattr(next(iter(built.values())), "classes", None) or ()
+    known = [str(name) for name in given] if len(given) >= count else [str(label) for label in range(count)]
+    names = picked_classes(known, classes, path)
+    if names != known:
+        kept = np.array([names.index(name) if name in names else -1 for name in known])
+        for split, source in sources.items():
+            labels = kept[source.labels]
+            sources[split] = source.subset(np.flatnonzero(labels >= 0))
+            sources[split].labels = labels[labels >= 0]
+    return names, sources
 
 
 class DatasetSource(ImageSource):

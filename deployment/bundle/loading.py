@@ -91,7 +91,7 @@ class Partition:
 
     def _check(self, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> None:
         try:
-            found = (id(specs), *[(tensor.dtype, tensor.shape) for tensor in tensors])
+            found = (id(specs), *[item for tensor in tensors for item in (tensor.dtype, tensor.shape)])
             if found in self._fitting:
                 return
         except (AttributeError, TypeError):  # no tensors; refused below

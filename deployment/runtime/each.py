@@ -33,7 +33,7 @@ def encode_each(
 
     def encode(some: Mapping[str, Tensor]) -> list[bytes]:
         payloads = codec.encode(some)
-        return payloads if envelope is None else [envelope.seal(payload) for payload in payloads]
+        return payloads if envelope is None else envelope.seal_all(payloads)
 
     try:
         return encode(tensors), {}
@@ -64,19 +64,17 @@ def decode_each(
         CodecError: They fail together, but none of them alone.
     """
 
-    def decode(places: Sequence[int]) -> dict[str, Tensor]:
-        if envelope is None:
-            return codec.decode([payloads[place] for place in places])
-        return codec.decode([envelope.opened(payloads[place], place) for place in places])
+    def decode(some: Sequence[bytes]) -> dict[str, Tensor]:
+        return codec.decode(some if envelope is None else envelope.opened_all(some))
 
     try:
-        return decode(range(len(rows))), {}
+        return decode(payloads), {}
     except CodecError:
-        errors = _errors(rows, lambda i: decode([i]))
+        errors = _errors(rows, lambda i: decode([payloads[i]]))
         if not errors:
             raise
     good = [place for place, row in enumerate(rows) if row not in errors]
-    delivered = decode(good)
+    delivered = decode([payloads[place] for place in good])
     if not good:
         return delivered, errors
     position = {place: index for index, place in enumerate(good)}

@@ -160,7 +160,7 @@ class Pipeline:
         message = self.sides[self.route.entry].message(inputs)
         if not isinstance(inputs, Tensor):
             raise BundleError(f"a pipeline takes the network's input as a tensor, got {type(inputs).__name__}")
-        gathered = _Gathered(self, len(inputs))
+        gathered = _Gathered(self, inputs.shape[0])
         request = object()
         steps = {place: self._step(place, request, gathered) for place in self.sides}
         try:

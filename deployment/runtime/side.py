@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import math
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -151,9 +151,7 @@ class Side:
         """
         message = self.message(arrived)
         visit = self._visits.get(request) or Visit()
-        # One of its own for each call, as threads may share a side.
-        walk = copy.copy(self._walk)
-        walk.outcome, walk.failed = Outcome(), {}
+        walk = self._walk.anew()
         outcome = walk.outcome
         # What cannot be taken in is refused before anything that waits is touched.
         outcome.messages = walk.step(visit, message)
@@ -172,7 +170,7 @@ class Side:
         if isinstance(arrived, Message):
             return arrived
         if isinstance(arrived, Tensor) and arrived.ndim:
-            return Message(tuple(range(len(arrived))), {self.route.input: arrived})
+            return Message(tuple(range(arrived.shape[0])), {self.route.input: arrived})
         spec = self.bundle.input
         found = "a scalar" if isinstance(arrived, Tensor) else type(arrived).__name__
         raise BundleError(
@@ -195,6 +193,12 @@ class _Running(Walk):
         self.logits = exit_logits(manifest.exits)
         self.waits = side.bundle.device.type == "cuda"
 
+    def anew(self) -> _Running:
+        """Return a walk of its own for one call, as threads may share a side."""
+        walk = object.__new__(_Running)
+        walk.__dict__ = {**self.__dict__, "outcome": Outcome(), "failed": {}}
+        return walk
+
     def run(self, name: str, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         start = self._now()
         outputs = self.bundle.partitions[name](arguments)
@@ -210,6 +214,8 @@ class _Running(Walk):
 
     def receive(self, crossing: Crossing, payload: Any, rows: Sequence[int]) -> dict[str, Tensor]:
         start, key = self._now(), (crossing.tensor, crossing.target)
+        if not isinstance(payload, list | tuple):
+            raise BundleError(f"{crossing.tensor} must come as a list of payloads, got {type(payload).__name__}")
         tensors, errors = decode_each(crossing.codec, self.envelopes.get(key), payload, rows)
         self.failed |= errors
         self.outcome.decode_seconds[key] = self._now() - start
@@ -230,9 +236,10 @@ class _Running(Walk):
         """Leave samples out whose answer says nothing, as a damaged payload may make it; the others go on."""
         broken: set[int] = set()
         for name, tensor in outputs.items():
-            finite = tensor.isfinite()
-            if not finite.all():
-                for place in (~finite.reshape(len(tensor), -1).all(1)).nonzero().squeeze(1).tolist():
+            # What is not finite is not finite in the sum; a sum of finite values may overflow too, so that is a hint.
+            if not math.isfinite(tensor.sum().item()):
+                finite = tensor.isfinite()
+                for place in (~finite.reshape(tensor.shape[0], -1).all(1)).nonzero().squeeze(1).tolist():
                     broken.add(place)
                     error = CodecError(f"{name} holds NaN or infinity: the payload or the input is damaged")
                     self.failed[(visit.rows or ())[place]] = error

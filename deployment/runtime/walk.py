@@ -153,7 +153,7 @@ class Walk(abc.ABC):
             if name in visit.came:
                 raise BundleError(f"{name} has come to {self.placement} before for this request")
             if name == self.route.input and self.placement == self.route.entry:
-                if not isinstance(payload, Tensor) or not payload.ndim or len(payload) != len(message.rows):
+                if not isinstance(payload, Tensor) or not payload.ndim or payload.shape[0] != len(message.rows):
                     found = list(payload.shape) if isinstance(payload, Tensor) else type(payload).__name__
                     raise BundleError(f"{name} must be a tensor of {len(message.rows)} samples, got {found}")
                 tensors[name] = payload

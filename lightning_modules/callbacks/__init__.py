@@ -7,6 +7,7 @@ from cleave.lightning_modules.callbacks.last import LastCheckpoint
 from cleave.lightning_modules.callbacks.metadata import CheckpointMetadata
 from cleave.lightning_modules.callbacks.progress import ProgressBar
 from cleave.lightning_modules.callbacks.record import FitRecord
+from cleave.lightning_modules.callbacks.schedule import ResumedSchedule
 from cleave.lightning_modules.callbacks.step import StepMarker
 from cleave.lightning_modules.callbacks.tracking import WandbTracking
 
@@ -18,6 +19,7 @@ __all__ = [
     "Guard",
     "LastCheckpoint",
     "ProgressBar",
+    "ResumedSchedule",
     "StepMarker",
     "WandbTracking",
 ]

@@ -15,7 +15,8 @@ from pytorch_lightning import Callback
 from torch import Tensor
 
 from cleave.architectures.inserts.finite import NumberError, few, learned_names, not_finite
-from cleave.lightning_modules.resuming import in_hydra, resume_command
+from cleave.lightning_modules.command_line import quoted
+from cleave.lightning_modules.resuming import resume_command
 
 RECORD = "not_finite"
 
@@ -110,11 +111,12 @@ def _way_out(trainer: pl.Trainer) -> str:
             "No checkpoint was saved before: start again with a lower training.optimizer.lr, or with "
             f"{cure} (callbacks.guard=null goes on regardless)"
         )
-    given = sys.argv[1:] if Path(sys.argv[0]).name == "train.py" else []
+    installed = Path(sys.argv[0]).stem == "cleave-train"
+    given = sys.argv[1:] if installed or Path(sys.argv[0]).name == "train.py" else []
     words = [word for word in given if not word.startswith("trainer.gradient_clip_val=")]
-    command = resume_command("scripts/train.py", [*words, cure], path)
+    command = resume_command(["cleave-train"] if installed else ["python", "scripts/train.py"], [*words, cure], path)
     return (
         f"The last good checkpoint is {path}. As the same run would diverge again, resume it with clipped gradients: "
-        f"{command}; or start from it with a lower rate: base.ckpt_path={in_hydra(path)} training.optimizer.lr=… "
+        f"{command}; or start from it with a lower rate: {quoted({'base.ckpt_path': path})} training.optimizer.lr=… "
         "(callbacks.guard=null goes on regardless)"
     )

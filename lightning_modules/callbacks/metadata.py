@@ -30,18 +30,26 @@ class CheckpointMetadata(Callback):
         config: The resolved config as plain containers.
         class_names: Names of the classes in the order of the logits.
         image_input: How an image becomes the network's input.
+        overrides: What the command was given on its line, with which it can be resumed.
 
     Attributes:
         before: What each earlier step of a recipe came to, as plain containers.
         wandb_id: The W&B run that the run goes on in, also where this part of it is tracked elsewhere.
     """
 
-    def __init__(self, config: Mapping[str, Any], class_names: Sequence[str], image_input: ImageInput) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        class_names: Sequence[str],
+        image_input: ImageInput,
+        overrides: Sequence[str] = (),
+    ) -> None:
         self.metadata = {
             "schema": SCHEMA,
             "config": dict(config),
             "class_names": list(class_names),
             "image_input": image_input.to_dict(),
+            "overrides": list(overrides),
         }
         self.before: list[dict[str, Any]] = []
         self.wandb_id: str | None = None

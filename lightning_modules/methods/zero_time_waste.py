@@ -97,7 +97,8 @@ class ZeroTimeWaste(Task):
         found = super().values(batch)
         if self.fit == LBFGS:
             logits = [found[f"{STUDENT}/{name}"].detach().float() for name in self.network.group("exits")]
-            self._gathered.append((torch.stack(logits), batch["labels"]))
+            labels = batch["labels"]  # of mixed images, the class with the greatest share
+            self._gathered.append((torch.stack(logits), labels if labels.ndim == 1 else labels.argmax(1)))
         return found
 
     def on_train_epoch_start(self) -> None:

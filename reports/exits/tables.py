@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.markup import escape
-
-from cleave.reports.terminal import console, short, table
+from cleave.reports.terminal import say, short, table
 
 OF = {"macs": "the backbone's MACs", "seconds": "the backbone's seconds", "given": "the last exit's cost"}
 
@@ -87,7 +85,7 @@ def shares_table(report: Mapping[str, Any]) -> None:
         if point["accuracy"] is not None
     ]
     if rows:
-        table("Test images that leave at each exit", rows, ("policy", "budget", "thresholds", *map(escape, names)))
+        table("Test images that leave at each exit", rows, ("policy", "budget", "thresholds", *names))
 
 
 def exits_table(report: Mapping[str, Any]) -> None:
@@ -95,7 +93,7 @@ def exits_table(report: Mapping[str, Any]) -> None:
     ensemble = report["policies"].get("ensemble")
     rows = []
     for i, exit in enumerate(report["exits"]):
-        cells = [escape(exit["name"]), short(exit["macs"]), share(exit["macs_share"])]
+        cells = [exit["name"], short(exit["macs"]), share(exit["macs_share"])]
         cells += [share(exit["cost"])] if report["costs"]["unit"] != "macs" else []
         cells += [percent(exit["accuracy"])] + ([percent(ensemble["anytime"][i][1])] if ensemble else [])
         rows.append((*cells, f"{exit['ece']:.3f}", f"{exit['ece_scaled']:.3f}", f"{exit['temperature']:.2f}"))
@@ -175,8 +173,3 @@ def thresholds(values: list[float | None]) -> str:
     """Format thresholds, one where all are equal."""
     shown = values[:1] if len(set(values)) == 1 else values
     return ", ".join("never" if value is None else f"{value:.4g}" for value in shown)
-
-
-def say(words: str) -> None:
-    """Print a sentence as it is."""
-    console.print(words, soft_wrap=True, highlight=False, markup=False)

@@ -39,9 +39,9 @@ class Run:
 def measured_points(run: Run, measured: Measured | None, network: StagedNetwork) -> list[Point]:
     """Return one point for each width of a network that is split; none where nothing was tested.
 
-    An unsplit network is the baseline that whole images are sent to; a skip-connection sends nothing. Exits around a
-    split are tested under their policy: a point holds the mean bytes over all images, those that leave on the device
-    included.
+    An unsplit network is the baseline that whole images are sent to; a skip-connection sends nothing. Exits are tested
+    under their policy; around a split a point holds the mean bytes over all images, those that leave on the device
+    included, and a network of exits alone takes whole images.
 
     Args:
         run: Which run it was.
@@ -58,7 +58,7 @@ def measured_points(run: Run, measured: Measured | None, network: StagedNetwork)
         "checkpoint": run.checkpoint,
     }
     if not network.bottlenecks:
-        return [] if network.exits or network.links else [_baseline(run, measured, network, known)]
+        return [] if network.links else [_unsplit(run, measured, network, known)]
     costs = _on_the_device(network)
     parts: dict[str, Any] = {
         "encoder_macs": sum(cost.macs for cost in costs),
@@ -97,24 +97,28 @@ def _on_the_device(network: StagedNetwork) -> list[Cost]:
     return [cost for cost in costs if cost.name in device and cost.kind != "decoder"]
 
 
-def _baseline(run: Run, measured: Measured, network: StagedNetwork, known: dict[str, Any]) -> Point:
-    assert measured.accuracy is not None
+def _unsplit(run: Run, measured: Measured, network: StagedNetwork, known: dict[str, Any]) -> Point:
+    accuracy = measured.policy.accuracy if measured.policy is not None else measured.accuracy
+    assert accuracy is not None
     return Point(
         run.method,
-        "raw uint8 input",
-        accuracy=measured.accuracy,
+        ", ".join(["raw uint8 input", *_exits_words(network)]),
+        accuracy=accuracy,
         payload_bytes=float(math.prod(network.input_shape)),
         encoder_macs=0,
         encoder_params=0,
-        kind="baseline",
+        kind="run" if network.exits else "baseline",
         **known,
     )
 
 
 def _label(run: Run, network: StagedNetwork, bits: int | None) -> str:
     words = [" and ".join(network.bottlenecks), *run.words, f"{bits} bits" if bits else "prior"]
-    if network.exits:
-        words.append(f"exits at {', '.join(network.exits[:-1])}")
+    words += _exits_words(network)
     if run.beta is not None:
         words.append(f"β {run.beta:g}")
     return ", ".join(words)
+
+
+def _exits_words(network: StagedNetwork) -> list[str]:
+    return [f"exits at {', '.join(network.exits[:-1])}"] if network.exits else []

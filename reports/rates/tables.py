@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.markup import escape
-
 from cleave.reports.rates.fronts import Setting, trade_offs
-from cleave.reports.terminal import console, number, short, table
+from cleave.reports.terminal import number, say, short, table
 
 
 def print_tables(known: Sequence[Setting], reference: float | None) -> None:
@@ -21,8 +19,8 @@ def print_tables(known: Sequence[Setting], reference: float | None) -> None:
     header: tuple[str, ...] = ("method", "setting", "bytes", "after zstd", "accuracy", "seeds", "epochs", "seconds")
     rows: list[tuple[Any, ...]] = [
         (
-            escape(s.method),
-            escape(s.label),
+            s.method,
+            s.label,
             number(s.payload_bytes),
             _known(s.payload_zstd_bytes),
             percent(s),
@@ -39,8 +37,8 @@ def print_tables(known: Sequence[Setting], reference: float | None) -> None:
     for backbone, group in trade_offs(known).items():
         rows = [
             (
-                escape(s.method),
-                escape(s.label),
+                s.method,
+                s.label,
                 f"{s.encoder_params:,}",
                 "–" if s.encoder_macs is None else short(s.encoder_macs),
                 number(s.payload_bytes),
@@ -49,10 +47,10 @@ def print_tables(known: Sequence[Setting], reference: float | None) -> None:
             )
             for s, front in group
         ]
-        name = escape(backbone) if backbone else "an unknown backbone"
+        name = backbone or "an unknown backbone"
         table(f"Parameters on the device, bytes and accuracy of {name}: the Pareto front is marked", rows, header)
     if missing := sum(s.encoder_params is None for s in known):
-        console.print(f"Without encoder_params, {missing} of {len(known)} settings have no place in the trade-off.")
+        say(f"Without encoder_params, {missing} of {len(known)} settings have no place in the trade-off.")
 
 
 def percent(setting: Setting) -> str:

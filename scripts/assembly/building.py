@@ -15,13 +15,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from cleave.architectures import Backbone, StagedNetwork, staged_network
+from cleave.architectures.described import sample_of
+from cleave.architectures.linking.described import is_linked
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import ExitPolicy, ImageInput
-from cleave.lightning_modules import Frozen, Task, Training
+from cleave.lightning_modules import Evaluator, Frozen, Task, Training
 from cleave.lightning_modules.evaluators import default_evaluators
+from cleave.lightning_modules.measuring import MeasuredModule
+from cleave.lightning_modules.training import prepare
 from cleave.reports.terminal import console
+from cleave.scripts.assembly.given.paths import settle
 from cleave.scripts.assembly.linking.lending import lend
-from cleave.scripts.assembly.networks import build_network, is_linked, keyed, plain_value, sample_of
+from cleave.scripts.assembly.networks import build_backbone, build_network, keyed, plain_value
 from cleave.scripts.assembly.restoring import Restored, restore
 from cleave.scripts.assembly.taking_over import check_taken, take_over
 from cleave.scripts.assembly.terminal import CONF
@@ -41,6 +46,7 @@ def compose_config(name: str, overrides: Sequence[str], output_dir: Path) -> Dic
         cfg = compose(name, list(overrides))
     # Set afterwards: a folder's name may hold what an override's grammar gives a meaning.
     cfg.paths.output_dir, cfg.paths.root_dir = str(output_dir), str(Path.cwd())
+    settle(cfg)
     return cfg
 
 
@@ -59,7 +65,7 @@ class Assembly(NamedTuple):
     network: StagedNetwork
     others: dict[str, Frozen]
     from_scratch: bool
-    host: DictConfig | None = None
+    host: dict[str, Any] | None = None
 
 
 def assemble(cfg: DictConfig, methods: Sequence[DictConfig]) -> Assembly:
@@ -75,7 +81,8 @@ def assemble(cfg: DictConfig, methods: Sequence[DictConfig]) -> Assembly:
     data = instantiate(cfg.data)
     taught = [*layers_of(methods, cfg, TEACHER), *compared_block(methods, cfg)]
     base = _restored_base(cfg, data, taught)
-    backbone: Backbone = instantiate(_untrained(cfg) if base else cfg.backbone, num_classes=data.num_classes)
+    size = size_of(data, base.image_input if base else None)
+    backbone = build_backbone(_untrained(cfg) if base else cfg.backbone, data.num_classes, size)
     _configure_input(data, base, backbone)
     # Before the network is cut from the backbone, of which the teacher is a copy.
     pretrained = None if base or backbone.pretrained is None else copy.deepcopy(backbone.network)
@@ -112,7 +119,8 @@ def build_trainer(cfg: DictConfig, **own: Any) -> pl.Trainer:
     for key, value in own.items():
         given = cfg.trainer.get(key)
         if given is not None and given != value:
-            raise ValueError(f"trainer.{key}={given} would be ignored: {_INSTEAD.get(key, 'leave it out')}")
+            instead = _INSTEAD.get(key, "leave it out") if key != "callbacks" or key in cfg else "leave it out"
+            raise ValueError(f"trainer.{key}={given} would be ignored: {instead}")
     trainer: pl.Trainer = instantiate(cfg.trainer, _partial_=True)(**own)
     return trainer
 
@@ -122,7 +130,6 @@ def build_task(
     network: StagedNetwork,
     class_names: list[str],
     others: Mapping[str, Frozen] | None = None,
-    policy: ExitPolicy | None = None,
 ) -> Task:
     """Build the task of ``cfg.method`` around a network, trained as ``cfg.training`` says.
 
@@ -131,20 +138,44 @@ def build_task(
         network: The network.
         class_names: Names of the classes in the order of the logits.
         others: Frozen networks beside it by name.
-        policy: An exit policy to test with; ``None`` takes that of the config.
     """
     build = instantiate(cfg.method, _partial_=True, _convert_="all")
     with keyed("training", cfg.training):
         training: Training = instantiate(cfg.training, _convert_="all")
-    decides = plain_value(cfg.exits.policy) if policy is None and network.exits else policy
     with keyed("method", cfg.method):
         return build(
             network=network,
             others=dict(others or {}),
-            evaluators=default_evaluators(network, class_names, decides),
+            evaluators=_evaluators(cfg, network, class_names),
             training=training,
             feature_cache=plain(cfg.feature_cache),
         )
+
+
+def build_measured(
+    cfg: DictConfig, network: StagedNetwork, class_names: list[str], policy: ExitPolicy | None = None
+) -> MeasuredModule:
+    """Build what measures a trained network; neither its method nor its optimizer are needed for that.
+
+    Args:
+        cfg: The config that it was trained with.
+        network: The network.
+        class_names: Names of the classes in the order of the logits.
+        policy: An exit policy to test with; ``None`` takes that of the config.
+    """
+    evaluators = _evaluators(cfg, network, class_names, policy)
+    layout = {key: cfg.training.get(key, False) for key in ("channels_last", "compile")}
+    training = Training(seed=cfg.training.seed, **layout)
+    measured = MeasuredModule(network, evaluators, cfg.get("trained", []), "images", training.seed)
+    prepare([network], training)
+    return measured
+
+
+def _evaluators(
+    cfg: DictConfig, network: StagedNetwork, class_names: list[str], policy: ExitPolicy | None = None
+) -> list[Evaluator]:
+    own = plain_value(cfg.exits.policy) if policy is None and network.exits else policy
+    return default_evaluators(network, class_names, own)
 
 
 def layers_of(methods: Sequence[DictConfig], cfg: DictConfig, owner: str = "student") -> list[str]:
@@ -181,12 +212,19 @@ def _restored_base(cfg: DictConfig, data: ImageDataModule, cuts: Sequence[str]) 
                 f"backbone.{key}={cfg.backbone[key]} has no meaning beside base.ckpt_path: training starts from the "
                 "base's weights; leave one of the two out"
             )
-    restored = restore(path, trusted=cfg.base.trust_checkpoint, cuts=cuts)
+    restored = restore(path, trusted=cfg.base.trust_checkpoint, cuts=cuts, key="base.trust_checkpoint", further=())
     if is_linked(restored.config):
         raise ValueError(f"base.ckpt_path={path} is a path of two networks; give the checkpoint of its local network")
     if restored.class_names != data.class_names:
         raise ValueError(f"the base {path} knows the classes {restored.class_names}, the data has {data.class_names}")
     return restored
+
+
+def size_of(data: ImageDataModule, base: ImageInput | None) -> tuple[int, int] | None:
+    """Return the size that the images will have, (height, width); ``None`` where the backbone says it."""
+    own = (base.height, base.width) if base else None
+    asked = getattr(data, "overrides", {})
+    return (asked["height"], asked["width"]) if "height" in asked else own
 
 
 def _untrained(cfg: DictConfig) -> Any:
@@ -218,7 +256,8 @@ def _teacher(
 
 def _other_teacher(cfg: DictConfig, data: ImageDataModule, cuts: Sequence[str]) -> Frozen:
     path = cfg.teacher.ckpt_path
-    restored = restore(path, trusted=cfg.teacher.trust_checkpoint, cuts=cuts)
+    trusted = cfg.teacher.trust_checkpoint
+    restored = restore(path, trusted=trusted, cuts=cuts, key="teacher.trust_checkpoint", further=())
     for what, theirs, ours in (
         ("classes", restored.class_names, data.class_names),
         ("input", restored.image_input, data.input),

@@ -35,7 +35,7 @@ from cleave.deployment.exits.specs import state_crossings
 from cleave.lightning_modules import Measured
 from cleave.lightning_modules.evaluators import network_policy
 from cleave.reports.rates.results import Point
-from cleave.reports.terminal import console, table
+from cleave.reports.terminal import say, table
 from cleave.scripts.assembly.building import plain
 from cleave.scripts.assembly.networks import plain_value
 from cleave.scripts.assembly.restoring import Restored
@@ -219,8 +219,8 @@ def bundle_table(bundle: Bundle, directory: Path) -> None:
     ]
     table("Partitions", rows, ("partition", "placement", "file bytes", "MACs", "parameters"))
     exits_table(bundle)
-    console.print(f"Parity of the loaded files: {parity_words(bundle)}", highlight=False)
-    console.print(f"Bundle: {directory}", soft_wrap=True, highlight=False)
+    say(f"Parity of the loaded files: {parity_words(bundle)}")
+    say(f"Bundle: {directory}")
 
 
 def exits_table(bundle: Bundle) -> None:
@@ -302,10 +302,10 @@ def _recalibrate(restored: Restored, data: ImageDataModule, cut: str, count: int
     at = f" at {cut}" if len(network.bottlenecks) > 1 else ""
     if to_fit:
         low, high = network.calibrate(_batches(data, count), cut, bits, method=method)
-        console.print(f"codes of {bits} bits{at} from {low:.4g} to {high:.4g}, by {method}", highlight=False)
+        say(f"codes of {bits} bits{at} from {low:.4g} to {high:.4g}, by {method}")
     layers = recalibrate_batchnorm(network, bottleneck.decoder, _batches(data, count))
     if layers:
-        console.print(f"{layers} BatchNorm layers of the decoder{at} measured again at {bits} bits", highlight=False)
+        say(f"{layers} BatchNorm layers of the decoder{at} measured again at {bits} bits")
     return f"calibrated by {method}" if to_fit else "recalibrated"
 
 

@@ -12,11 +12,12 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.utilities import rank_zero_only
 
 from cleave.lightning_modules import Task
-from cleave.lightning_modules.callbacks import CheckpointMetadata, FitRecord, StepMarker, WandbTracking
-from cleave.reports.terminal import console, number
+from cleave.lightning_modules.callbacks import CheckpointMetadata, FitRecord, ResumedSchedule, StepMarker, WandbTracking
+from cleave.lightning_modules.checkpoints.loading import load_strictly, network_state, read_checkpoint
+from cleave.reports.terminal import console, number, say
 from cleave.scripts.assembly.building import Assembly, build_task, build_trainer, instantiate_each, plain
+from cleave.scripts.assembly.given.resumed import overrides
 from cleave.scripts.assembly.recipe import Step
-from cleave.scripts.assembly.restoring import load_strictly, network_state, read_checkpoint
 from cleave.scripts.assembly.stopping import forwarding, used_up
 
 
@@ -66,12 +67,12 @@ def prepare(step: Step, parts: Assembly, loggers: list[Any]) -> Fit:
         callbacks = instantiate_each(cfg.get("callbacks"))
         if not loggers:  # Lightning refuses to watch the rate where nothing writes it down
             callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
-        cfg.cuts = list(parts.network.cuts)
         if parts.host is not None:
             cfg.host = parts.host  # so that the network can be built again without the host's file
-        metadata = CheckpointMetadata(plain(cfg), parts.data.class_names, parts.data.input)
+        cfg.cuts, cfg.trained = list(parts.network.cuts), list(task.trained_parts)
+        metadata = CheckpointMetadata(plain(cfg), parts.data.class_names, parts.data.input, overrides())
         record = FitRecord(plain(cfg)["trainer"].get("max_time"))
-        callbacks += [record, metadata, WandbTracking(step=step.name)]
+        callbacks += [record, metadata, ResumedSchedule(), WandbTracking(step=step.name)]
         if step.name:
             callbacks.append(StepMarker(step.number))
         trainer = build_trainer(cfg, callbacks=callbacks, logger=loggers)
@@ -169,7 +170,7 @@ def announce(planned: Fit, before: Fitted | None) -> None:
         words.append(f"from the best weights of {before.name}{score}")
     elif step.ckpt_path:
         words.append(f"resumed from {step.ckpt_path}")
-    console.print(", ".join(words), soft_wrap=True, highlight=False)
+    say(", ".join(words))
 
 
 def log_step(fitted: Fitted, trainer: pl.Trainer) -> None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
-from cleave.architectures import Channel, StagedNetwork, linked_network, staged_network
+from cleave.architectures import Backbone, Channel, StagedNetwork
+from cleave.architectures.described import GROUPS, backbone_from, furnished
+from cleave.architectures.linking.described import Host, is_linked
 from cleave.deployment import ImageInput
 from cleave.scripts.assembly.terminal import unwrapped
 
-NETWORK = ("backbone", "host", "links", "split", "bottleneck", "codec", "channel", "exits", "inserts")
-"""The groups that describe a network; a checkpoint's are all it takes to build it again."""
-PATH = ("path", "local_blocks", "host_blocks", "local_prefix", "host_prefix", "host", "placements")
-"""Keys of ``links`` that say the path; the others are those of each link."""
 ARGUMENTS = {
     "use_host": "links.host",
     "exits_count": "exits.count",
@@ -36,16 +34,9 @@ ARGUMENTS = {
 """Keys of a config by the arguments of :func:`~cleave.architectures.staged_network` that are called otherwise."""
 
 
-class Host(NamedTuple):
-    """The network that lends its blocks to a path.
-
-    Attributes:
-        network: The network.
-        sample: Images of the size that it is cut at.
-    """
-
-    network: nn.Module
-    sample: Tensor
+def build_backbone(cfg: DictConfig, num_classes: int, image_size: tuple[int, int] | None) -> Backbone:
+    """Build the backbone that a config describes, for images of a size if that is known."""
+    return backbone_from(plain_value(cfg), num_classes, image_size, lambda group, key: instantiate(group))
 
 
 def build_network(
@@ -64,59 +55,15 @@ def build_network(
         CutError: A layer is unknown or cannot be cut at.
         ValueError: A setting is out of range; the message names its key.
     """
-    split, exits, linked = cfg.split, cfg.exits, is_linked(cfg)
-    common: dict[str, Any] = {
-        "cuts": cuts,
-        "split": plain_value(split.at),
-        "form": split.form,
-        "bottleneck": None if split.form == "none" else builder(cfg, "bottleneck"),
-        "bottleneck_at": {} if split.form == "none" else builders_at(cfg, "bottleneck"),
-        "codec": builder(cfg, "codec"),
-        "codec_at": builders_at(cfg, "codec"),
-        "channel": build_channel(cfg.channel) if split.at is not None or linked else None,
-        "exits": plain_value(exits.at),
-        "exits_count": exits.count,
-        "exit_head": builder(exits, "head", "exits.head"),
-        "cascade": exits.cascade,
-        "ensemble": exits.ensemble,
-        "ensemble_last": exits.ensemble_last,
-        "gradient_equilibrium": exits.gradient_equilibrium,
-        "inserts": {layer: instantiate(each) for layer, each in (cfg.get("inserts") or {}).items()},
-    }
-    with keyed("split", split), keyed("exits", exits), keyed("channel", cfg.channel or {}):
-        if linked:
-            network = _linked(cfg, backbone, sample_of(image_input), host, common)
-        else:
-            network = staged_network(backbone, sample_of(image_input), **common)
-    choose_envelope(network, split.get("envelope", True))
+    groups = {group: cfg[group] or {} for group in ("split", "exits", "channel")}
+    groups |= {"links": cfg.links} if is_linked(cfg) else {}
+    described = {group: plain_value(cfg.get(group)) for group in GROUPS}
+    with contextlib.ExitStack() as keys:
+        for group, settings in groups.items():
+            keys.enter_context(keyed(group, settings))
+        network = furnished(described, backbone, image_input, _built, cuts, host)
+    choose_envelope(network, cfg.split.get("envelope", True))
     return network
-
-
-def is_linked(cfg: DictConfig) -> bool:
-    """Whether a config has a path through two networks."""
-    return (cfg.get("links") or {}).get("path") is not None
-
-
-def _linked(
-    cfg: DictConfig, local: nn.Module, sample: Tensor, host: Host | None, common: dict[str, Any]
-) -> StagedNetwork:
-    """Build the network of a path."""
-    links = cfg.links
-    if links.host not in ("used", "none"):
-        raise ValueError(f"links.host must be used or none, got {links.host!r}")
-    settings = OmegaConf.create({key: value for key, value in links.items() if key not in PATH})
-    with keyed("links", links):
-        return linked_network(
-            local,
-            None if host is None else host.network,
-            [sample] if host is None else [sample, host.sample],
-            [plain_value(links.local_blocks), plain_value(links.host_blocks)],
-            plain_value(links.path),
-            _naming_keys(settings, "links"),
-            use_host=links.host == "used",
-            prefix=[links.local_prefix, links.host_prefix],
-            **common,
-        )
 
 
 def choose_envelope(network: StagedNetwork, envelope: Any) -> None:
@@ -134,29 +81,9 @@ def build_channel(cfg: DictConfig | None) -> Channel | None:
         return instantiate(cfg, _convert_="all")
 
 
-def builder(cfg: DictConfig, group: str, key: str | None = None) -> Callable[..., Any]:
-    """Return what a group builds, called with the rest of its arguments."""
-    return _naming_keys(_without_at(cfg[group]), key or group)
-
-
-def builders_at(cfg: DictConfig, group: str) -> dict[str, Callable[..., Any]]:
-    """Return the same for single layers, with their settings over the group's."""
-    own = _without_at(cfg[group])
-    at = cfg[group].get("at") or {}
-    return {
-        str(layer): _naming_keys(OmegaConf.merge(own, settings), f"{group}.at.{layer}")
-        for layer, settings in at.items()
-    }
-
-
 def plain_value(value: Any) -> Any:
     """Return a config value as plain Python."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def sample_of(image_input: ImageInput) -> Tensor:
-    """Return two images of an input's shape, the same at each call."""
-    return torch.randn(2, *image_input.shape, generator=torch.Generator().manual_seed(0))
 
 
 class keyed:  # noqa: N801 used as a verb: `with keyed("codec", cfg):`
@@ -196,8 +123,12 @@ def in_config_words(message: str) -> str:
     return message
 
 
-def _without_at(group: DictConfig) -> DictConfig:
-    return OmegaConf.create({key: value for key, value in group.items() if key != "at"})
+def _built(group: Mapping[str, Any], key: str) -> Any:
+    if key == "channel":
+        return build_channel(OmegaConf.create(dict(group)))
+    if key.startswith("inserts."):
+        return instantiate(group)
+    return _naming_keys(group, key)
 
 
 def _naming_keys(group: Any, key: str) -> Callable[..., Any]:

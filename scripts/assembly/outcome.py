@@ -10,16 +10,20 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
+from cleave.architectures.naming import did_you_mean
 from cleave.lightning_modules import Measured
 from cleave.lightning_modules.callbacks.tracking import log_artifact, wandb_run
+from cleave.reports.answers import say_if_larger
 from cleave.reports.rates.measured import Run, measured_points
 from cleave.reports.rates.results import RESULTS, write_results
-from cleave.reports.terminal import console, cost_rows, in_words, next_command, number, results_table, table
+from cleave.reports.terminal import cost_rows, in_words, number, results_table, say, table
 from cleave.scripts.assembly.building import Assembly, plain
 from cleave.scripts.assembly.bundling import chosen_exits, example_input, write_bundle
 from cleave.scripts.assembly.fitting import Fitted
+from cleave.scripts.assembly.hints import command, next_command, vouching
 from cleave.scripts.assembly.linking.report import path_record, path_table, path_words
 from cleave.scripts.assembly.restoring import Restored, restore
+from cleave.scripts.assembly.sweeps import chooses
 
 
 class Outcome(NamedTuple):
@@ -50,12 +54,16 @@ def finish(
     best = fitted[-1].best
     step_table(fitted)
     shown = {name: value for name, value in outcome.metrics.items() if name.startswith(("val/", "test/"))}
-    results_table("Results", shown)
+    file = best or (None if cfg.train else cfg.ckpt_path)
+    results_table(f"Results of {Path(file).name if file else 'the last weights'}", shown)
+    say_if_larger(shown)
     table("Cost per image", cost_rows(parts.network.costs()), ("part", "MACs", "parameters"))
     path = path_record(parts.network, outcome.metrics)
     path_table(path)
     if best:
-        console.print(f"Checkpoint: {best}", soft_wrap=True, highlight=False)
+        say(f"Checkpoint: {best}")
+    elif (last := Path(cfg.paths.checkpoints, "last.ckpt")).is_file() and fitted[-1].epochs is not None:
+        say(f"Checkpoint: {last}, as trained last: {fitted[-1].monitor} was never measured, so none is the best")
     run = described(
         cfg,
         " → ".join(each.method for each in fitted),
@@ -66,9 +74,7 @@ def finish(
     if found := measured_points(run, outcome.measured, parts.network):
         file = Path(cfg.paths.output_dir) / RESULTS
         write_results(file, found, found[0].kind, path)
-        console.print(
-            f"Results: {file} (python scripts/compare.py 'inputs=[…]' puts runs side by side)", soft_wrap=True
-        )
+        say(f"Results: {file} ({command('compare', {'inputs': [file]})} puts runs side by side)")
     if cfg.export:
         # Of the file, as under `ddp_spawn` only the ranks' own networks went back to the best weights.
         network = restore(best, trusted=True).network if best else parts.network
@@ -86,9 +92,30 @@ def finish(
         )
         if tracked := wandb_run(trainer):
             log_artifact(tracked, bundle, kind="bundle", name="bundle")
-        next_command(f"python scripts/infer.py bundle={bundle} input={example_input(parts.data)}")
+        next_command("infer", {"bundle": bundle, "input": example_input(parts.data)})
     elif best:
-        next_command(f"python scripts/{'exits_report' if parts.network.exits else 'export'}.py ckpt_path={best}")
+        next_command("exits_report" if parts.network.exits else "export", {"ckpt_path": best} | vouching(plain(cfg)))
+
+
+def returned(cfg: DictConfig, metrics: Mapping[str, float]) -> float | None:
+    """Return the metric that a sweep asks for; where it was not measured, say so: the run itself went well.
+
+    Raises:
+        ValueError: It was not measured, and this is a job of a sweep that chooses by it.
+    """
+    name = cfg.optimized_metric
+    if not name or not cfg.train or name in metrics:
+        return metrics.get(name)
+    split = f"{name.partition('/')[0]}/"
+    measured = sorted(metric for metric in metrics if "/acc_class/" not in metric)
+    why = f"optimized_metric={name} was not measured"
+    if not any(metric.startswith(split) for metric in measured):
+        why += ", as no validation ended" if split == "val/" else ""
+    message = why + (f"; measured were {', '.join(measured)}.{did_you_mean(name, measured)}" if measured else "")
+    if chooses():
+        raise ValueError(message)
+    say(message)
+    return None
 
 
 def described(

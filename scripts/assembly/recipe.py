@@ -15,7 +15,7 @@ from cleave.architectures.naming import did_you_mean
 from cleave.lightning_modules.callbacks.metadata import KEY
 from cleave.reports.terminal import in_words
 from cleave.scripts.assembly.building import plain
-from cleave.scripts.assembly.terminal import USER_ERRORS, unwrapped
+from cleave.scripts.assembly.terminal import is_users_mistake, unwrapped
 
 NAME = re.compile(r"\w[\w-]*")
 KNOWN = ("method", "training", "trainer", "feature_cache")
@@ -49,8 +49,8 @@ class Step(NamedTuple):
         """Name the step in a mistake of its user's."""
         try:
             yield
-        except USER_ERRORS as error:
-            if self.name is None:
+        except Exception as error:
+            if self.name is None or not is_users_mistake(error):
                 raise
             raise ValueError(f"steps.{self.name}: {unwrapped(error)}") from error
 

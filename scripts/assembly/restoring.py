@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from cleave.architectures import StagedNetwork
-from cleave.architectures.inserts.finite import check_learned
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import FLOAT_BITS, ImageInput, check_bits
-from cleave.lightning_modules.callbacks.metadata import KEY, read_metadata
-from cleave.scripts.assembly.linking.hosts import rebuild_host
-from cleave.scripts.assembly.networks import NETWORK, build_network, keyed
-from cleave.scripts.assembly.trust import check_targets
+from cleave.lightning_modules.checkpoints.loading import load_checkpoint, read_checkpoint
+from cleave.lightning_modules.checkpoints.trust import check_targets
+from cleave.lightning_modules.resuming import KEY as RESUMING
+from cleave.scripts.assembly.networks import keyed
 
 
 class Restored(NamedTuple):
@@ -35,7 +31,14 @@ class Restored(NamedTuple):
     other_bits: bool
 
 
-def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cuts: Sequence[str] = ()) -> Restored:
+def restore(
+    path: str | Path,
+    bits: int | None = None,
+    trusted: bool = False,
+    cuts: Sequence[str] = (),
+    key: str = "trust_checkpoint",
+    further: Sequence[str] = ("data",),
+) -> Restored:
     """Rebuild a network from a checkpoint of ``train.py``, with neither teacher nor pretrained files.
 
     Args:
@@ -43,23 +46,22 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
         bits: Another code width than the one trained with, of every bottleneck.
         trusted: Whether the file may name code of the user's own, such as a custom backbone.
         cuts: Further layers whose features are outputs; no further cut renames a weight.
+        key: The setting by which a user vouches for the file.
+        further: What else of its config will be built, beside the network.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, is no checkpoint of Cleave, names code that is not Cleave's, or does not fit
             its own config.
     """
-    checkpoint = read_checkpoint(path)
-    metadata = checkpoint[KEY]
-    parts = {key: metadata["config"].get(key) for key in (*NETWORK, "data", "method", "training")}
-    check_targets(parts, str(path), trusted)
-    config = OmegaConf.create(metadata["config"])
-    image_input = ImageInput.from_dict(metadata["image_input"])
+    loaded = load_checkpoint(path, trusted=trusted, cuts=cuts, key=key)
+    # What is built besides the network: such as the data, but for transforms of training images.
+    built = {part: loaded.config.get(part) for part in further}
+    if data := built.get("data"):
+        built["data"] = {name: value for name, value in data.items() if name != "transforms"}
+    check_targets(built, str(path), trusted, key)
+    config, network = OmegaConf.create(dict(loaded.config)), loaded.network
     config.backbone.pretrained, config.backbone.weights = False, None
-    backbone = instantiate(config.backbone, num_classes=len(metadata["class_names"])).network
-    host = rebuild_host(config)
-    network = build_network(config, backbone, image_input, [*config.get("cuts", []), *cuts], host)
-    load_strictly(network.eval(), network_state(checkpoint), f"the checkpoint {path}")
     if bits is not None and not network.bottlenecks:
         raise ValueError(f"codec.bits={bits} has no meaning for {path}: its network is not split")
     other_bits = False
@@ -71,7 +73,7 @@ def restore(path: str | Path, bits: int | None = None, trusted: bool = False, cu
                 network.set_bits(bits, cut)  # else `bundling.recalibrate` finds a range first
         config.codec.bits = bits
         other_bits = True
-    return Restored(config, network, image_input, metadata["class_names"], file_sha256(path), other_bits)
+    return Restored(config, network, loaded.image_input, loaded.class_names, loaded.sha256, other_bits)
 
 
 def restore_data(restored: Restored, overrides: DictConfig) -> ImageDataModule:
@@ -81,6 +83,7 @@ def restore_data(restored: Restored, overrides: DictConfig) -> ImageDataModule:
         ValueError: The data lacks an overridden setting, or has other classes than the checkpoint.
     """
     config = copy.deepcopy(restored.config.data)
+    config.transforms = []
     for key, value in overrides.items():
         if value is None:
             continue
@@ -88,9 +91,10 @@ def restore_data(restored: Restored, overrides: DictConfig) -> ImageDataModule:
             raise ValueError(
                 f"data.{key!s}={value} has no meaning for {config._target_}, which the checkpoint was made with"
             )
-        config[key] = value
+        config[key] = OmegaConf.merge(config[key], value) if isinstance(value, DictConfig) else value
         if key == "batch_size":
             config.eval_batch_size = None  # else the checkpoint's would go on ruling
+    _check_place(config)
     data = instantiate(config)
     data.configure_input(restored.image_input)
     if data.class_names != restored.class_names:
@@ -98,63 +102,23 @@ def restore_data(restored: Restored, overrides: DictConfig) -> ImageDataModule:
     return data
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of ``train.py`` with ``weights_only=True``.
+def _check_place(config: DictConfig) -> None:
+    """Say what to give where the images are no longer where they were in training.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is truncated, damaged, or was not written by this version of Cleave.
+        ValueError: The folder or file is gone.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}; train.py prints the path of what it saved")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        whole = zipfile.is_zipfile(path)
-        raise ValueError(
-            f"the checkpoint {path} cannot be read: "
-            + (f"it holds what weights_only=True refuses ({error})" if whole else "it is truncated or no checkpoint")
-            + "; use another save, such as last.ckpt beside it"
-        ) from error
-    read_metadata(checkpoint, str(path))
-    return checkpoint
+    for key in ("root", "table", "dataset.root"):
+        place = OmegaConf.select(config, key)
+        if isinstance(place, str) and not Path(place).exists() and not config.get("download"):
+            option = f"data.{key}={'FILE' if key == 'table' else 'DIR'}"
+            raise ValueError(
+                f"the images of the checkpoint lay in {place}, which is gone; say where they are: "
+                f"{'' if key == 'root' else '+'}{option}"
+            )
 
 
-def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the network's part of a checkpoint's state dict, under the network's own names."""
-    prefix = "network."
-    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-
-
-def load_strictly(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict that must fit exactly.
-
-    Raises:
-        NumberError: A weight or a running statistic is not finite.
-        ValueError: Names or shapes differ; the message lists them.
-    """
-    own = network.state_dict()
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(
-            f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-            for k in own.keys() & state.keys()
-            if own[k].shape != state[k].shape
-        ),
-    }
-    if any(problems.values()):
-        told = "; ".join(
-            f"{len(names)} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
-            for what, names in problems.items()
-            if names
-        )
-        raise ValueError(f"{source} is of another architecture than {type(network).__name__}: {told}")
-    network.load_state_dict(state)
-    check_learned(network, source)
-
-
-def file_sha256(path: str | Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def validated(path: str | Path) -> dict[str, Tensor]:
+    """Return what the last validation before a checkpoint of ``train.py`` measured: ``val/acc`` and others by name."""
+    measured = read_checkpoint(path).get(RESUMING, {}).get("measured", {})
+    return {name: value for name, value in measured.items() if name.startswith("val/")}

@@ -17,6 +17,8 @@ from torch.multiprocessing import ProcessExitedException
 from cleave.lightning_modules import privates, signals
 from cleave.lightning_modules.resuming import resume_command
 from cleave.lightning_modules.signals import Stopped
+from cleave.scripts.assembly.program import started
+from cleave.scripts.assembly.project import project_options
 
 REQUEUED = "hpc_ckpt_*.ckpt"
 _OF_A_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.sweeper", "hydra.launcher")
@@ -91,10 +93,10 @@ def used_up(trainer: pl.Trainer) -> None:
 def going_on(file: str) -> str:
     """Return the command of this run, resumed from a checkpoint."""
     if not HydraConfig.initialized():
-        return resume_command("scripts/train.py", [], file)
+        return resume_command(started("train"), [], file)
     given = HydraConfig.get().overrides
     own = [each for each in given.hydra if not each.startswith(_OF_A_SWEEP)]
-    return resume_command(sys.argv[0], [*given.task, *own], file)
+    return resume_command(started("train"), [*project_options(), *given.task, *own], file)
 
 
 def _saved_last(cfg: DictConfig) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -270,8 +271,8 @@ def _copied(part: Part) -> nn.Module:
 
 
 def _versions() -> dict[str, str]:
-    try:
-        cleave = importlib.metadata.version("cleave")
-    except importlib.metadata.PackageNotFoundError:
-        cleave = "unknown"
+    cleave = "unknown"
+    for package in ("cleave-runtime", "cleave"):  # the same room by itself, and with all the others
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            cleave = importlib.metadata.version(package)
     return {"cleave": cleave, "torch": torch.__version__}

@@ -9,8 +9,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from cleave.architectures import StagedNetwork, path_costs
-from cleave.reports.terminal import console, table
-from cleave.scripts.assembly.networks import is_linked, plain_value
+from cleave.architectures.linking.described import NOT_USED, is_linked
+from cleave.reports.terminal import say, table
+from cleave.scripts.assembly.networks import plain_value
 
 
 def path_words(cfg: DictConfig) -> tuple[str, ...]:
@@ -21,7 +22,7 @@ def path_words(cfg: DictConfig) -> tuple[str, ...]:
     blocks = ", ".join("-" if block is None else str(block) for block in plain_value(links.path))
     words = [f"path [{blocks}]", f"{links.get('style', 'own')} links"]
     words += ["random host"] if cfg.host.get("weights") == "random" else []
-    return (*words, *(["just links"] if links.host == "none" else []))
+    return (*words, *(["just links"] if links.host == NOT_USED else []))
 
 
 def path_record(network: StagedNetwork, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -54,4 +55,4 @@ def path_table(record: Mapping[str, Any] | None) -> None:
     rows = [(words, f"{record[name]['macs']:,}", f"{record[name]['params']:,}") for name, words in names.items()]
     table("The path, per image", rows, ("part", "MACs", "parameters"))
     if record["bytes_up"] is not None and record["bytes_up"] + record["bytes_down"]:
-        console.print(f"bytes up {record['bytes_up']:,.0f}, down {record['bytes_down']:,.0f}", highlight=False)
+        say(f"bytes up {record['bytes_up']:,.0f}, down {record['bytes_down']:,.0f}")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from hydra.utils import get_object
+from cleave.architectures.described import located
 
 # A class by its own name, at the end of lower-case modules; and the functions that make backbones, encoders and
 # quantisers.
@@ -22,7 +22,7 @@ FACTORIES = (
 )
 
 
-def check_targets(config: Any, path: str, trusted: bool) -> None:
+def check_targets(config: Any, path: str, trusted: bool, key: str = "trust_checkpoint") -> None:
     """Refuse a checkpoint whose config names other code than Cleave and what torch has for optimizers, losses and data.
 
     ``weights_only=True`` keeps a file's tensors from running code; this keeps its config from it.
@@ -31,22 +31,26 @@ def check_targets(config: Any, path: str, trusted: bool) -> None:
         config: The checkpoint's config as plain containers.
         path: The checkpoint, for the message.
         trusted: The user vouches for the file, as a backbone of their own needs it.
+        key: The setting by which they do.
 
     Raises:
         ValueError: A ``_target_`` is not allowed; the message names it.
     """
     if trusted:
         return
+    if (target := next(foreign(config), None)) is not None:
+        raise ValueError(
+            f"the checkpoint {path} names {target}, which is not part of Cleave; if you know where the file comes "
+            f"from, add {key}=true to run that code"
+        )
+
+
+def foreign(config: Any) -> Iterator[str]:
+    """Every ``_target_`` in plain containers that is code of somebody else's."""
     for target in targets(config):
-        if (
-            target not in FACTORIES
-            and not TORCH.fullmatch(target)
-            and not (OURS.fullmatch(target) and _is_ours(target))
-        ):
-            raise ValueError(
-                f"the checkpoint {path} names {target}, which is not part of Cleave; if you know where the file comes "
-                "from, add trust_checkpoint=true to run that code"
-            )
+        known = target in FACTORIES or TORCH.fullmatch(target) or (OURS.fullmatch(target) and _is_ours(target))
+        if not known:
+            yield target
 
 
 def targets(config: Any) -> Iterator[str]:
@@ -63,4 +67,4 @@ def targets(config: Any) -> Iterator[str]:
 
 def _is_ours(target: str) -> bool:
     """Whether a class was defined in a room: modules also hold names that they imported."""
-    return str(getattr(get_object(target), "__module__", "")).startswith(tuple(f"cleave.{room}." for room in ROOMS))
+    return str(getattr(located(target), "__module__", "")).startswith(tuple(f"cleave.{room}." for room in ROOMS))

@@ -1,0 +1,1 @@
+"""Parts of a project of one's own: a backbone, a loss, a codec and a data set."""

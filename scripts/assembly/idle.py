@@ -1,0 +1,63 @@
+"""Settings of a part that the network does not have: they change nothing, and whoever set them should know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+
+from cleave.reports.terminal import say
+from cleave.scripts.assembly.terminal import CONF
+
+DEFAULTS = {"bottleneck": "default", "codec": "uniform", "channel": "perfect", "exits": "default"}
+WHERE_TRAINED: dict[str, dict[str, Any]] = {
+    "split": {"form": "replace", "envelope": True},
+    "feature_cache": {"dtype": "float32", "views": None},
+}
+"""Defaults that ``conf/train.yaml`` itself holds."""
+
+
+@rank_zero_only
+def say_what_is_idle(cfg: DictConfig) -> None:
+    """Name the settings of a run that are not the default and have no effect, with what would give them one."""
+    for keys, reason in idle(cfg):
+        has = "has" if len(keys) == 1 else "have"
+        say(f"{', '.join(keys)} {has} no effect: {reason}, or leave {'it' if len(keys) == 1 else 'them'} out")
+
+
+def idle(cfg: DictConfig) -> Iterator[tuple[list[str], str]]:
+    """Yield the settings that have no effect, those with one reason together, and what to set to give them one."""
+    if cfg.split.at is None:
+        if keys := [key for group in ("split", "bottleneck", "codec", "channel") for key in changed(cfg, group)]:
+            yield keys, "the network is not split; add split.at=LAYER"
+    elif cfg.split.form == "none" and (keys := changed(cfg, "bottleneck")):
+        yield keys, "split.form=none sends the feature itself; set split.form=insert or replace"
+    if cfg.exits.at is None and cfg.exits.count is None and (keys := changed(cfg, "exits")):
+        yield keys, "the network has no early exits; add exits.at=[LAYER] or exits.count=NUMBER"
+    if not cfg.feature_cache.use and (keys := changed(cfg, "feature_cache")):
+        yield keys, "nothing is stored; add feature_cache.use=true"
+
+
+def changed(cfg: DictConfig, group: str) -> list[str]:
+    """Return the settings of a group that differ from the default, as overrides; the group alone if it was replaced."""
+    if group in WHERE_TRAINED:
+        default = WHERE_TRAINED[group]
+    else:
+        file = Path(CONF, group, f"{DEFAULTS[group]}.yaml")
+        default = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))
+    own = cast(dict[str, Any], OmegaConf.to_container(cfg.get(group) or OmegaConf.create(), resolve=True))
+    if own.get("_target_") != default.get("_target_"):
+        return [f"{group} ({str(own.get('_target_')).rpartition('.')[2]})"] if own.get("_target_") else []
+    return list(_differences(own, default, group))
+
+
+def _differences(own: dict[str, Any], default: dict[str, Any], at: str) -> Iterator[str]:
+    for name, value in own.items():
+        before = default.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            yield from _differences(value, before, f"{at}.{name}")
+        elif value != before and (name in default or at not in WHERE_TRAINED):
+            yield f"{at}.{name}={value}"
