@@ -20,21 +20,22 @@ from cleave.architectures.naming import did_you_mean
 from cleave.lightning_modules.training import Training
 
 
-def check_lr_scales(network: StagedNetwork, scales: Mapping[str, float]) -> None:
-    """Raise ValueError unless every prefix is that of some weight of the network."""
+def check_rates(network: StagedNetwork, settings: Training) -> None:
+    """Check what scales the rates of single layers.
+
+    Raises:
+        ValueError: A prefix of ``lr_scales`` is that of no weight of the network; or rates should decay over layers,
+            but the backbone does not say which it has.
+    """
     names = [name.split(".") for name, _ in network.named_weights()]
     known = list(dict.fromkeys(".".join(name[: i + 1]) for name in names for i in range(len(name))))
-    for prefix in scales:
+    for prefix in settings.lr_scales:
         if prefix not in known:
             raise ValueError(f"lr_scales names {prefix!r}, which the network lacks." + did_you_mean(prefix, known))
-
-
-def check_layer_decay(network: StagedNetwork, decay: float | None) -> None:
-    """Raise ValueError where rates should decay over layers, but the backbone does not say which it has."""
-    if decay is not None and not network.layer_depths:
+    if settings.layer_decay is not None and not network.layer_depths:
         raise ValueError(
-            f"layer_decay={decay} needs a backbone that groups its layers, as timm's do (group_matcher); use "
-            "lr_scales, such as +training.lr_scales.layer1=0.1"
+            f"layer_decay={settings.layer_decay} needs a backbone that groups its layers, as timm's do "
+            "(group_matcher); use lr_scales, such as +training.lr_scales.layer1=0.1"
         )
 
 

@@ -27,13 +27,7 @@ from cleave.lightning_modules.learning import (
     what_learns,
 )
 from cleave.lightning_modules.measuring import Batch, MeasuredModule
-from cleave.lightning_modules.optimization import (
-    check_layer_decay,
-    check_lr_scales,
-    clip_apart,
-    parameter_groups,
-    scheduler_of,
-)
+from cleave.lightning_modules.optimization import check_rates, clip_apart, parameter_groups, scheduler_of
 from cleave.lightning_modules.term import PROGRESS, STUDENT, TEACHER, Term, asked_outputs, take_over, together
 from cleave.lightning_modules.training import DEFAULT, Training, prepare
 
@@ -94,8 +88,7 @@ class Task(MeasuredModule):
         if train is None and self.trains:
             train = default_parts(network, self.trains, list((extra_terms or {}).values()))
         learning = what_learns(network, named, train, type(self).__name__)
-        check_lr_scales(network, training.lr_scales)
-        check_layer_decay(network, training.layer_decay)
+        check_rates(network, training)
         measured_by = default_evaluators(network) if evaluators is None else evaluators
         super().__init__(network, measured_by, learning.parts, reads, training.seed)
         self.settings = training

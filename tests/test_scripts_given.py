@@ -82,6 +82,9 @@ MISTAKES = {
     "train=no": "true or false, got 'no'",
     "seed=x": "a whole number or null, got 'x'",
     "feature_cache.use=yes": "true or false, got 'yes'",
+    "host.trust_checkpoint=yes": "true or false, got 'yes'",
+    "extras.print_config=please": "true or false, got 'please'",
+    "links.kernel=three": "a whole number, got 'three'",
 }
 
 
@@ -102,6 +105,7 @@ def test_a_value_of_another_type_names_its_key(override, tmp_path):
         ["callbacks=ema"],
         ["callbacks=early_stopping", "logger=wandb"],
         ["experiment=entropic_student", "trainer.max_epochs=null", "training.optimizer.lr=1"],
+        ["links.path=[conv1,null,null,layer3]", "links.local_blocks=[conv1,layer1]", "host.image_size=[8,8]"],
         ["data=image_folder", "data.root=x", "data.image_size=[8,8]", "data.drop_last=1"],
         ["backbone=custom", "backbone.network._target_=no.such.Network"],
     ],
@@ -148,6 +152,9 @@ def test_a_key_that_was_meant(key, meant, tmp_path):
         ("feature_cache.uses", False),
         ("channel.rate", False),
         ("base.ckpt", False),
+        ("host.ckpt", False),
+        ("host.backbone.name", False),
+        ("links.path", True),
         ("trainer.max_steps", True),
         ("training.optimizer.momentum", True),
         ("backbone.kwargs.img_size", True),
@@ -178,6 +185,12 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(given, tmp_path):
     told = refused(given, folder=tmp_path)
     assert "training.optimizer.lr" in told
     assert "append" not in told  # Hydra's advice, which would do nothing
+
+
+def test_a_key_of_the_hosts_backbone_is_known_once_that_is_chosen():
+    message = "Key 'host.backbone.nam' is not in struct"
+    chosen = ["+backbone@host.backbone=timm", "host.backbone.nam=vit"]
+    assert "host.backbone.name" in keys.explained(message, "train", CONF, chosen)
 
 
 def test_a_type_error_names_the_key_and_says_where_a_trace_is_to_be_had(tmp_path):

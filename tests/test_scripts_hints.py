@@ -212,7 +212,7 @@ def refused(script: str, *overrides: str) -> str:
 NULLS = {
     "train": "base=null teacher=null split=null feature_cache=null training.optimizer=null ~teacher ~exits.head",
     "infer": "exits=null",
-    "export": "recalibrate=null",
+    "export": "recalibrate=null links=null",
     "evaluate": "codec=null",
     "compare": "backbone=null",
     "exits_report": "timing=null placement=NULL",

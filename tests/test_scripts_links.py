@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from cleave.architectures import create_backbone
+from cleave.architectures import create_backbone, staged_network
+from cleave.architectures.described import rebuild_host
 from cleave.architectures.linking.described import Host
 from cleave.datamodules import Digits
 from cleave.deployment import ENVELOPE_BYTES, ImageInput, Pipeline, load_bundle
+from cleave.lightning_modules import load_checkpoint
 from cleave.lightning_modules.checkpoints.loading import file_sha256
 from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.linking import lending
 from cleave.scripts.assembly.linking.lending import lend
 from cleave.scripts.assembly.networks import build_network
-from cleave.scripts.assembly.restoring import restore
+from cleave.scripts.assembly.restoring import Restored, restore
 from cleave.scripts.assembly.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
@@ -64,6 +68,9 @@ def test_a_run_trains_links_and_its_checkpoint_needs_no_other_file(tmp_path, tea
         owner, _, own = name.partition(".")
         if owner in state:
             assert torch.equal(value, state[owner][f"network.{own}"]), name
+    loaded = load_checkpoint(checkpoint).network.state_dict()
+    assert loaded.keys() == restored.network.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in restored.network.state_dict().items())
     assert restored.network.input_shape == (1, 8, 8)
     assert restored.network.shapes["host/features.5/input"][1:] == (3, 3)  # cut on its own 12 pixels
     again = evaluate(compose_config("evaluate", [f"ckpt_path={checkpoint}", *QUIET[:2]], tmp_path / "evaluate"))
@@ -210,8 +217,9 @@ def test_the_trust_check_covers_host_and_links_and_no_path_lends_its_blocks(tmp_
         config = copy.deepcopy(checkpoint)
         config["cleave"]["config"][group][key] = {"_target_": "pathlib.Path.cwd"}
         torch.save(config, tmp_path / "harm.ckpt")
-        with pytest.raises(ValueError, match=r"names pathlib\.Path\.cwd"):
-            restore(tmp_path / "harm.ckpt")
+        for rebuild in (restore, load_checkpoint):
+            with pytest.raises(ValueError, match=r"names pathlib\.Path\.cwd"):
+                rebuild(tmp_path / "harm.ckpt")
     for key in ("base", "host"):
         files = [f"base.ckpt_path={teacher_file}", f"host.ckpt_path={host_file}"]
         with pytest.raises(ValueError, match=rf"{key}.ckpt_path=.* is a path of two networks"):
@@ -219,5 +227,26 @@ def test_the_trust_check_covers_host_and_links_and_no_path_lends_its_blocks(tmp_
     harmful = torch.load(host_file, weights_only=True)
     harmful["cleave"]["config"]["backbone"]["source"] = {"_target_": "pathlib.Path.cwd"}
     torch.save(harmful, tmp_path / "host.ckpt")
-    with pytest.raises(ValueError, match=r"names pathlib\.Path\.cwd"):
+    with pytest.raises(ValueError, match=r"names pathlib\.Path\.cwd.* add host\.trust_checkpoint=true"):
         run(tmp_path / "b", *PATH, f"base.ckpt_path={teacher_file}", f"host.ckpt_path={tmp_path}/host.ckpt")
+
+
+def test_a_host_of_one_image_size_keeps_that_of_its_training(tmp_path, monkeypatch):
+    kwargs = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
+    group = {"_target_": "cleave.architectures.backbones.create_backbone", "source": "timm"}
+    group |= {"name": "vit_tiny_patch16_224", "pretrained": False, "weights": None, "kwargs": kwargs}
+    trained = create_backbone("timm", group["name"], 5, image_size=(16, 16), kwargs=kwargs)
+    network, image_input = staged_network(trained.network, torch.zeros(1, 3, 16, 16)), trained.input
+    names = list("abcde")
+    restored = Restored(OmegaConf.create({"backbone": group}), network, image_input, names, "", False)
+    monkeypatch.setattr(lending, "restore", lambda *_, **__: restored)
+    given = [*PATH, "links.host_blocks=[blocks.0,blocks.1]", "links.path=[1,1,1,3]", "host.ckpt_path=x.ckpt"]
+    lent = lend(compose_config("train", given, tmp_path), None)
+    assert torch.equal(lent.host.network.pos_embed, trained.network.pos_embed)
+    assert rebuild_host({"host": lent.config}).network.pos_embed.shape == trained.network.pos_embed.shape
+    other = compose_config("train", [*DIGITS, *given, "host.image_size=20"], tmp_path)
+    local = create_backbone("cifar", "resnet20", 10, in_channels=1).network
+    with pytest.raises(
+        ValueError, match="host network cannot be cut into blocks on images of 20×20: .*host.image_size"
+    ):
+        build_network(other, local, ImageInput(8, 8, "L", (0.5,), (0.5,)), (), lend(other, None).host)

@@ -9,10 +9,15 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+from cleave.architectures.linking.described import crosses, is_linked
 from cleave.reports.terminal import say
+from cleave.scripts.assembly.networks import plain_value
 from cleave.scripts.assembly.terminal import CONF
 
-DEFAULTS = {"bottleneck": "default", "codec": "uniform", "channel": "perfect", "exits": "default"}
+DEFAULTS = dict.fromkeys(("bottleneck", "exits", "links", "host"), "default") | {
+    "codec": "uniform",
+    "channel": "perfect",
+}
 WHERE_TRAINED: dict[str, dict[str, Any]] = {
     "split": {"form": "replace", "envelope": True},
     "feature_cache": {"dtype": "float32", "views": None},
@@ -30,7 +35,14 @@ def say_what_is_idle(cfg: DictConfig) -> None:
 
 def idle(cfg: DictConfig) -> Iterator[tuple[list[str], str]]:
     """Yield the settings that have no effect, those with one reason together, and what to set to give them one."""
-    if cfg.split.at is None:
+    yield from _idle_of_links(cfg)
+    crossing = crosses(plain_value(cfg.links.path))
+    if cfg.split.at is None and crossing:
+        # What crosses is sent all the same: it has an envelope, and a channel disturbs it.
+        keys = [key for group in ("split", "bottleneck", "codec") for key in changed(cfg, group)]
+        if keys := [key for key in keys if not key.startswith("split.envelope=")]:
+            yield keys, "what crosses is sent as float32; name where it does, such as split.at=local/LAYER"
+    elif cfg.split.at is None:
         if keys := [key for group in ("split", "bottleneck", "codec", "channel") for key in changed(cfg, group)]:
             yield keys, "the network is not split; add split.at=LAYER"
     elif cfg.split.form == "none" and (keys := changed(cfg, "bottleneck")):
@@ -39,6 +51,17 @@ def idle(cfg: DictConfig) -> Iterator[tuple[list[str], str]]:
         yield keys, "the network has no early exits; add exits.at=[LAYER] or exits.count=NUMBER"
     if not cfg.feature_cache.use and (keys := changed(cfg, "feature_cache")):
         yield keys, "nothing is stored; add feature_cache.use=true"
+
+
+def _idle_of_links(cfg: DictConfig) -> Iterator[tuple[list[str], str]]:
+    """Yield the settings of links without a path, and those of a host where none runs."""
+    if not is_linked(cfg):
+        if keys := [*changed(cfg, "links"), *changed(cfg, "host")]:
+            yield keys, "no path leads over links; add links.path=[LOUT,HIN,HOUT,LIN]"
+    elif not crosses(plain_value(cfg.links.path)):
+        keys = [key for key in changed(cfg, "links") if key.startswith("links.host_")]
+        if keys := [*keys, *changed(cfg, "host")]:
+            yield keys, "a skip-connection has no host; give links.path all four blocks"
 
 
 def changed(cfg: DictConfig, group: str) -> list[str]:

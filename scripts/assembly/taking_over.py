@@ -23,7 +23,12 @@ def take_over(module: nn.Module, state: Mapping[str, Tensor]) -> set[str]:
 
 
 def check_taken(
-    network: nn.Module, state: Mapping[str, Tensor], before: Iterable[str], path: str, console: Console
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    before: Iterable[str],
+    path: str,
+    console: Console,
+    role: str = "base",
 ) -> None:
     """Copy what is left to copy into a network, say what is new and what is dropped, and refuse a backbone with holes.
 
@@ -33,6 +38,7 @@ def check_taken(
         before: Names of the backbone's weights that were copied before the network was cut from it.
         path: The base's file, for messages.
         console: Where to say what was not taken over.
+        role: What the file is to the run.
 
     Raises:
         ValueError: The base lacks a weight of the backbone, or has it in another shape.
@@ -44,12 +50,12 @@ def check_taken(
         own = network.state_dict()
         words = [f"{key} {tuple(own[key].shape)}" for key in holes[:5]]
         raise ValueError(
-            f"the base {path} is of another architecture: it lacks {len(holes)} weights of the backbone, such as "
+            f"the {role} {path} is of another architecture: it lacks {len(holes)} weights of the backbone, such as "
             f"{', '.join(words)}; give the checkpoint of the same backbone"
         )
     whole = set(network.state_dict()) | {_WIDTH.sub(".", key) for key in network.state_dict()}
     dropped = [key for key in state if key not in whole and key not in taken]
-    for what, keys in (("new, not in the base", missing), ("left out of the base", dropped)):
+    for what, keys in ((f"new, not in the {role}", missing), (f"left out of the {role}", dropped)):
         if keys:
             console.print(f"{what}: {', '.join(_parts(keys))}", soft_wrap=True, highlight=False)
 

@@ -59,7 +59,7 @@ def explained(message: str, config_name: str, conf: str, overrides: Sequence[str
     if found is None:
         return message
     key = found[1] or found[2]
-    choices = [each for each in overrides if re.fullmatch(r"\+?[\w/@]+=[\w/-]+", each)]
+    choices = [each for each in overrides if re.fullmatch(r"\+?[\w/]+(@[\w.]+)?=[\w/-]+", each)]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(conf, version_base="1.3"):

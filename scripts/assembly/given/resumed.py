@@ -23,7 +23,7 @@ _APART = re.compile(
     r"paths\.|extras\.|logger\b|tags|task_name|cuts$|trained$|steps$|step$|ckpt_path$|optimized_metric|export$|test$|train$"
     r"|trainer\.(default_root_dir|enable_|profiler|log_every_n_steps|logger|callbacks)"
     r"|callbacks\.(progress|learning_rate|last|guard)\b|callbacks\.\w+\.dirpath"
-    r"|data\.(num_workers|pin_memory|cache|eval_batch_size)$|feature_cache\.directory"
+    r"|data\.(num_workers|pin_memory|cache|eval_batch_size)$|feature_cache\.directory|links\.placements"
 )
 _OPTIMIZER = "ignored, as the optimizer goes on in the state that the checkpoint holds"
 _SCHEDULE = "ignored, as the schedule goes on as the checkpoint holds it"
@@ -33,7 +33,7 @@ _EFFECTS = (
     (r"training\.optimizer\.", _OPTIMIZER),
     (r"training\.scheduler$", "the schedule goes on from where the rate is"),
     (r"training\.scheduler\.", _SCHEDULE),
-    (r"(base\.ckpt_path|backbone\.(weights|pretrained))$", _WEIGHTS),
+    (r"((base|host)\.ckpt_path|host\.weights|(host\.)?backbone\.(weights|pretrained))$", _WEIGHTS),
     (r"callbacks\.early_stopping\.patience$", _STOPPING),
     (r"((data|training)\.)?seed$", "from here on: other order, augmentation and dropout than without the interruption"),
     (

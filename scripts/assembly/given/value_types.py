@@ -20,6 +20,8 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: 
 _CONTAINERS = (list, tuple, dict, set, collections.abc.Sequence, collections.abc.Mapping, collections.abc.Iterable)
 _NO_TEXT = (torch.Tensor, datetime.timedelta)
 STANDS_FOR_STEPS = "total_steps"
+OWN_SETTINGS = ("extras", "host")
+"""Groups without a ``_target_`` whose defaults say what their values are."""
 
 
 def check_values(cfg: DictConfig, conf: str) -> None:
@@ -108,9 +110,6 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _settings(values: Mapping[str, Any], conf: Path) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
     """Yield the script's own settings, whose defaults say what they are: those without a ``_target_``."""
-    file = conf / f"{values.get('task_name')}.yaml"
-    if not file.is_file():
-        return
 
     def search(default: Any, value: Any, at: str) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
         if isinstance(default, dict) and isinstance(value, dict):
@@ -121,7 +120,12 @@ def _settings(values: Mapping[str, Any], conf: Path) -> Iterator[tuple[str, Any,
         elif isinstance(default, int | float):
             yield at, value, (type(default), type(None))
 
-    yield from search(OmegaConf.to_container(OmegaConf.load(file), resolve=False), values, "")
+    files = {"": conf / f"{values.get('task_name')}.yaml"}
+    files |= {group: conf / group / "default.yaml" for group in OWN_SETTINGS if group in values}
+    for group, file in files.items():
+        if file.is_file():
+            default = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            yield from search(default, values[group] if group else values, group)
 
 
 def _fits(value: Any, allowed: tuple[type, ...]) -> bool:

@@ -86,7 +86,7 @@ def _from_checkpoint(host: dict[str, Any], local_sha256: str | None) -> Lent:
     network = _built({**config, **untrained})[0].network
     if host["weights"] == PRETRAINED:
         state = restored.network.state_dict()
-        check_taken(network, state, take_over(network, state), str(path), console)
+        check_taken(network, state, take_over(network, state), str(path), console, "host")
     sample = sample_of(sized(trained_at, host_size(host["image_size"])))
     return Lent(Host(network, sample), {**config, "image_size": list(sample.shape[2:])})
 
