@@ -210,7 +210,7 @@ def refused(script: str, *overrides: str) -> str:
 
 
 NULLS = {
-    "train": "base=null teacher=null split=null feature_cache=null training.optimizer=null ~teacher ~exits.head",
+    "train": "base=null teacher=null split=null feature_cache=null training.optimizer=null ~teacher ~exits.head ~links ~host",
     "infer": "exits=null",
     "export": "recalibrate=null links=null",
     "evaluate": "codec=null",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from cleave.architectures.linking.path import is_no_block
 from cleave.deployment import ImageInput
 
 PRETRAINED = "pretrained"
@@ -54,7 +55,7 @@ def leads_over_a_host(description: Mapping[str, Any]) -> bool:
 
 def crosses(path: Any) -> bool:
     """Whether a path as a config says it leads over a host; one that no path can be is refused where it is built."""
-    return isinstance(path, list) and len(path) == 4 and any(block not in (None, "-", "–") for block in path[1:3])
+    return isinstance(path, list) and len(path) == 4 and not all(map(is_no_block, path[1:3]))
 
 
 def path_arguments(links: Mapping[str, Any], build: Callable[[Mapping[str, Any], str], Any]) -> dict[str, Any]:

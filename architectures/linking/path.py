@@ -51,7 +51,7 @@ def read_path(values: Sequence[Any], local: Sequence[str], host: Sequence[str] |
     """
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 4:
         raise ValueError(f"path must be four blocks, [lout, hin, hout, lin], got {values!r}")
-    none = [value is None or (isinstance(value, str) and value.strip() in ("-", "–", "")) for value in values]
+    none = [is_no_block(value) for value in values]
     if none[0] or none[3] or none[1] != none[2]:
         raise ValueError(
             f"path={list(values)} must name lout and lin, and hin and hout both, or neither on a skip-connection"
@@ -73,6 +73,11 @@ def read_path(values: Sequence[Any], local: Sequence[str], host: Sequence[str] |
     if hin > hout:
         raise ValueError(f"path={list(values)} has hin={hin} behind hout={hout}; the host's blocks run in order")
     return Path(lout, hin, hout, lin)
+
+
+def is_no_block(value: Any) -> bool:
+    """Whether a value stands for hin or hout where a path has none: ``None`` or a dash."""
+    return value is None or (isinstance(value, str) and value.strip() in ("-", "–", ""))
 
 
 def every_path(local: int, host: int, skips: bool = True) -> Iterator[Path]:
