@@ -210,7 +210,8 @@ def refused(script: str, *overrides: str) -> str:
 
 
 NULLS = {
-    "train": "base=null teacher=null split=null feature_cache=null training.optimizer=null ~teacher ~exits.head ~links ~host",
+    "train": "base=null teacher=null split=null feature_cache=null training.optimizer=null"
+    " ~teacher ~exits.head ~links ~host",
     "infer": "exits=null",
     "export": "recalibrate=null links=null",
     "evaluate": "codec=null",

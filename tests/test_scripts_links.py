@@ -82,6 +82,20 @@ def test_a_run_trains_links_and_its_checkpoint_needs_no_other_file(tmp_path, tea
     assert again["test/payload_bytes"] == up + down
 
 
+def test_a_run_over_a_host_is_resumed(tmp_path, teacher_file, host_file, capsys):
+    given = [*PATH, f"base.ckpt_path={teacher_file}", "test=false"]
+    run(tmp_path / "run", *given, f"host.ckpt_path={host_file}")
+    moved = tmp_path / "moved.ckpt"
+    moved.write_bytes(host_file.read_bytes())
+    capsys.readouterr()
+    more = [f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt", "trainer.max_epochs=2", "links.placements=[a,b,a]"]
+    run(tmp_path / "on", *given, f"host.ckpt_path={moved}", *more)
+    said = capsys.readouterr().out
+    assert f"host.ckpt_path: {host_file} → {moved}: ignored, as the weights are the checkpoint's" in said
+    assert "placements" not in said
+    assert torch.load(tmp_path / "on/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+
+
 @pytest.mark.slow  # its parts have tests of their own
 def test_losses_with_the_cache_are_those_without_and_paths_of_one_lout_share_it(tmp_path, teacher_file, host_file):
     files = [f"base.ckpt_path={teacher_file}", f"host.ckpt_path={host_file}", "test=false"]
