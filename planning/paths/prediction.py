@@ -81,7 +81,7 @@ class GaussianProcess:
             from sklearn.gaussian_process.kernels import Matern
         except ImportError as error:
             raise ImportError(
-                "the Gaussian process needs scikit-learn, which Cleave installs with itself: pip install scikit-learn"
+                "the Gaussian process needs scikit-learn, which the extra `search` brings: pip install scikit-learn"
             ) from error
         kernel = Matern(length_scale=length, length_scale_bounds="fixed", nu=2.5)
         return GaussianProcessRegressor(kernel, alpha=noise, optimizer=None, normalize_y=True).fit(features, values)
