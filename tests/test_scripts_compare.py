@@ -449,8 +449,9 @@ def test_the_script_writes_tables_and_plots_and_reads_its_own(sweep):
 def test_a_mistake_is_one_line_and_nothing_is_written(sweep):
     (sweep / "sweep/2_0/results.json").write_text("{")
     told = run_script("compare", "inputs=[sweep]", "output=report", folder=sweep / "hydra", code=1)
-    assert told.count("\n") == 1
-    assert told.startswith("ValueError: sweep/2_0/results.json cannot be read: it is not JSON")
+    mistake, hint = told.splitlines()
+    assert mistake.startswith("ValueError: sweep/2_0/results.json cannot be read: it is not JSON")
+    assert hint.startswith("HYDRA_FULL_ERROR=1")
     assert not (sweep / "report").exists()
 
 

@@ -183,7 +183,7 @@ def test_a_sweep_runs_each_job_in_its_folder_and_returns_its_metric(tmp_path, te
     trimmed = ["bottleneck.channels=2,4", "codec.bits=4", "debug=limit", *IN_PROCESS[1:]]
     returned = ["+hydra.callbacks.returned._target_=training_helpers.WriteReturned", "optimized_metric=test/loss"]
     told = run_script("train", *grid, *trimmed, *returned, folder=tmp_path / "sweep")
-    assert told.count("\nResults\n") == 2
+    assert told.count("\nResults of best.ckpt\n") == 2
     for job, channels in (("0", 2), ("1", 4)):
         folder = tmp_path / "sweep" / job
         assert load(folder / "checkpoints/best.ckpt")["cleave"]["config"]["bottleneck"]["channels"] == channels
