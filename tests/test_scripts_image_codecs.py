@@ -105,7 +105,7 @@ def test_one_codec_and_one_quality_need_no_list_and_val_can_be_asked_for(teacher
         ("codecs=[jpg]", "codecs must be some of jpeg, webp, webp_lossless, png, got 'jpg'. Did you mean 'jpeg'"),
         ("qualities=[0]", "quality must be a whole number, 1 to 100, got 0"),
         ("split=train", "split must be val or test, got 'train'"),
-        ("data.root=somewhere", r"data\.root=somewhere has no meaning"),
+        ("data.root=somewhere", r"data\.root=.*somewhere has no meaning"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(override, message, teacher_file, tmp_path):
@@ -139,5 +139,5 @@ def test_the_script_prints_a_table_and_what_comes_next(teacher_file, tmp_path):
     assert "jpeg input, q50" in told
     assert "payload bytes" in told
     assert "as a file" in told
-    assert f"python scripts/compare.py 'inputs=[{tmp_path}/o/results.json,RUNS]'" in told
+    assert f"scripts/compare.py 'inputs=[{tmp_path}/o/results.json,RUNS]'" in told
     assert "ckpt_path has no value" in run_script("image_codecs", folder=tmp_path / "p", code=1)
