@@ -41,7 +41,7 @@ say-cpu:
 demo: say-cpu $(READY)  ## train a teacher and a split model on real digits, export and run them (about 5 minutes)
 	$(BIN)/python scripts/demo.py
 
-test: $(DEV)  ## run the tests with coverage (about a quarter of an hour on two cores)
+test: $(DEV)  ## run the tests with coverage (half an hour on two cores)
 	$(PYTEST) -m "not slow" --cov --cov-report=term
 
 test-full: $(DEV)  ## run every test, the slow ones included

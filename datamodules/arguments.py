@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 from cleave.deployment import ImageInput
+
+
+def imported(path: str) -> Any:
+    """Return what a dotted path names; ImportError, AttributeError or ValueError where it leads nowhere."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def is_whole(value: Any, least: int = 0) -> bool:

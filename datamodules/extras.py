@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torchvision.transforms import v2
+
+from .arguments import imported
 
 JITTERED = ("brightness", "contrast", "saturation", "hue")
 Transform = Callable[[Any], Any]
@@ -59,10 +60,10 @@ def built(description: Any) -> Any:
     if not isinstance(description, Mapping):
         return description
     name = str(description.get("_target_"))
-    module, _, attribute = name.rpartition(".")
     try:
-        factory = getattr(importlib.import_module(module), attribute)
-        transform = factory(**{key: built(value) for key, value in description.items() if not key.startswith("_")})
+        transform = imported(name)(
+            **{key: built(value) for key, value in description.items() if not key.startswith("_")}
+        )
     except Exception as error:  # a stranger's constructor may raise anything
         raise ValueError(f"transforms: {name} cannot be built: {error}") from error
     if not callable(transform):

@@ -355,7 +355,9 @@ def test_what_cannot_be_linked_is_refused_in_words():
     with pytest.raises(ValueError, match="leads over a host, but there is none"):
         linked(host=None)
     with pytest.raises(ValueError, match="use_host=False has no meaning for path=\\[0, -, -, 3\\], a skip-connection"):
-        linked(path=[0, None, None, 3], use_host=False)
+        linked(host=None, path=[0, None, None, 3], use_host=False)
+    with pytest.raises(ValueError, match=r"path=\[0, None, None, 3\] is a skip-connection, on which no host runs"):
+        linked(path=[0, None, None, 3])
     with pytest.raises((CutError, ValueError), match="host network cannot be cut .* images of 12×12.*host.image_size"):
         linked(host=vit(), blocks=(LOCAL_BLOCKS, ["blocks.0", "blocks.1"]), path=[0, 1, 1, 3])
     with pytest.raises(ValueError, match="'b0' must say whose layer it is, such as local/b0"):

@@ -5,7 +5,8 @@ from collections import deque
 
 import pytest
 
-from cleave.planning import original_throughput, path_throughput
+from cleave.architectures.linking.path import Path
+from cleave.planning import PathLoad, original_throughput, path_problem, path_throughput
 
 ENDLESS = 64  # images under way at most: enough that the host never waits for the local side's longest job
 
@@ -141,6 +142,9 @@ def test_rounding_is_no_gain():
     assert not path_throughput(0.3, 0.1 + 0.2, 1e-6).gains
     assert not path_throughput(0.1 + 0.2, 0.3, 1e-6).gains
     assert path_throughput(0.3, 0.299, 1e-6).gains
+    loads = {Path(0, 0, 0, 1): PathLoad(0.1 + 0.2, 1e-6), Path(0, 0, 0, 2): PathLoad(0.299, 1e-6)}
+    problem = path_problem(PathLoad(0.3), 0.8, loads, lambda option, accuracy: accuracy)
+    assert problem.candidates() == [Path(0, 0, 0, 2)]
 
 
 def test_a_throughput_never_falls_below_nothing():

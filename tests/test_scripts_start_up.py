@@ -106,6 +106,20 @@ def test_completion_completes_at_once(name, said):
     assert said[f"{name} TAB"] == (0, "task_name=\n")
 
 
+def test_groups_are_listed_as_hydra_lists_them(settings):  # noqa: F811
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.object_type import ObjectType
+
+    from cleave.scripts.assembly import hydra_extensions
+
+    hydra_extensions.extend_hydra()
+    loader = GlobalHydra.instance().config_loader()
+    assert "digits" in loader.get_group_options("data")
+    for group in ("", "data", "hydra", "hydra/launcher", "experiment", "nowhere"):
+        for kind in (ObjectType.CONFIG, ObjectType.GROUP):
+            assert loader.get_group_options(group, kind) == hydra_extensions._copying(loader, group, kind)
+
+
 def test_a_misspelt_choice_a_missing_value_and_a_group_set_to_null_are_told_at_once(said):
     assert "digits_teacher" in said["choice"].text
     assert said["missing"].status == 1

@@ -16,7 +16,7 @@ from cleave.architectures.inserts.channels import Channel
 from cleave.architectures.inserts.insert import Insert
 from cleave.architectures.linking.blocks import Blocks, cut_blocks
 from cleave.architectures.linking.link import HOST, LOCAL, make_link
-from cleave.architectures.linking.path import Path, read_path
+from cleave.architectures.linking.path import Path, is_no_block, read_path
 from cleave.architectures.macs import count_macs, count_params
 from cleave.architectures.naming import did_you_mean
 from cleave.architectures.network.outputs import INPUT
@@ -98,6 +98,8 @@ def linked_network(
     """
     if host is not None and host is local:
         raise ValueError("local and host are one network; links lead through the blocks of another one")
+    if host is not None and isinstance(path, Sequence) and len(path) == 4 and all(map(is_no_block, path[1:3])):
+        raise ValueError(f"path={list(path)} is a skip-connection, on which no host runs; give host=None")
     check_exits(exits, exits_count, "exits", "exits_count")
     furnishing = Furnishing(
         splits=[] if split is None else [split] if isinstance(split, str) else list(split),
@@ -128,8 +130,9 @@ def linked_network(
         )
         if network is not None
     }
-    given = {"use_host": use_host, "furnishing": furnishing, "exits_count": exits_count}
-    return link_blocks(cut[LOCAL], cut.get(HOST), path, links, **given)  # type: ignore[arg-type]
+    return link_blocks(
+        cut[LOCAL], cut.get(HOST), path, links, use_host=use_host, furnishing=furnishing, exits_count=exits_count
+    )
 
 
 def link_blocks(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..arguments import picked_classes
+from ..arguments import imported, picked_classes
 from ..sources import ArraySource, CorruptImageError, ImageSource
 from .completing import WHOLE, FoundImages
 
@@ -152,9 +151,8 @@ class DatasetSource(ImageSource):
 
 
 def _imported(path: str) -> Callable[..., Any]:
-    module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        return imported(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"dataset._target_={path!r} cannot be imported: {error}") from error
 

@@ -60,10 +60,7 @@ class PathProblem:
 
     def candidates(self) -> list[Path]:
         """Return the paths that a search may train."""
-        least = self.original.throughput.total
-        return [
-            path for path, option in self.paths.items() if not self.above_original or option.throughput.total > least
-        ]
+        return [path for path, option in self.paths.items() if not self.above_original or option.throughput.gains]
 
     def worth(self, path: Path, accuracy: float) -> float:
         """Return what a path is worth with an accuracy.

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
@@ -24,6 +28,24 @@ def extend_hydra() -> None:
     plugins.register(ProjectFirst)
     plugins.class_name_to_class[TARGET] = OptunaSweeper
     OmegaConf.register_new_resolver("program", program, replace=True)
+    ConfigLoaderImpl.get_group_options = _group_options
+
+
+_copying: Callable[..., list[str]] = ConfigLoaderImpl.get_group_options
+
+
+def _group_options(
+    loader: ConfigLoaderImpl,
+    group_name: str,
+    results_filter: ObjectType | None = ObjectType.CONFIG,
+    config_name: str | None = None,
+    overrides: list[str] | None = None,
+) -> list[str]:
+    """List the presets of a group as Hydra does, which copies all its sources for each group, most of ``--help``."""
+    if config_name is not None or overrides:
+        return _copying(loader, group_name, results_filter, config_name, overrides)
+    repository: Any = loader.repository
+    return repository.get_group_options(group_name, results_filter)
 
 
 def missing_extra(message: str) -> str:

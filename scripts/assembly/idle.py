@@ -14,15 +14,8 @@ from cleave.reports.terminal import say
 from cleave.scripts.assembly.networks import plain_value
 from cleave.scripts.assembly.terminal import CONF
 
-DEFAULTS = dict.fromkeys(("bottleneck", "exits", "links", "host"), "default") | {
-    "codec": "uniform",
-    "channel": "perfect",
-}
-WHERE_TRAINED: dict[str, dict[str, Any]] = {
-    "split": {"form": "replace", "envelope": True},
-    "feature_cache": {"dtype": "float32", "views": None},
-}
-"""Defaults that ``conf/train.yaml`` itself holds."""
+APART = ("split.at", "feature_cache.use", "feature_cache.directory")
+"""What says that a part is there, and where it is kept."""
 
 
 @rank_zero_only
@@ -66,15 +59,19 @@ def _idle_of_links(cfg: DictConfig) -> Iterator[tuple[list[str], str]]:
 
 def changed(cfg: DictConfig, group: str) -> list[str]:
     """Return the settings of a group that differ from the default, as overrides; the group alone if it was replaced."""
-    if group in WHERE_TRAINED:
-        default = WHERE_TRAINED[group]
-    else:
-        file = Path(CONF, group, f"{DEFAULTS[group]}.yaml")
-        default = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))
+    default = _defaults(group)
     own = cast(dict[str, Any], OmegaConf.to_container(cfg.get(group) or OmegaConf.create(), resolve=True))
     if own.get("_target_") != default.get("_target_"):
         return [f"{group} ({str(own.get('_target_')).rpartition('.')[2]})"] if own.get("_target_") else []
     return list(_differences(own, default, group))
+
+
+def _defaults(group: str) -> dict[str, Any]:
+    """Return a group as ``conf/train.yaml`` has it: in the preset that it chooses, or in itself."""
+    train = cast(DictConfig, OmegaConf.load(Path(CONF, "train.yaml")))
+    chosen = {name: preset for each in train.defaults if isinstance(each, DictConfig) for name, preset in each.items()}
+    found = OmegaConf.load(Path(CONF, group, f"{chosen[group]}.yaml")) if group in chosen else train[group]
+    return cast(dict[str, Any], OmegaConf.to_container(found))
 
 
 def _differences(own: dict[str, Any], default: dict[str, Any], at: str) -> Iterator[str]:
@@ -82,5 +79,5 @@ def _differences(own: dict[str, Any], default: dict[str, Any], at: str) -> Itera
         before = default.get(name)
         if isinstance(value, dict) and isinstance(before, dict):
             yield from _differences(value, before, f"{at}.{name}")
-        elif value != before and (name in default or at not in WHERE_TRAINED):
+        elif value != before and f"{at}.{name}" not in APART:
             yield f"{at}.{name}={value}"
