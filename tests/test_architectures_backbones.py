@@ -107,15 +107,17 @@ def test_timm_evaluation_without_counterpart_is_said(monkeypatch, caplog, config
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_transform_input_is_moved_into_the_input(name):
+    torch.manual_seed(0)
     backbone = create_backbone("torchvision", name, 3)
-    network = backbone.network.eval()
-    images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    network = backbone.network.eval().double()
+    images = torch.randint(0, 256, (2, 3, 96, 96))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double().view(2, 3, 1, 1)
+    shift, scale = (torch.tensor(value).double().view(3, 1, 1) for value in (backbone.input.mean, backbone.input.std))
     with torch.no_grad():
-        ours = network(backbone.input.normalize(images))
+        ours = network((images / 255.0 - shift) / scale)
         network.transform_input = True
-        theirs = network((images / 255 - mean) / std)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)  # random weights blow rounding up
+        theirs = network((images / 255.0 - mean) / std)
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-5)
     assert not [key for key in network.state_dict() if "aux" in key.lower()]
 
 

@@ -36,7 +36,8 @@ def service(**changes):
     torch.manual_seed(3)
     samples = (LOCAL_SAMPLE, HOST_SAMPLE)
     path = changes.pop("path", [0, 1, 4, 5])
-    network = linked_network(seeded(Local), seeded(Host), samples, (LOCAL_BLOCKS, HOST_BLOCKS), path, **changes)
+    host = None if path[1] is None else seeded(Host)
+    network = linked_network(seeded(Local), host, samples, (LOCAL_BLOCKS, HOST_BLOCKS), path, **changes)
     return network.train().eval()
 
 

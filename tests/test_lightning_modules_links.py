@@ -156,7 +156,7 @@ def service(changes, train):
     torch.manual_seed(7)
     given = {"path": [0, 1, 3, 4]} | changes
     path = given.pop("path")
-    networks, samples = (seeded(Local), seeded(Host)), (LOCAL_SAMPLE, HOST_SAMPLE)
+    networks, samples = (seeded(Local), None if path[1] is None else seeded(Host)), (LOCAL_SAMPLE, HOST_SAMPLE)
     network = linked_network(*networks, samples, (LOCAL_BLOCKS, HOST_BLOCKS), path, **given)
     if train and "exits" in train:
         terms = {"exits": Term(AllExits(), of=["student/exits", "labels"])}
