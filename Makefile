@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 ROOMS := losses deployment architectures datamodules planning lightning_modules reports scripts
 # Processes that run the tests; a file's tests stay together, as they share what they have trained.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install say-cpu demo test test-full lint types format dist pins lowest clean
@@ -42,10 +42,11 @@ demo: say-cpu $(READY)  ## train a teacher and a split model on real digits, exp
 	$(BIN)/python scripts/demo.py
 
 test: $(DEV)  ## run the tests with coverage (half an hour on two cores)
-	$(PYTEST) -m "not slow" --cov --cov-report=term
+	$(BIN)/python -m slipcover --json --out .coverage.json -m $(PYTEST) -m "not slow"
+	@$(BIN)/python -m slipcover --merge .coverage.json --out .coverage.json --fail-under 93
 
 test-full: $(DEV)  ## run every test, the slow ones included
-	$(PYTEST)
+	$(BIN)/python -m $(PYTEST)
 
 lint: types  ## check style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -76,4 +77,4 @@ lowest:  ## create .venv with the lowest versions that pyproject.toml allows, to
 	@touch $(READY) $(DEV)
 
 clean:  ## remove what was built and every log
-	rm -rf $(VENV) dist *.egg-info $(LEFT) logs bundles .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) dist *.egg-info $(LEFT) logs bundles .pytest_cache .mypy_cache .ruff_cache .coverage.json

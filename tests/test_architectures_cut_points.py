@@ -74,7 +74,6 @@ SMALL = {
 }
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(
     "family",
     [

@@ -93,7 +93,6 @@ def test_parts_inside_a_residual_block_pass_two_named_tensors():
     check_parity(network, [names[:middle], names[middle:]], images())
 
 
-@pytest.mark.untraced
 def test_branches_of_googlenet_become_parts_of_their_own(googlenet):
     names = [node.name for node in trace_graph(googlenet, images()).nodes]
     left = [name for name in names if name.startswith(("inception3a.branch1", "inception3a.branch2"))]
@@ -119,7 +118,6 @@ def test_any_division_along_the_edges_reproduces_the_network(googlenet, seed):
     check_parity(googlenet, sets, images())
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("end", ["stages.0.blocks.1/mul", "stages.0.blocks.1.conv_dw", "stages.1.blocks.0/add"])
 def test_steps_of_training_alone_go_with_the_nodes_they_serve(end):
     """Drop-path is a dozen nodes in training and none in eval mode; the planner sees the latter."""

@@ -88,7 +88,6 @@ def train_step(network: nn.Module, owner: nn.Module, x: Tensor) -> dict[str, Ten
     return {"out": out.detach(), **found, **{f"buffer {name}": b for name, b in owner.named_buffers()}}
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages_reproduce_the_backbone_in_both_modes(family):
     network, at, sample = make(family)

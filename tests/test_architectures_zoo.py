@@ -113,7 +113,6 @@ def test_alexnet_convolutions_are_the_published_ones():
     assert shapes[0][0] == (64, 3, 5, 5)
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("name", CIFAR_NETWORKS)
 @pytest.mark.parametrize("pixels", [8, 15, 32, 64])
 def test_takes_any_image_size(name, pixels):
@@ -136,7 +135,6 @@ def test_traces_copies_and_pickles(name):
         assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("name", sorted(CIFAR_NETWORKS.keys() - {"resnet32", "resnet44", "resnet56"}))
 # torch deprecates TorchScript, which devices still run
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")

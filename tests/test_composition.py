@@ -113,7 +113,6 @@ def params(rows: list[Row]) -> list[object]:
     return [pytest.param(row, id="-".join(row[:4]), marks=[pytest.mark.slow] * row.slow) for row in rows]
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("row", params([row for row in ROWS if row.refused is None]))
 def test_combinations_train_test_resume_export_and_run(row, tmp_path, teacher_file):
     whole, half = tmp_path / "whole", tmp_path / "half"
@@ -159,7 +158,6 @@ def test_every_pair_stands_in_some_row():
             assert {(row[i], row[j]) for row in ROWS} == {(a, b) for a in first for b in second}
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("form", ["insert", "replace"])
 def test_two_bottlenecks_on_one_route(form, tmp_path, teacher_file):
     row = Row("uniform", "perfect", form, "kd")

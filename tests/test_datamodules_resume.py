@@ -73,7 +73,6 @@ def assert_same_end(whole: Classifier, resumed: Classifier, last: bool) -> None:
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("options", "steps"),
     [

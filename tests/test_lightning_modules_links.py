@@ -56,7 +56,6 @@ def test_there_are_as_many_paths_as_brute_force_finds():
     assert len(PATHS) == 325
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("lout", range(5))
 def test_every_path_trains_its_links_and_nothing_else(lout):
     local, host = local_blocks(), host_blocks()

@@ -165,7 +165,6 @@ def test_every_scheduler_of_torch_is_tried():
     assert named == {name.partition(" ")[0] for name in SCHEDULERS}
 
 
-@pytest.mark.untraced
 @pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using")
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -181,7 +180,6 @@ COMBINED = "accumulating and validating within epochs"
 SCHEDULES = [("ReduceLROnPlateau", "step"), ("ReduceLROnPlateau", "epoch"), ("OneCycleLR", "step"), ("StepLR", "epoch")]
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(("name", "interval"), SCHEDULES)
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way != COMBINED)) for way in WAYS])
 def test_it_does_so_however_it_validates_and_accumulates(way, name, interval, tmp_path):

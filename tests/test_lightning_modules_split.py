@@ -168,7 +168,6 @@ def learnable(part: nn.Module) -> set[str]:
     return set(part.state_dict()) - support
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_frozen_stays_bitwise_and_what_is_trained_changes(case: str) -> None:
     method, settings, train, learning = CASES[case]
@@ -270,7 +269,6 @@ def test_a_teacher_that_no_term_asks_for_is_left_aside() -> None:
 # --- terms --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("method", LOSSES)
 def test_the_loss_that_is_minimised_is_the_sum_of_what_is_logged(method: type[Task]) -> None:
     extra = {
@@ -368,7 +366,6 @@ def run(method: type[Task], network: dict[str, Any], disturb: int) -> tuple[Any,
     return logged.steps, measured, snapshot(task.network), evaluate(task)
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("case", STOCHASTIC)
 def test_same_seed_same_numbers(case: str) -> None:
     (steps, measured, weights, tested), again = (run(*STOCHASTIC[case], disturb) for disturb in (1, 2))
@@ -590,7 +587,6 @@ CACHED: dict[str, tuple[type[Task], dict[str, Any], list[str] | None, bool]] = {
 }
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("case", CACHED)
 def test_cached_features_change_no_loss(case: str, tmp_path: Path) -> None:
     method, network, train, with_images = CACHED[case]

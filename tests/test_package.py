@@ -28,7 +28,7 @@ from .deployment_networks import images, make_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PROJECT, ROOMS = SETTINGS["project"], SETTINGS["tool"]["coverage"]["run"]["source"]
+PROJECT, ROOMS = SETTINGS["project"], SETTINGS["tool"]["slipcover"]["source"].split(",")
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py"))
 TRAINING = [
     "pytorch_lightning", "lightning_fabric", "timm", "torchvision", "torchmetrics", "hydra", "omegaconf", "wandb",

@@ -93,7 +93,7 @@ def test_every_list_of_rooms_is_this_one():
     packages = project["tool"]["setuptools"]["packages"]
     folders = [file.parent.relative_to(ROOT) for room in ROOMS for file in sorted((ROOT / room).rglob("__init__.py"))]
     assert sorted(packages) == sorted(["cleave", "cleave.conf", *(".".join(("cleave", *f.parts)) for f in folders)])
-    assert sorted(project["tool"]["coverage"]["run"]["source"]) == sorted(ROOMS)
+    assert sorted(project["tool"]["slipcover"]["source"].split(",")) == sorted(ROOMS)
     makefile = re.search(r"^ROOMS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert makefile is not None
     assert makefile[1].split() == list(ROOMS)

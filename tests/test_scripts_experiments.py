@@ -13,7 +13,6 @@ from cleave.scripts.assembly.terminal import CONF, missing_values, quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.train import train
 
-pytestmark = pytest.mark.untraced  # presets run code that has tests of its own
 EXPERIMENTS = sorted(p.stem for p in (Path(CONF) / "experiment").glob("*.yaml"))
 # What the presets that suit any data leave to the user: some must be given, of the others there is a default.
 GIVEN = {"compare": "{layer2: 1.0, layer3: 0.5}", "beta": "1.0"}

@@ -27,7 +27,6 @@ from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.train import train
 
-pytestmark = pytest.mark.untraced  # what it runs has tests of its own
 QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false", "logger=none", "callbacks.progress=null"]
 SHORT = ["trainer.max_epochs=1", "+trainer.limit_train_batches=3", "+trainer.limit_val_batches=1"]
 SHORT += ["training.scheduler=null", "data.augment=none"]

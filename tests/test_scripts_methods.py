@@ -36,7 +36,6 @@ from cleave.scripts.train import train
 
 from .training_helpers import numbers
 
-pytestmark = pytest.mark.untraced  # what it shows is how parts that have tests of their own go together
 QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]
 SPLIT = ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8", "split.at=layer2"]
 SPLIT += ["bottleneck.channels=4", "bottleneck.width=8", "logger=none", "callbacks.progress=null", *QUIET]

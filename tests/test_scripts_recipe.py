@@ -107,7 +107,6 @@ def test_what_a_step_does_not_train_stays_and_what_the_next_trains_moves(whole, 
     assert differences(head, finetuned)
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("step", [pytest.param("head", marks=pytest.mark.slow), "finetune"])
 def test_any_step_is_evaluated_and_exported_from_its_checkpoint_alone(whole, step, tmp_path):
     checkpoint = [f"ckpt_path={whole}/checkpoints/{step}/best.ckpt", "trainer=cpu", *SHORT[2:]]
@@ -129,7 +128,6 @@ def parameters(file: Path) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in network.named_weights()}
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("callbacks", [[], ["callbacks=ema", "callbacks.ema.decay=0.5"]], ids=["best", "averaged"])
 def test_a_step_starts_from_the_best_weights_of_the_one_before(tmp_path, teacher_file, callbacks):
     worst = ["callbacks.checkpoint.monitor=epoch", "callbacks.checkpoint.mode=min"]  # the first is the best
@@ -155,7 +153,6 @@ def test_without_checkpoints_a_step_starts_from_the_last_weights(tmp_path, teach
     assert (point(tmp_path)["epochs"], point(tmp_path)["checkpoint"]) == (2 * EPOCHS, None)
 
 
-@pytest.mark.untraced
 def test_epochs_optimizer_schedule_and_parts_are_each_steps_own(tmp_path, teacher_file):
     own = [
         "+steps.head.trainer.max_epochs=1",
@@ -194,7 +191,6 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert (point(one)["epochs"], point(one)["method"]) == (point(other)["epochs"], point(other)["method"])
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "inside the first step")) for case in KILLED]
 )
@@ -211,7 +207,6 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(case, whole, tmp_path, teache
     assert metrics["test/acc"] == point(whole)["accuracy"]
 
 
-@pytest.mark.untraced
 def test_a_step_resumed_at_its_end_in_a_new_folder_goes_on_to_the_next(whole, tmp_path, teacher_file, capsys):
     run(teacher_file, tmp_path, f"ckpt_path={whole}/checkpoints/head/last.ckpt", "logger=csv")
     told = capsys.readouterr().out
@@ -220,7 +215,6 @@ def test_a_step_resumed_at_its_end_in_a_new_folder_goes_on_to_the_next(whole, tm
     assert min(int(row["step"]) for row in rows(tmp_path) if "train/loss" in row) >= STEPS
 
 
-@pytest.mark.untraced
 def test_a_run_resumed_in_its_last_step_knows_what_the_others_came_to(whole, tmp_path, teacher_file, capsys):
     run(teacher_file, tmp_path, f"ckpt_path={whole}/checkpoints/finetune/last.ckpt")
     found = point(tmp_path)
@@ -233,7 +227,6 @@ def test_a_run_resumed_in_its_last_step_knows_what_the_others_came_to(whole, tmp
     assert not (tmp_path / "checkpoints/head").exists()
 
 
-@pytest.mark.untraced
 def test_a_step_that_had_stopped_early_stays_stopped(tmp_path, teacher_file):
     early = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "trainer.max_epochs=9", "test=false"]
     never = ["callbacks.early_stopping.monitor=recipe_step"]  # constant: the second epoch is no better than the first
@@ -262,7 +255,6 @@ def test_without_training_the_checkpoint_is_tested(whole, tmp_path, teacher_file
 # --- switches ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.untraced
 @pytest.mark.parametrize("mode", ["fdr", "limit", "overfit"])
 def test_a_recipe_runs_in_every_debug_mode(mode, tmp_path, teacher_file):
     overrides = [*PLAIN, *NET, "experiment=bottlefit", "compare={layer2: 1.0}", f"base.ckpt_path={teacher_file}"]
@@ -351,7 +343,6 @@ def test_what_a_step_still_needs_is_named(tmp_path):
     assert missing_values(cfg) == ["steps.one.method.loss.weights"]
 
 
-@pytest.mark.untraced
 def test_a_checkpoint_of_another_run_is_refused(whole, tmp_path, teacher_file):
     head = f"ckpt_path={whole}/checkpoints/head/last.ckpt"
     given = [*PLAIN, *NET, *SHORT, f"base.ckpt_path={teacher_file}"]
