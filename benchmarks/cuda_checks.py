@@ -32,7 +32,7 @@ from cleave.datamodules import Digits
 from cleave.deployment import OutputSpec, Pipeline, export_bundle, load_bundle
 from cleave.lightning_modules import Frozen, HeadDistillation, Training
 from cleave.losses import HeadDistillationLoss
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 
 OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05)
 BATCH, SIDE = 128, 32

@@ -17,7 +17,7 @@ import torch
 
 from cleave.planning import place_exits
 from cleave.reports.terminal import table
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 
 
 def main() -> None:

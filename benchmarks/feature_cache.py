@@ -31,7 +31,7 @@ from cleave.architectures.modes import evaluating
 from cleave.datamodules import Digits, ImageDataModule, ImageFolder
 from cleave.lightning_modules import ExitsSeparate, Frozen, HeadDistillation, Reconstruction, Task, Training
 from cleave.losses import HeadDistillationLoss, JointExitLoss, ReconstructionLoss
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 
 OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-3)
 CODEC = {"bits": 8, "range": "sample"}

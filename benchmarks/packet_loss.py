@@ -22,7 +22,7 @@ from cleave.reports.plotting import accuracy_axis, legend, matplotlib_defaults, 
 from cleave.reports.terminal import table
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore, restore_data
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.train import train
 
 SEEDS = (0, 1, 2)

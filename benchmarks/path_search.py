@@ -26,7 +26,7 @@ from cleave.planning import (
 )
 from cleave.reports.paths.tables import PathTable, read_path_table
 from cleave.reports.terminal import table
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 
 GAIN = 0.01  # ε
 

@@ -19,9 +19,9 @@ from cleave.lightning_modules.methods import (
     Reconstruction,
     ZeroTimeWaste,
 )
+from cleave.lightning_modules.optimization.training import Training
 from cleave.lightning_modules.task import Task
 from cleave.lightning_modules.term import Term
-from cleave.lightning_modules.training import Training
 
 __all__ = [
     "Classification",

@@ -27,9 +27,9 @@ from cleave.lightning_modules.learning import (
     what_learns,
 )
 from cleave.lightning_modules.measuring import Batch, MeasuredModule
-from cleave.lightning_modules.optimization import check_rates, clip_apart, parameter_groups, scheduler_of
+from cleave.lightning_modules.optimization.optimizers import check_rates, clip_apart, parameter_groups, scheduler_of
+from cleave.lightning_modules.optimization.training import DEFAULT, Training, prepare
 from cleave.lightning_modules.term import PROGRESS, STUDENT, TEACHER, Term, asked_outputs, take_over, together
-from cleave.lightning_modules.training import DEFAULT, Training, prepare
 
 
 class Task(MeasuredModule):

@@ -18,7 +18,7 @@ from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.bundling import parity_words
 from cleave.scripts.assembly.hints import command
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.terminal import heed_signals, quiet, start
+from cleave.scripts.assembly.starting.terminal import heed_signals, quiet, start
 from cleave.scripts.exits_report import POLICY, exits_report
 from cleave.scripts.export import export
 from cleave.scripts.train import train

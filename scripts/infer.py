@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # the config comes first: --help and a misspelt key need nothing of what is imported below
-    from cleave.scripts.assembly.terminal import run
+    from cleave.scripts.assembly.starting.terminal import run
 
     run("infer")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # the config comes first: --help and a misspelt key need nothing of what is imported below
-    from cleave.scripts.assembly.terminal import run
+    from cleave.scripts.assembly.starting.terminal import run
 
     run("train")
 
@@ -26,9 +26,9 @@ from cleave.scripts.assembly.idle import say_what_is_idle
 from cleave.scripts.assembly.outcome import Outcome, finish, returned
 from cleave.scripts.assembly.recipe import all_steps, steps_to_go
 from cleave.scripts.assembly.restoring import validated
-from cleave.scripts.assembly.stopping import forwarding, requeued, telling_what_is_kept
-from cleave.scripts.assembly.sweeps import sweeping
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.stopping import forwarding, requeued, telling_what_is_kept
+from cleave.scripts.assembly.starting.sweeps import sweeping
+from cleave.scripts.assembly.starting.terminal import quiet
 
 
 @recorded_outcome()

@@ -20,7 +20,7 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> None:
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of digits_teacher after one short epoch: a teacher file for whatever needs one."""
     from cleave.scripts.assembly.building import compose_config
-    from cleave.scripts.assembly.terminal import quiet
+    from cleave.scripts.assembly.starting.terminal import quiet
     from cleave.scripts.train import train
 
     quiet()

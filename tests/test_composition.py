@@ -11,7 +11,7 @@ import torch
 from cleave.datamodules import Digits
 from cleave.deployment import ENVELOPE_BYTES, Pipeline, load_bundle
 from cleave.scripts.assembly.building import compose_config
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.export import export
 from cleave.scripts.train import train
 

@@ -17,7 +17,7 @@ from cleave.lightning_modules import (
     KnowledgeDistillation,
     ZeroTimeWaste,
 )
-from cleave.lightning_modules.schedules import WarmupCosineLR
+from cleave.lightning_modules.optimization.schedules import WarmupCosineLR
 from cleave.losses import ExitDistillationLoss, GeometricEnsembleLoss, JointExitLoss, KnowledgeDistillationLoss
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore, restore_data

@@ -86,7 +86,8 @@ def test_the_wheel_is_the_whole_product(wheels):
 def test_every_script_is_a_command(wheels):
     points = configparser.ConfigParser()
     points.read_string(inside(wheels.cleave, "entry_points.txt"))
-    expected = {f"cleave-{name.replace('_', '-')}": f"cleave.scripts.assembly.commands:{name}" for name in SCRIPTS}
+    commands = "cleave.scripts.assembly.starting.commands"
+    expected = {f"cleave-{name.replace('_', '-')}": f"{commands}:{name}" for name in SCRIPTS}
     assert dict(points["console_scripts"]) == expected
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from cleave.datamodules import Digits
 from cleave.deployment import ENVELOPE_BYTES
 from cleave.scripts.assembly.building import compose_config
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.export import export
 from cleave.scripts.train import train
 

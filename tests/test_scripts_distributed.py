@@ -8,7 +8,7 @@ import torch
 from cleave.deployment import Pipeline, load_bundle
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.train import train
 

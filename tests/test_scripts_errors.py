@@ -12,7 +12,7 @@ from cleave.lightning_modules.checkpoints.loading import read_checkpoint
 from cleave.scripts.assembly.building import assemble, compose_config
 from cleave.scripts.assembly.recipe import all_steps
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.train import train
 
 from .training_helpers import script

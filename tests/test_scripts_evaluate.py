@@ -10,7 +10,7 @@ from cleave.reports.rates.collect import collect
 from cleave.reports.rates.results import RESULTS, Point
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.train import train

@@ -14,7 +14,7 @@ from cleave.losses import fit_geometric_ensemble
 from cleave.reports.exits.measure import stored_logits
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore, restore_data
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.train import train
 

@@ -14,7 +14,7 @@ from cleave.deployment import ENVELOPE_BYTES, Codec, ExitPolicy, Pipeline, build
 from cleave.deployment.bundle.canonical_json import dump
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore, restore_data
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.infer import infer

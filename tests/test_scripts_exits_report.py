@@ -21,7 +21,7 @@ from cleave.reports.exits.place import place, stage_and_head_macs
 from cleave.reports.exits.timing import exit_seconds, wall_clock
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore, restore_data
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.exits_report import PLOTS, exits_report
 from cleave.scripts.train import train
 

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from cleave.reports.rates.collect import collect
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.terminal import CONF, missing_values, quiet
+from cleave.scripts.assembly.starting.terminal import CONF, missing_values, quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.train import train
 

@@ -11,8 +11,8 @@ from hydra.utils import instantiate
 from cleave.lightning_modules.callbacks import BestCheckpoint
 from cleave.reports.terminal import console
 from cleave.scripts.assembly.building import compose_config
-from cleave.scripts.assembly.extras import apply_extras
-from cleave.scripts.assembly.terminal import CONF
+from cleave.scripts.assembly.starting.extras import apply_extras
+from cleave.scripts.assembly.starting.terminal import CONF
 from cleave.scripts.train import train
 
 from .training_helpers import DIGITS, PLAIN, script

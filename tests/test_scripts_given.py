@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.given import keys, paths
 from cleave.scripts.assembly.given.value_types import check_values
-from cleave.scripts.assembly.terminal import CONF
+from cleave.scripts.assembly.starting.terminal import CONF
 
 from .training_helpers import PLAIN, load, script, small
 

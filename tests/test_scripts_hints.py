@@ -18,10 +18,10 @@ from cleave.lightning_modules.resuming import resume_command
 from cleave.reports.terminal import say, table
 from cleave.scripts.assembly.building import assemble, compose_config
 from cleave.scripts.assembly.hints import command
-from cleave.scripts.assembly.nulls import refuse_null_choices, refuse_null_groups
 from cleave.scripts.assembly.recipe import all_steps
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.terminal import CONF, quiet
+from cleave.scripts.assembly.starting.nulls import refuse_null_choices, refuse_null_groups
+from cleave.scripts.assembly.starting.terminal import CONF, quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.image_codecs import image_codecs

@@ -14,7 +14,7 @@ from cleave.deployment.codecs.image_codecs import JPEGCodec
 from cleave.reports.rates.results import Point, read_results
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.image_codecs import image_codecs
 from cleave.scripts.train import train

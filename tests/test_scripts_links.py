@@ -22,7 +22,7 @@ from cleave.scripts.assembly.linking import lending
 from cleave.scripts.assembly.linking.lending import lend
 from cleave.scripts.assembly.networks import build_network
 from cleave.scripts.assembly.restoring import Restored, restore
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.train import train

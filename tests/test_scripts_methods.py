@@ -28,7 +28,7 @@ from cleave.lightning_modules.checkpoints.trust import check_targets
 from cleave.reports.rates.collect import collect
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore, restore_data
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.infer import infer

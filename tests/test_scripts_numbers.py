@@ -10,7 +10,7 @@ from cleave.reports.answers import say_if_larger
 from cleave.reports.rates.collect import collect
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.idle import idle
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.train import train
 

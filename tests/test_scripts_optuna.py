@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from cleave.scripts.assembly.optuna_sweeper import OptunaSweeper, distribution
-from cleave.scripts.assembly.terminal import CONF
+from cleave.scripts.assembly.starting.optuna_sweeper import OptunaSweeper, distribution
+from cleave.scripts.assembly.starting.terminal import CONF
 
 from .training_helpers import python_path, script
 
@@ -23,7 +23,7 @@ HERE = importlib.util.find_spec("optuna") is not None
 # A command without a network: a parabola over what is searched, that fails where x is bad.
 APP = """
 import hydra
-from cleave.scripts.assembly.hydra_extensions import extend_hydra
+from cleave.scripts.assembly.starting.hydra_extensions import extend_hydra
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="app")
 def main(cfg):

@@ -11,10 +11,10 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from cleave.scripts.assembly import program as naming
-from cleave.scripts.assembly.program import program
-from cleave.scripts.assembly.project import import_projects
-from cleave.scripts.assembly.stopping import going_on
+from cleave.scripts.assembly.starting import program as naming
+from cleave.scripts.assembly.starting.program import program
+from cleave.scripts.assembly.starting.project import import_projects
+from cleave.scripts.assembly.starting.stopping import going_on
 
 from .training_helpers import script
 

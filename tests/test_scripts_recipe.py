@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from cleave.lightning_modules.checkpoints.loading import read_checkpoint
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.terminal import missing_values, quiet
+from cleave.scripts.assembly.starting.terminal import missing_values, quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.train import train

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from cleave.scripts.assembly.stopping import going_on
+from cleave.scripts.assembly.starting.stopping import going_on
 
 from .training_helpers import DIGITS, FINAL, PLAIN, ROOT, differences, load, python_path, run_script, small
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_is_evaluated_stays_as_it_was(name, teacher_file, tmp_
 def test_every_command_ends_so_whatever_it_is_doing(name, status, tmp_path):
     code = f"""
 import os, signal
-from cleave.scripts.assembly.terminal import start
+from cleave.scripts.assembly.starting.terminal import start
 def main():
     try:
         os.kill(os.getpid(), signal.{name})

@@ -110,7 +110,7 @@ def test_groups_are_listed_as_hydra_lists_them(settings):  # noqa: F811
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.object_type import ObjectType
 
-    from cleave.scripts.assembly import hydra_extensions
+    from cleave.scripts.assembly.starting import hydra_extensions
 
     hydra_extensions.extend_hydra()
     loader = GlobalHydra.instance().config_loader()

@@ -9,7 +9,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from cleave.scripts.assembly import outcome, sweeps
+from cleave.scripts.assembly import outcome
+from cleave.scripts.assembly.starting import sweeps
 
 from .training_helpers import PLAIN, load, python_path, run_script, script, small
 

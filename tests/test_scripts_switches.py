@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cleave.scripts.assembly.building import compose_config
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.train import train
 
 from .training_helpers import ROOT, load, run_script, small

@@ -15,7 +15,7 @@ from PIL import Image
 from cleave.deployment import ENVELOPE_BYTES
 from cleave.lightning_modules.command_line import in_hydra
 from cleave.scripts.assembly.building import compose_config
-from cleave.scripts.assembly.terminal import quiet
+from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.infer import infer

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from cleave.lightning_modules.checkpoints.loading import read_checkpoint
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.restoring import Restored, restore, restore_data
-from cleave.scripts.assembly.terminal import CONF
+from cleave.scripts.assembly.starting.terminal import CONF
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.train import train

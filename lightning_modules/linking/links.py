@@ -14,9 +14,9 @@ from cleave.lightning_modules import caching
 from cleave.lightning_modules.evaluators import Evaluator
 from cleave.lightning_modules.frozen import Frozen
 from cleave.lightning_modules.learning import check_network
+from cleave.lightning_modules.optimization.training import DEFAULT, Training
 from cleave.lightning_modules.task import Task
 from cleave.lightning_modules.term import STUDENT, Term
-from cleave.lightning_modules.training import DEFAULT, Training
 
 LEAST_SHARE = 0.1
 """The share of a path's MACs from which on it pays to store a front whose feature is larger than the image."""

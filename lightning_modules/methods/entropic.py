@@ -9,9 +9,9 @@ from cleave.architectures import StagedNetwork
 from cleave.lightning_modules.evaluators import Evaluator
 from cleave.lightning_modules.frozen import Frozen
 from cleave.lightning_modules.methods.naming import by_bottleneck, compared_layers
+from cleave.lightning_modules.optimization.training import DEFAULT, Training
 from cleave.lightning_modules.task import Task
 from cleave.lightning_modules.term import STUDENT, TEACHER, Term
-from cleave.lightning_modules.training import DEFAULT, Training
 from cleave.losses import GeneralizedHeadDistillationLoss, RateLoss
 
 

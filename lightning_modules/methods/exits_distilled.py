@@ -8,9 +8,9 @@ from typing import Any
 from cleave.architectures import StagedNetwork
 from cleave.lightning_modules.evaluators import Evaluator
 from cleave.lightning_modules.frozen import Frozen
+from cleave.lightning_modules.optimization.training import DEFAULT, Training
 from cleave.lightning_modules.task import Task
 from cleave.lightning_modules.term import Term
-from cleave.lightning_modules.training import DEFAULT, Training
 from cleave.losses import ExitDistillationLoss
 
 

@@ -11,8 +11,8 @@ from cleave.architectures import StagedNetwork
 from cleave.lightning_modules.evaluators import Evaluator
 from cleave.lightning_modules.frozen import Frozen
 from cleave.lightning_modules.methods.exits_joint import ExitsJoint
+from cleave.lightning_modules.optimization.training import DEFAULT, Training
 from cleave.lightning_modules.term import Term
-from cleave.lightning_modules.training import DEFAULT, Training
 
 
 class ExitsSeparate(ExitsJoint):

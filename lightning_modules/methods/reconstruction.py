@@ -11,9 +11,9 @@ from cleave.architectures import StagedNetwork
 from cleave.lightning_modules.evaluators import Evaluator
 from cleave.lightning_modules.frozen import Frozen
 from cleave.lightning_modules.methods.naming import by_bottleneck
+from cleave.lightning_modules.optimization.training import DEFAULT, Training
 from cleave.lightning_modules.task import Task
 from cleave.lightning_modules.term import Term
-from cleave.lightning_modules.training import DEFAULT, Training
 
 
 class Reconstruction(Task):

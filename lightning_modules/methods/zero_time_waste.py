@@ -15,9 +15,9 @@ from cleave.lightning_modules.evaluators import Evaluator
 from cleave.lightning_modules.frozen import Frozen
 from cleave.lightning_modules.learning import check_network
 from cleave.lightning_modules.measuring import Batch
+from cleave.lightning_modules.optimization.training import DEFAULT, Training
 from cleave.lightning_modules.task import Task
 from cleave.lightning_modules.term import STUDENT, Term
-from cleave.lightning_modules.training import DEFAULT, Training
 from cleave.losses import fit_geometric_ensemble
 
 GRADIENTS, LBFGS = FITS = ("gradients", "lbfgs")

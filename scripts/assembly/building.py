@@ -22,14 +22,14 @@ from cleave.deployment import ExitPolicy, ImageInput
 from cleave.lightning_modules import Evaluator, Frozen, Task, Training
 from cleave.lightning_modules.evaluators import default_evaluators
 from cleave.lightning_modules.measuring import MeasuredModule
-from cleave.lightning_modules.training import prepare
+from cleave.lightning_modules.optimization.training import prepare
 from cleave.reports.terminal import console
 from cleave.scripts.assembly.given.paths import settle
 from cleave.scripts.assembly.linking.lending import lend
 from cleave.scripts.assembly.networks import build_backbone, build_network, keyed, plain_value
 from cleave.scripts.assembly.restoring import Restored, restore
+from cleave.scripts.assembly.starting.terminal import CONF
 from cleave.scripts.assembly.taking_over import check_taken, take_over
-from cleave.scripts.assembly.terminal import CONF
 
 TEACHER = "teacher"
 _INSTEAD = {

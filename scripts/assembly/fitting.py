@@ -18,7 +18,7 @@ from cleave.reports.terminal import console, number, say
 from cleave.scripts.assembly.building import Assembly, build_task, build_trainer, instantiate_each, plain
 from cleave.scripts.assembly.given.resumed import overrides
 from cleave.scripts.assembly.recipe import Step
-from cleave.scripts.assembly.stopping import forwarding, used_up
+from cleave.scripts.assembly.starting.stopping import forwarding, used_up
 
 
 class Fit(NamedTuple):

@@ -9,7 +9,7 @@ from cleave.architectures.described import GROUPS
 from cleave.lightning_modules.checkpoints.trust import foreign
 from cleave.lightning_modules.command_line import quoted
 from cleave.reports.terminal import say_next
-from cleave.scripts.assembly.program import program
+from cleave.scripts.assembly.starting.program import program
 
 
 def command(name: str, settings: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from cleave.architectures.linking.described import crosses, is_linked
 from cleave.reports.terminal import say
 from cleave.scripts.assembly.networks import plain_value
-from cleave.scripts.assembly.terminal import CONF
+from cleave.scripts.assembly.starting.terminal import CONF
 
 APART = ("split.at", "feature_cache.use", "feature_cache.directory")
 """What says that a part is there, and where it is kept."""

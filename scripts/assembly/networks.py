@@ -16,7 +16,7 @@ from cleave.architectures import Backbone, Channel, StagedNetwork
 from cleave.architectures.described import GROUPS, backbone_from, furnished
 from cleave.architectures.linking.described import Host, is_linked
 from cleave.deployment import ImageInput
-from cleave.scripts.assembly.terminal import unwrapped
+from cleave.scripts.assembly.starting.terminal import unwrapped
 
 ARGUMENTS = {
     "use_host": "links.host",

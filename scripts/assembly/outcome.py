@@ -23,7 +23,7 @@ from cleave.scripts.assembly.fitting import Fitted
 from cleave.scripts.assembly.hints import command, next_command, vouching
 from cleave.scripts.assembly.linking.report import path_record, path_table, path_words
 from cleave.scripts.assembly.restoring import Restored, restore
-from cleave.scripts.assembly.sweeps import chooses
+from cleave.scripts.assembly.starting.sweeps import chooses
 
 
 class Outcome(NamedTuple):

@@ -15,7 +15,7 @@ from cleave.architectures.naming import did_you_mean
 from cleave.lightning_modules.callbacks.metadata import KEY
 from cleave.reports.terminal import in_words
 from cleave.scripts.assembly.building import plain
-from cleave.scripts.assembly.terminal import is_users_mistake, unwrapped
+from cleave.scripts.assembly.starting.terminal import is_users_mistake, unwrapped
 
 NAME = re.compile(r"\w[\w-]*")
 KNOWN = ("method", "training", "trainer", "feature_cache")

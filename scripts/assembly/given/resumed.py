@@ -14,9 +14,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from cleave.lightning_modules.callbacks.metadata import KEY
 from cleave.lightning_modules.resuming import resume_command
 from cleave.reports.terminal import console
-from cleave.scripts.assembly.program import started
-from cleave.scripts.assembly.project import project_options
-from cleave.scripts.assembly.terminal import is_users_mistake, unwrapped
+from cleave.scripts.assembly.starting.program import started
+from cleave.scripts.assembly.starting.project import project_options
+from cleave.scripts.assembly.starting.terminal import is_users_mistake, unwrapped
 
 # Where things lie, how a run is watched and what follows it: none of it changes a weight.
 _APART = re.compile(

@@ -24,7 +24,7 @@ train = functools.partial(run, "train")
 
 if multiprocessing.parent_process() is not None:  # a rank of ddp_spawn, which runs no more than the imports
     from cleave.lightning_modules import signals
-    from cleave.scripts.assembly.terminal import quiet
+    from cleave.scripts.assembly.starting.terminal import quiet
 
     quiet()
     signals.install()

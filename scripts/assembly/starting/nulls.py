@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = Path(__file__).resolve().parents[3] / "conf"
 """Cleave's own configs."""
 # Groups that mean something where they are null: nothing is logged, called, delivered otherwise, scheduled.
 MAY_BE_NULL = re.compile(

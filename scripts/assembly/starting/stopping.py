@@ -17,8 +17,8 @@ from torch.multiprocessing import ProcessExitedException
 from cleave.lightning_modules import privates, signals
 from cleave.lightning_modules.resuming import resume_command
 from cleave.lightning_modules.signals import Stopped
-from cleave.scripts.assembly.program import started
-from cleave.scripts.assembly.project import project_options
+from cleave.scripts.assembly.starting.program import started
+from cleave.scripts.assembly.starting.project import project_options
 
 REQUEUED = "hpc_ckpt_*.ckpt"
 _OF_A_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.sweeper", "hydra.launcher")

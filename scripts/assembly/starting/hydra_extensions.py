@@ -11,9 +11,9 @@ from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
-from cleave.scripts.assembly.optuna_sweeper import TARGET, OptunaSweeper
-from cleave.scripts.assembly.program import program
-from cleave.scripts.assembly.project import ProjectFirst
+from cleave.scripts.assembly.starting.optuna_sweeper import TARGET, OptunaSweeper
+from cleave.scripts.assembly.starting.program import program
+from cleave.scripts.assembly.starting.project import ProjectFirst
 
 EXTRAS = {
     r"hydra/launcher/joblib": ("joblib", "hydra-joblib-launcher"),

@@ -24,7 +24,7 @@ class ProjectFirst(SearchPathPlugin):
         if given.config_dir is None or not Path(given.config_dir).is_dir():
             return  # Hydra refuses what is no folder
         folder = Path(os.path.abspath(given.config_dir))  # noqa: PTH100 - as Hydra reads it, links and all
-        ours = Path(__file__).resolve().parents[2] / "conf"
+        ours = Path(__file__).resolve().parents[3] / "conf"
         if folder.resolve() == ours:
             return
         search_path.prepend(PROVIDER, f"file://{folder}", anchor="main")

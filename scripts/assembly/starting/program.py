@@ -7,10 +7,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from cleave.scripts.assembly.project import project_options, short_path
+from cleave.scripts.assembly.starting.project import project_options, short_path
 
 PREFIX = "cleave-"
-CLONE = Path(__file__).resolve().parents[2]
+CLONE = Path(__file__).resolve().parents[3]
 
 
 def program(name: str) -> str:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from cleave.architectures import StagedNetwork
 from cleave.architectures.layer_depths import depth_scales
 from cleave.architectures.naming import did_you_mean
-from cleave.lightning_modules.training import Training
+from cleave.lightning_modules.optimization.training import Training
 
 
 def check_rates(network: StagedNetwork, settings: Training) -> None:

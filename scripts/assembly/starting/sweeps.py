@@ -77,7 +77,7 @@ def run_job(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     try:
         return task(cfg)
     except Exception as error:
-        from cleave.scripts.assembly.terminal import unwrapped
+        from cleave.scripts.assembly.starting.terminal import unwrapped
 
         mistake = unwrapped(error)
         failure = FailedJob(f"{type(mistake).__name__}: {mistake}")

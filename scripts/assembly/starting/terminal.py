@@ -21,14 +21,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cleave.scripts.assembly.extras import apply_extras
 from cleave.scripts.assembly.given import keys, paths
-from cleave.scripts.assembly.hydra_extensions import extend_hydra, missing_extra
-from cleave.scripts.assembly.logs import quiet
-from cleave.scripts.assembly.nulls import CONF as CONFIGS
-from cleave.scripts.assembly.nulls import refuse_null_choices, refuse_null_groups
-from cleave.scripts.assembly.project import import_projects
-from cleave.scripts.assembly.sweeps import FailedJob, run_job, sweeping, told
+from cleave.scripts.assembly.starting.extras import apply_extras
+from cleave.scripts.assembly.starting.hydra_extensions import extend_hydra, missing_extra
+from cleave.scripts.assembly.starting.logs import quiet
+from cleave.scripts.assembly.starting.nulls import CONF as CONFIGS
+from cleave.scripts.assembly.starting.nulls import refuse_null_choices, refuse_null_groups
+from cleave.scripts.assembly.starting.project import import_projects
+from cleave.scripts.assembly.starting.sweeps import FailedJob, run_job, sweeping, told
 
 if TYPE_CHECKING:
     from cleave.lightning_modules.signals import Stopped
@@ -149,7 +149,7 @@ def stopped_by(error: BaseException) -> Stopped | None:
     """Return the signal behind an exception, if there is one."""
     if "cleave.lightning_modules.signals" not in sys.modules:
         return None  # nothing heeds them yet
-    from cleave.scripts.assembly import stopping
+    from cleave.scripts.assembly.starting import stopping
 
     return stopping.stopped_by(error)
 

@@ -1,0 +1,1 @@
+"""How weights are learned: optimizers, their groups of parameters, and schedules."""
