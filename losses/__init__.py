@@ -1,5 +1,6 @@
 """Pure objectives: tensors in, a scalar or several named ones out."""
 
+from cleave.losses.distance_correlation import DistanceCorrelationLoss, distance_correlation
 from cleave.losses.exit_distillation import ExitDistillationLoss
 from cleave.losses.generalized_head_distillation import GeneralizedHeadDistillationLoss
 from cleave.losses.geometric_ensemble import GeometricEnsembleLoss, geometric_ensemble
@@ -12,6 +13,7 @@ from cleave.losses.rate import RateLoss
 from cleave.losses.reconstruction import ReconstructionLoss
 
 __all__ = [
+    "DistanceCorrelationLoss",
     "ExitDistillationLoss",
     "GeneralizedHeadDistillationLoss",
     "GeometricEnsembleLoss",
@@ -21,6 +23,7 @@ __all__ = [
     "KnowledgeDistillationLoss",
     "RateLoss",
     "ReconstructionLoss",
+    "distance_correlation",
     "fit_geometric_ensemble",
     "geometric_ensemble",
 ]
