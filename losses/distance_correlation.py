@@ -34,7 +34,7 @@ def distance_correlation(x: Tensor, z: Tensor, *, bias_corrected: bool = False) 
     in their "Partial Distance Correlation with Methods for Dissimilarities", 2014, eq. 3.1).
 
     Neither changes where a batch is shifted, scaled or rotated. Both are computed in float64 where the device has it,
-    and outside of autocast. Where nothing is left of a batch's distances once they are centred, the result is 0 and so are
+    and outside of autocast. Where nothing is left of the distances once they are centred, the result is 0 and so are
     the gradients.
 
     Args:
