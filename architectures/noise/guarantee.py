@@ -78,9 +78,8 @@ def gaussian_delta(epsilon: float, sigma: float) -> float:
     """
     half, cost = 0.5 / sigma, epsilon * sigma
     # By logarithms, as e^ε alone overflows from ε = 710 on.
-    first, second = (
-        float(torch.special.log_ndtr(torch.tensor(x, dtype=torch.float64))) for x in (half - cost, -half - cost)
-    )
+    tails = torch.tensor([half - cost, -half - cost], dtype=torch.float64)
+    first, second = torch.special.log_ndtr(tails).tolist()
     return math.exp(first) * -math.expm1(min(epsilon + second - first, 0.0))
 
 
