@@ -36,6 +36,10 @@ from cleave.architectures.linking.path_costs import PathCosts, path_costs
 from cleave.architectures.macs import count_macs, count_params
 from cleave.architectures.network.ensemble import GeometricEnsemble
 from cleave.architectures.network.staged import StagedNetwork
+from cleave.architectures.noise.guarantee import gaussian_accuracy, gaussian_sigma, laplace_accuracy, laplace_scale
+from cleave.architectures.noise.mechanisms import GaussianMechanism, LaplaceMechanism
+from cleave.architectures.noise.noise import Noise
+from cleave.architectures.noise.nullification import MagnitudeNullification, RandomNullification
 
 __all__ = [
     "Backbone",
@@ -51,17 +55,22 @@ __all__ = [
     "ExitHead",
     "Feature",
     "GaussianEncoder",
+    "GaussianMechanism",
     "GaussianNoise",
     "GeometricEnsemble",
     "Half",
     "Halves",
     "Insert",
+    "LaplaceMechanism",
     "Link",
+    "MagnitudeNullification",
     "NodeGraph",
+    "Noise",
     "PacketLoss",
     "Partition",
     "Path",
     "PathCosts",
+    "RandomNullification",
     "StagedNetwork",
     "Stages",
     "Step",
@@ -79,6 +88,10 @@ __all__ = [
     "cut_points",
     "entropy_codec",
     "every_path",
+    "gaussian_accuracy",
+    "gaussian_sigma",
+    "laplace_accuracy",
+    "laplace_scale",
     "link_blocks",
     "linked_network",
     "make_gaussian",

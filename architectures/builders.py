@@ -14,6 +14,7 @@ from cleave.architectures.inserts.insert import Insert
 from cleave.architectures.layer_depths import layer_depths
 from cleave.architectures.network.outputs import RESERVED
 from cleave.architectures.network.staged import StagedNetwork
+from cleave.architectures.noise.noise import Noise
 
 
 def staged_network(
@@ -27,6 +28,7 @@ def staged_network(
     bottleneck_at: Mapping[str, Settings] | None = None,
     codec: Settings = None,
     codec_at: Mapping[str, Settings] | None = None,
+    noise: Noise | None = None,
     channel: Channel | None = None,
     exits: Sequence[str] | None = None,
     exits_count: int | None = None,
@@ -56,6 +58,7 @@ def staged_network(
         codec: Keyword arguments of :func:`~cleave.architectures.uniform_codec`, or what is called in its place with
             ``shape`` and ``axis``, such as :func:`~cleave.architectures.entropy_codec`.
         codec_at: The same for single layers.
+        noise: What the device lays over each representation before it is quantised; ``None``: nothing.
         channel: The link behind each bottleneck; ``None``: a perfect one.
         exits: Layers with an early exit, in any order; or ``exits_count``.
         exits_count: Number of exits before the last one, at even shares of the backbone's MACs.
@@ -83,6 +86,7 @@ def staged_network(
         bottleneck_at=bottleneck_at,
         codec=codec,
         codec_at=codec_at,
+        noise=noise,
         channel=channel,
         exits=exit_cuts,
         exit_head=exit_head,
@@ -106,6 +110,7 @@ def split_network(
     form: str = REPLACE,
     bottleneck: Settings = None,
     codec: Settings = None,
+    noise: Noise | None = None,
     channel: Channel | None = None,
     cuts: Sequence[str] = (),
 ) -> StagedNetwork:
@@ -118,10 +123,11 @@ def split_network(
         form: ``replace``, ``insert`` or ``none``.
         bottleneck: Settings of encoder and decoder.
         codec: Settings of the quantiser.
+        noise: What the device lays over the representation.
         channel: The link.
         cuts: Further layers whose features are outputs.
     """
-    settings = {"form": form, "bottleneck": bottleneck, "codec": codec, "channel": channel}
+    settings = {"form": form, "bottleneck": bottleneck, "codec": codec, "noise": noise, "channel": channel}
     return staged_network(backbone, sample, split=at, cuts=cuts, **settings)  # type: ignore[arg-type]
 
 
@@ -140,6 +146,7 @@ def multi_exit_network(
     form: str = INSERT,
     bottleneck: Settings = None,
     codec: Settings = None,
+    noise: Noise | None = None,
     channel: Channel | None = None,
 ) -> StagedNetwork:
     """Build a network with early exits; its own classifier counts as the last one.
@@ -161,13 +168,14 @@ def multi_exit_network(
         form: ``insert``, ``replace`` or ``none``.
         bottleneck: Settings of encoder and decoder.
         codec: Settings of the quantiser.
+        noise: What the device lays over the representation.
         channel: The link.
     """
     check_exits(at, count, "at", "count")
     if at is None and count is None:
         raise ValueError("give either at or count, the exits' layers or their number; got none of them")
-    if split is None and any(each is not None for each in (bottleneck, codec, channel)):
-        raise ValueError("bottleneck, codec and channel stand at a split; give split, or leave them None")
+    if split is None and any(each is not None for each in (bottleneck, codec, noise, channel)):
+        raise ValueError("bottleneck, codec, noise and channel stand at a split; give split, or leave them None")
     return staged_network(
         backbone,
         sample,
@@ -175,6 +183,7 @@ def multi_exit_network(
         form=form,
         bottleneck=bottleneck,
         codec=codec,
+        noise=noise,
         channel=channel,
         exits=at,
         exits_count=count,

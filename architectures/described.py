@@ -19,7 +19,7 @@ from cleave.architectures.linking.linked import linked_network
 from cleave.architectures.network.staged import StagedNetwork
 from cleave.deployment import ImageInput
 
-GROUPS = ("backbone", "links", "host", "split", "bottleneck", "codec", "channel", "exits", "inserts")
+GROUPS = ("backbone", "links", "host", "split", "bottleneck", "codec", "noise", "channel", "exits", "inserts")
 """The groups that describe a network; a checkpoint's are all it takes to build it again."""
 Build = Callable[[Mapping[str, Any], str], Any]
 """Builds what a group describes; the second argument is the group's key, for messages."""
@@ -111,8 +111,8 @@ def backbone_from(
 def network_arguments(description: Mapping[str, Any], build: Build) -> dict[str, Any]:
     """Return the arguments of :func:`~cleave.architectures.staged_network` that a description gives."""
     split, exits = description["split"], description["exits"]
-    channel = description.get("channel") or {}
-    sends = (split["at"] is not None or is_linked(description)) and channel.get("_target_") is not None
+    sends = split["at"] is not None or is_linked(description)
+    on_the_way = {group: description.get(group) or {} for group in ("noise", "channel")}
     bare = split["form"] == NONE
     return {
         "split": split["at"],
@@ -121,7 +121,10 @@ def network_arguments(description: Mapping[str, Any], build: Build) -> dict[str,
         "bottleneck_at": {} if bare else _builders_at(description, "bottleneck", build),
         "codec": build(_without_at(description["codec"]), "codec"),
         "codec_at": _builders_at(description, "codec", build),
-        "channel": build(channel, "channel") if sends else None,
+        **{
+            group: build(settings, group) if sends and settings.get("_target_") is not None else None
+            for group, settings in on_the_way.items()
+        },
         "exits": exits["at"],
         "exits_count": exits["count"],
         "exit_head": build(exits["head"], "exits.head"),

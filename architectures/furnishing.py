@@ -23,6 +23,7 @@ from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.architectures.network.ensemble import GeometricEnsemble
 from cleave.architectures.network.outputs import FINAL
 from cleave.architectures.network.staged import StagedNetwork
+from cleave.architectures.noise.noise import Noise
 from cleave.deployment import FLOAT_BITS
 
 REPLACE, INSERT, NONE = "replace", "insert", "none"
@@ -63,6 +64,7 @@ class Furnishing:
     bottleneck_at: Mapping[str, Settings] | None = None
     codec: Settings = None
     codec_at: Mapping[str, Settings] | None = None
+    noise: Noise | None = None
     channel: Channel | None = None
     exits: Sequence[str] = ()
     exit_head: Settings = None
@@ -105,11 +107,13 @@ class Furnishing:
             target, layout = _sent(chain, name, layouts[name])
             source = tuple(sample.shape[1:]) if own == REPLACE else target
             coders, codec = ((at or {}).get(name, usual) for at, usual in self._settings)
-            made = _bottleneck(source, target, layout, own, coders, codec, self.channel)
+            made = _bottleneck(source, target, layout, own, coders, codec, self.noise, self.channel)
             behind[name].insert(0 if own == REPLACE else len(behind[name]), made)
         for name in (cut for cut in chain.crossings if cut not in splits):
             target, layout = _sent(chain, name, layouts[name])
-            behind[name].append(_bottleneck(target, target, layout, NONE, None, {"bits": FLOAT_BITS}, self.channel))
+            behind[name].append(
+                _bottleneck(target, target, layout, NONE, None, {"bits": FLOAT_BITS}, self.noise, self.channel)
+            )
         owners = dict(zip(names, chain.stages.owners, strict=False))
         for name, link in chain.links.items():
             behind[name].insert(0 if link.owner == owners[name] else len(behind[name]), link)
@@ -186,6 +190,7 @@ def _bottleneck(
     form: str,
     coders: Settings,
     codec: Settings,
+    noise: Noise | None,
     channel: Channel | None,
 ) -> Bottleneck:
     if form == NONE:
@@ -194,12 +199,13 @@ def _bottleneck(
         built = Coders(nn.Identity(), nn.Identity(), target)
     else:
         build = coders if callable(coders) else build_bottleneck
-        more = {} if coders is None or callable(coders) else dict(coders)
-        built = build(source, target, layout, form=form, **more)
+        settings = {} if coders is None or callable(coders) else dict(coders)
+        built = build(source, target, layout, form=form, **settings)
     axis = -1 if layout in VECTOR_LAYOUTS else 0
     quantise = codec if callable(codec) else uniform_codec
     quantizer = quantise(shape=built.shape, axis=axis, **({} if codec is None or callable(codec) else dict(codec)))
-    return Bottleneck(built.encoder, quantizer, built.decoder, shape=built.shape, channel=copy.deepcopy(channel))
+    channel, noise = copy.deepcopy(channel), copy.deepcopy(noise)
+    return Bottleneck(built.encoder, quantizer, built.decoder, shape=built.shape, channel=channel, noise=noise)
 
 
 def check_exits(at: Sequence[str] | None, count: int | None, layers: str, number: str) -> None:

@@ -12,7 +12,7 @@ from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d, selec
 from cleave.architectures.network.outputs import FINAL, INPUT, LOGITS
 from cleave.architectures.network.staged import StagedNetwork
 from cleave.architectures.pieces import Piece, groups_of, pieces_of
-from cleave.deployment import Codec, Edge, ExitPolicy, ExitSpec, FloatCodec, Input, Part, Transfer
+from cleave.deployment import Codec, Draw, Edge, ExitPolicy, ExitSpec, FloatCodec, Input, Part, Transfer
 
 DEVICE, EDGE, SERVER = "device", "edge", "server"
 
@@ -55,11 +55,13 @@ class Partitions(NamedTuple):
         parts: The partitions in the order of the route.
         edges: What passes between them.
         exits: The exits, the last classifier among them; empty where there is none before it.
+        draws: What the placements draw for their partitions.
     """
 
     parts: list[Part]
     edges: list[Edge]
     exits: list[ExitSpec]
+    draws: list[Draw]
 
 
 def network_partitions(
@@ -94,7 +96,9 @@ def network_partitions(
     places = _placements(groups, placements)
     names = _names(groups, places, bool(network.exits))
     codecs = {piece.cut: piece.codec for group in groups for piece in group if piece.codec is not None}
+    draws = [draw for group in groups for piece in group for draw in piece.draws]
     supplied = {f"{cut}.{setting}" for cut, codec in codecs.items() for setting in codec.settings}
+    supplied |= {draw.name for draw in draws}
     results = {*network.results, *(network.group("exits") if network.exits else ())}
     costs = {(cost.name, cost.kind): cost.macs for cost in network.costs()}
     taken = [_taken(group) for group in groups]
@@ -110,7 +114,7 @@ def network_partitions(
         parts.append(Part(names[index], places[index], module, inputs, outputs, macs))
         own = [name for name in inputs if name not in supplied and name != (INPUT if input is None else input.name)]
         edges += _edges(network, groups, index, own, names, places, codecs)
-    return Partitions(parts, edges, _exits(network, groups, parts, policy, accuracies or {}))
+    return Partitions(parts, edges, _exits(network, groups, parts, policy, accuracies or {}), draws)
 
 
 def _taken(group: Sequence[Piece]) -> list[str]:

@@ -12,7 +12,7 @@ from cleave.architectures.inserts.insert import Half, Insert
 from cleave.architectures.network.outputs import FINAL, INPUT, LOGITS, insert_sides, qualified
 from cleave.architectures.network.staged import StagedNetwork
 from cleave.architectures.normalize import Normalize
-from cleave.deployment import Codec, ImageInput, Input
+from cleave.deployment import Codec, Draw, ImageInput, Input
 
 _READY = ":input"
 
@@ -31,6 +31,7 @@ class Piece:
         is_exit: Whether a policy decides behind it.
         alters: Whether it works in place on what it reads.
         side: Whose network it runs beside, in a chain of several; else empty.
+        draws: What is drawn for it for each sample, by the names in ``needs``.
     """
 
     module: nn.Module
@@ -42,6 +43,7 @@ class Piece:
     is_exit: bool = False
     alters: bool = False
     side: str = ""
+    draws: tuple[Draw, ...] = ()
 
 
 def pieces_of(network: StagedNetwork, input: Input | None) -> list[Piece]:  # noqa: A002
@@ -94,6 +96,8 @@ def _halves(network: StagedNetwork, insert: Insert, cut: str, at: str, goes_on: 
     is_exit = not insert.passes and LOGITS in insert.emits
     # What a codec makes of a tensor has the tensor's name before a dot.
     coded = {} if codec is None else _coded(cut, codec)
+    drawn = {name: dataclasses.replace(draw, name=f"{cut}.{name}") for name, draw in insert.draws().items()}
+    coded |= {name: draw.name for name, draw in drawn.items()}
 
     here, there = insert_sides(network, cut)[insert.kind]
 
@@ -103,7 +107,8 @@ def _halves(network: StagedNetwork, insert: Insert, cut: str, at: str, goes_on: 
             for names in (half.needs, half.gives)
         )
         alters = network.alters_input(cut, insert)  # another may still read what it takes
-        return Piece(half.module, needs, gives, cut, costs, sends, is_exit, alters, side)
+        draws = tuple(drawn[name] for name in half.needs if name in drawn)
+        return Piece(half.module, needs, gives, cut, costs, sends, is_exit, alters, side, draws)
 
     if codec is None or server is None:
         kinds = tuple(dict.fromkeys(step.kind for step in insert.steps() if step.kind is not None))

@@ -1,5 +1,6 @@
 """What a device or a server needs: bundles, codecs, preprocessing and export. Imports nothing of the other rooms."""
 
+from .bundle.draws import Draw
 from .bundle.edges import Crossing, Edge, Transfer
 from .bundle.envelope import ENVELOPE_BYTES, Envelope
 from .bundle.files import BundleError, FileEntry
@@ -58,6 +59,7 @@ __all__ = [
     "ConfidencePolicy",
     "Crossing",
     "Decision",
+    "Draw",
     "Edge",
     "EnsemblePolicy",
     "EntropyCodec",

@@ -87,7 +87,8 @@ def through_bytes(
     first = next(iter(network.bottlenecks))
     fixed = network.frontier(names, [f"quantizer/{first}", f"decoder/{first}"])
     # A prior rounds without a part of its own, yet nothing that was sent may be given.
-    before = [f"{first}/z" if name == f"{first}/sent" else name for name in fixed if name != "images"]
+    quantised = f"{first}/{network.bottlenecks[first].quantised}"
+    before = [quantised if name == f"{first}/sent" else name for name in fixed if name != "images"]
     given = network.outputs(inputs, before)
     last = next(iter(chosen.values()))
     for bits in [*(width for width in all_widths(network) if width != last), last]:

@@ -197,7 +197,7 @@ def test_what_the_example_does_not_know_is_named(reader, tmp_path):
     ran = subprocess.run([str(reader), str(folder)], capture_output=True, text=True)
     assert "knows the codecs float32, uniform and entropy, not tiled_image" in ran.stderr
     values = json.loads((folder / "manifest.json").read_text())
-    values = {key: value for key, value in values.items() if key != "digest"} | {"schema": 5}
+    values = {key: value for key, value in values.items() if key != "digest"} | {"schema": 6}
     (folder / "manifest.json").write_bytes(dump({**values, "digest": digest(values)}))
     ran = subprocess.run([str(reader), str(folder)], capture_output=True, text=True)
-    assert (ran.returncode, ran.stderr) == (1, "this example reads schema 4\n")
+    assert (ran.returncode, ran.stderr) == (1, "this example reads schema 5\n")

@@ -304,8 +304,9 @@ def bundle_outputs(network: Any, data: Any, folder: Path) -> tuple[Tensor, Tenso
     from cleave.architectures.partitions import network_partitions
     from cleave.deployment import OutputSpec, Pipeline, export_bundle
 
-    parts, edges, exits = network_partitions(network.eval(), data.input)
+    found = network_partitions(network.eval(), data.input)
     outputs = [OutputSpec("logits", "logits", network.shapes["logits"], tuple(data.class_names))]
     images = data.sample_batch("test", 4)["images"]
-    bundle = export_bundle(folder, parts, edges, input=data.input, outputs=outputs, images=images, exits=exits)
+    more = {"draws": found.draws, "exits": found.exits, "images": images}
+    bundle = export_bundle(folder, found.parts, found.edges, input=data.input, outputs=outputs, **more)
     return Pipeline(bundle).run(images).logits, network(data.input.normalize(images))

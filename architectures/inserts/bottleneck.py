@@ -14,16 +14,18 @@ from cleave.architectures.inserts.gaussian import GaussianEncoder
 from cleave.architectures.inserts.insert import IN, OUT, Half, Halves, Insert, Step
 from cleave.architectures.inserts.quantizer import Quantizer, UniformQuantizer
 from cleave.architectures.inserts.switchable import select, switchable
-from cleave.deployment import FLOAT_BITS, Codec, check_bits
+from cleave.architectures.noise.noise import Noise
+from cleave.deployment import FLOAT_BITS, Codec, Draw, check_bits
 
 Carrier = Callable[[str, Codec, dict[str, Tensor]], Mapping[str, Tensor]]
 LEVELS = "levels"
 
 
 class Bottleneck(Insert):
-    """encoder → quantiser or learned prior → channel → decoder.
+    """encoder [→ noise] → quantiser or learned prior → channel → decoder.
 
-    It emits ``z``, the representation (B, *shape); ``sent``, the same quantised and de-quantised; ``received``, what is
+    It emits ``z``, the representation (B, *shape); ``noised``, what is laid over it included, where a device does that;
+    ``sent``, the same quantised and de-quantised; ``received``, what is
     left of it behind the channel; of a learned prior ``likelihoods``, of a stochastic encoder ``mean`` and
     ``log_variance``.
 
@@ -34,6 +36,7 @@ class Bottleneck(Insert):
         decoder: Maps the representation to the feature at the cut.
         shape: Per-sample shape of the representation.
         channel: What the link does; ``None``: nothing.
+        noise: What the device lays over the representation; ``None``: nothing.
 
     Attributes:
         at: The cut it stands at; the network says it.
@@ -53,9 +56,11 @@ class Bottleneck(Insert):
         *,
         shape: Sequence[int],
         channel: Channel | None = None,
+        noise: Noise | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.noise = noise
         self.quantizer = quantizer
         self.decoder = decoder
         self.shape = tuple(shape)
@@ -75,7 +80,7 @@ class Bottleneck(Insert):
     def plain(self) -> bool:
         """Whether it sends the feature itself as float32 over a perfect link, so that all it makes is that feature."""
         coders = isinstance(self.encoder, nn.Identity) and isinstance(self.decoder, nn.Identity)
-        return coders and self.bits == FLOAT_BITS and self.channel is None
+        return coders and self.bits == FLOAT_BITS and self.channel is None and self.noise is None
 
     @property
     def has_prior(self) -> bool:
@@ -85,14 +90,18 @@ class Bottleneck(Insert):
     # --- what it computes -------------------------------------------------------------------------------------------
 
     def steps(self) -> list[Step]:
-        """Return its computations: encode, quantise, judge, transmit, decode."""
+        """Return its computations: encode, disguise, quantise, judge, transmit, decode."""
         plain, distribution = self.plain, ("mean", "log_variance") if self.stochastic else ()
         # In training a prior adds noise, of which nothing is learned.
         learned, noisy = ((), ("quantizer",)) if self.has_prior else (("quantizer",), ())
         steps = [
             Step("encode", (IN,), ("z", *distribution), ("encoder",), kind="encoder", selective=True, same=plain),
-            Step("quantise", ("z",), ("sent",), learned, noisy_with=noisy, linked="deliver", same=plain),
         ]
+        if self.noise is not None:
+            steps.append(Step("disguise", ("z",), ("noised",), ("noise",), random=True))
+        steps.append(
+            Step("quantise", (self.quantised,), ("sent",), learned, noisy_with=noisy, linked="deliver", same=plain)
+        )
         if self.has_prior:
             steps.append(Step("judge", ("sent",), ("likelihoods",), ("quantizer",)))
         lossy = self.channel is not None
@@ -109,6 +118,16 @@ class Bottleneck(Insert):
         mean, log_variance = self.encoder.distribution(x)
         z = self.encoder.sample(mean, log_variance) if self.encoder.training else mean
         return z, mean, log_variance
+
+    @property
+    def quantised(self) -> str:
+        """The output that is quantised: ``z``, or ``noised`` where the device lays something over it."""
+        return "z" if self.noise is None else "noised"
+
+    def disguise(self, z: Tensor) -> Tensor:
+        """Return the representation with the device's noise over it."""
+        assert self.noise is not None
+        return self.noise(z)
 
     def quantise(self, z: Tensor) -> Tensor:
         """Return the representation quantised and de-quantised, or with the noise that stands for it in training."""
@@ -143,7 +162,7 @@ class Bottleneck(Insert):
         encoded = self.encode(x)
         z = encoded[0] if isinstance(encoded, tuple) else encoded
         assert z is not None
-        return self.decode(self.transmit(self.quantise(z)), z)
+        return self.decode(self.transmit(self.quantise(z if self.noise is None else self.disguise(z))), z)
 
     # --- what the network asks --------------------------------------------------------------------------------------
 
@@ -162,8 +181,9 @@ class Bottleneck(Insert):
                 switchable(module, self.widths)
 
     def parts(self) -> dict[str, nn.Module]:
-        """Return encoder, quantiser and decoder."""
-        return {"encoder": self.encoder, "quantizer": self.quantizer, "decoder": self.decoder}
+        """Return encoder, quantiser and decoder, and the noise where there is one."""
+        parts = {"encoder": self.encoder, "quantizer": self.quantizer, "decoder": self.decoder}
+        return parts if self.noise is None else {**parts, "noise": self.noise}
 
     def leaves(self) -> list[nn.Module]:
         """Return encoder and decoder; a stochastic encoder is asked for its distribution, so its layers stand alone."""
@@ -179,10 +199,15 @@ class Bottleneck(Insert):
         return self.device_encoder() if kind == "encoder" else self.decoder
 
     def halves(self) -> Halves:
-        """Return encoder and quantiser, and the decoder; a channel is a disturbance of the link and of neither."""
+        """Return encoder, noise and quantiser, and the decoder; a channel disturbs the link and is in neither."""
         codec = self.codec
-        device = Half(Sender(self.device_encoder(), self.quantizer), (IN, *codec.settings), codec.sends)
+        sender = Sender(self.device_encoder(), self.quantizer, self.noise)
+        device = Half(sender, (IN, *self.draws(), *codec.settings), codec.sends)
         return Halves(device, codec, Half(Receiver(self.quantizer, self.decoder), codec.delivers, (OUT,)))
+
+    def draws(self) -> dict[str, Draw]:
+        """Return what the device draws for its noise."""
+        return {} if self.noise is None else self.noise.draws(self.shape)
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
@@ -221,6 +246,8 @@ class Bottleneck(Insert):
         """
         with named(self.at):
             self.quantizer.check_measured()
+        if self.noise is not None:
+            self.noise.check_measured()
 
     # --- width, range and link ------------------------------------------------------------------------------------
 
@@ -308,21 +335,26 @@ class Bottleneck(Insert):
 
 
 class Sender(nn.Module):
-    """The device's half of a bottleneck: encoder → quantiser.
+    """The device's half of a bottleneck: encoder [→ noise] → quantiser.
 
     Args:
         encoder: The encoder as a device runs it.
         quantizer: The quantiser.
+        noise: What is laid over the representation, if anything is.
     """
 
-    def __init__(self, encoder: nn.Module, quantizer: Quantizer) -> None:
+    def __init__(self, encoder: nn.Module, quantizer: Quantizer, noise: Noise | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.quantizer = quantizer
+        self.noise = noise
+        self.drawn = 0 if noise is None else len(noise.draws(()))
 
-    def forward(self, x: Tensor, *settings: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Return what the codec sends of a feature, for settings such as the number of levels."""
-        return self.quantizer.send(self.encoder(x), *settings)
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return what the codec sends of a feature, for numbers drawn and settings such as the number of levels."""
+        drawn, settings = given[: self.drawn], given[self.drawn :]
+        z = self.encoder(x)
+        return self.quantizer.send(z if self.noise is None else self.noise.lay(z, *drawn), *settings)
 
 
 class Receiver(nn.Module):

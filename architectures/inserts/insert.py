@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from torch import nn
 
 if TYPE_CHECKING:
-    from cleave.deployment import Codec
+    from cleave.deployment import Codec, Draw
 
 IN, OUT = "in", "out"
 # What a network itself gives under the name of a cut.
@@ -128,6 +128,10 @@ class Insert(nn.Module):
     def costed(self, kind: str) -> nn.Module:
         """Return the module whose parameters are those of a step of this kind."""
         return self
+
+    def draws(self) -> dict[str, Draw]:
+        """Return what its device's half draws for each sample, by the name under which that half needs it."""
+        return {}
 
     def halves(self) -> Halves:
         """Return its sides as they are exported; here the insert itself, which sends nothing."""

@@ -21,6 +21,7 @@ from cleave.architectures.macs import count_macs, count_params
 from cleave.architectures.naming import did_you_mean
 from cleave.architectures.network.outputs import INPUT
 from cleave.architectures.network.staged import StagedNetwork
+from cleave.architectures.noise.noise import Noise
 
 Links = Mapping[str, Any] | Callable[..., nn.Module] | None
 
@@ -42,6 +43,7 @@ def linked_network(
     bottleneck_at: Mapping[str, Settings] | None = None,
     codec: Settings = None,
     codec_at: Mapping[str, Settings] | None = None,
+    noise: Noise | None = None,
     channel: Channel | None = None,
     exits: Sequence[str] | None = None,
     exits_count: int | None = None,
@@ -82,6 +84,7 @@ def linked_network(
         bottleneck_at: The same for single layers.
         codec: Settings of the quantiser.
         codec_at: The same for single layers.
+        noise: What a sender lays over each representation before it is quantised.
         channel: What disturbs each crossing and each bottleneck.
         exits: Layers with an early exit; or ``exits_count``.
         exits_count: Number of exits before the last one, at even shares of the MACs of the path's blocks.
@@ -108,6 +111,7 @@ def linked_network(
         bottleneck_at=bottleneck_at,
         codec=codec,
         codec_at=codec_at,
+        noise=noise,
         channel=channel,
         exits=list(exits or ()),
         exit_head=exit_head,

@@ -77,7 +77,8 @@ class Sending(NamedOutputs):
         """
         (bottleneck,) = self._bottlenecks_at(at, "a range")
         with evaluating(self), torch.no_grad():
-            representations = (self.outputs(batch, [f"{at}/z"])[f"{at}/z"] for batch in batches)
+            name = f"{at}/{self.bottlenecks[at].quantised}"
+            representations = (self.outputs(batch, [name])[name] for batch in batches)
             found = bottleneck.calibrate(representations, bits, method)
         bottleneck.quantizer.train(bottleneck.training)  # it may be a new one
         self._replan()

@@ -15,13 +15,14 @@ from ..exits.specs import ExitSpec, check_exits, check_places, exit_logits
 from ..naming import did_you_mean, listed
 from ..runtime.inputs import Input, input_from_dict, input_to_dict
 from .canonical_json import digest, dump, parse, typed
+from .draws import Draw
 from .edges import Edge, repeated
 from .files import BundleError, FileEntry, check_name, read_file
 from .limits import MAX_EXITS, MAX_OUTPUTS, MAX_PARTITIONS, at_most, check_depth, check_label
 from .route import Route
 from .specs import OutputSpec, PartitionSpec, TensorSpec
 
-SCHEMA = 4
+SCHEMA = 5
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -36,6 +37,7 @@ class Manifest:
         partitions: One entry per partition.
         edges: What passes between them.
         samples: For each placement, the file with its inputs for a sample batch and the outputs expected of it.
+        draws: Random inputs that a placement makes for its partitions.
         exits: In the order in which they are reached, the network's own classifier last; empty where there are none.
         policy: Who decides at the exits; ``None``: all samples go on to the end.
         envelope: Whether every payload has an :class:`~cleave.deployment.Envelope` in front.
@@ -53,6 +55,7 @@ class Manifest:
     partitions: tuple[PartitionSpec, ...]
     edges: tuple[Edge, ...]
     samples: dict[str, FileEntry]
+    draws: tuple[Draw, ...] = ()
     exits: tuple[ExitSpec, ...] = ()
     policy: ExitPolicy | None = None
     envelope: bool = True
@@ -82,7 +85,7 @@ class Manifest:
     def route(self) -> Route:
         """The partitions and their edges as a graph."""
         results = route_results(self.outputs, self.exits)
-        return Route(tuple(p.signature for p in self.partitions), self.edges, self.input.name, results)
+        return Route(tuple(p.signature for p in self.partitions), self.edges, self.input.name, results, self.draws)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -132,6 +135,7 @@ class Manifest:
         wanted = TensorSpec(self.input.name, self.input.dtype, (-1, *self.input.shape))
         known = {**emitted, wanted.name: wanted}
         known |= {name: TensorSpec.of(name, value) for name, value in self.route.settings.items()}
+        known |= {draw.name: TensorSpec(draw.name, "float32", (-1, *draw.shape)) for draw in self.draws}
         for spec in self.partitions:
             for item in spec.inputs:
                 if item != known[item.name]:
@@ -171,6 +175,7 @@ class Manifest:
             "outputs": [output.to_dict() for output in self.outputs],
             "partitions": [partition.to_dict() for partition in self.partitions],
             "route": [edge.to_dict() for edge in self.edges],
+            "draws": [draw.to_dict() for draw in self.draws],
             "exits": [item.to_dict() for item in self.exits],
             "policy": None if self.policy is None else self.policy.to_dict(),
             "envelope": self.envelope,
@@ -188,7 +193,7 @@ class Manifest:
             BundleError: The schema version, the digest, a key, a type or a value is wrong.
         """
         _check_schema(values)
-        lists = dict.fromkeys(("outputs", "partitions", "route", "exits"), list)
+        lists = dict.fromkeys(("outputs", "partitions", "route", "draws", "exits"), list)
         objects = dict.fromkeys(("input", "samples", "metrics", "parity", "config", "versions"), dict)
         policy = {"policy": (dict, type(None))}
         found = typed(values, "the manifest", schema=int, digest=str, envelope=bool, **lists, **objects, **policy)
@@ -202,6 +207,7 @@ class Manifest:
                     placement: FileEntry(**typed(entry, f"the sample of {placement}", file=str, sha256=str, bytes=int))
                     for placement, entry in found["samples"].items()
                 },
+                draws=tuple(Draw.from_dict(item) for item in found["draws"]),
                 exits=tuple(ExitSpec.from_dict(item) for item in found["exits"]),
                 policy=None if found["policy"] is None else policy_from_dict(found["policy"]),
                 **{key: found[key] for key in ("envelope", "metrics", "parity", "config", "versions")},

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..codecs.codec import Codec
 from ..codecs.packing import CodecError
 from ..naming import did_you_mean, listed
+from .draws import Draw
 from .edges import Crossing, Edge, Signature, Transfer, repeated
 from .files import BundleError
 from .limits import MAX_EDGES, MAX_EXITS, MAX_OUTPUTS, MAX_PARTITIONS, MAX_TENSORS, at_most, check_label
@@ -26,6 +27,7 @@ class Route:
         edges: What passes between them.
         input: Name of the network's input, which the partitions of one placement take.
         results: Outputs that nobody need take: the network's own, and the logits of exits.
+        draws: Random inputs that the placement of the one partition that takes each makes by itself.
 
     Raises:
         BundleError: A name appears twice or is unknown, the edges form a cycle, a partition takes what nothing gives or
@@ -36,6 +38,7 @@ class Route:
     edges: tuple[Edge, ...]
     input: str
     results: tuple[str, ...]
+    draws: tuple[Draw, ...] = ()
 
     def __post_init__(self) -> None:
         _check_partitions(self)
@@ -123,6 +126,16 @@ class Route:
             found |= codec.settings_of(tensor)
         return found
 
+    @functools.cached_property
+    def drawn(self) -> dict[str, Draw]:
+        """The draws by name."""
+        return {draw.name: draw for draw in self.draws}
+
+    @functools.cached_property
+    def supplied(self) -> frozenset[str]:
+        """All that a side supplies by itself: settings and draws."""
+        return frozenset({*self.settings, *self.drawn})
+
     def behind(self, name: str) -> Codec | None:
         """Return the codec of integer codes by which a partition's outputs are sent, if there is one."""
         return self._widest.get(name)
@@ -200,6 +213,7 @@ def _check_partitions(route: Route) -> None:
         raise BundleError("the route is empty: a bundle has at least one partition")
     at_most(route.partitions, MAX_PARTITIONS, "partitions")
     at_most(route.edges, MAX_EDGES, "edges")
+    at_most(route.draws, MAX_TENSORS, "draws")
     at_most(route.results, MAX_OUTPUTS + MAX_EXITS, "outputs and exits")
     names = [part.name for part in route.partitions]
     if twice := repeated(names):
@@ -239,6 +253,15 @@ def _check_names(route: Route) -> None:
             emitted[name] = part.name
     if route.input in emitted:
         raise BundleError(f"{route.input} is the network's input, and {emitted[route.input]} emits it too; rename one")
+    if twice := repeated(draw.name for draw in route.draws):
+        raise BundleError(f"{listed(twice)} is drawn twice; each name is one tensor's")
+    for name in route.drawn:
+        if name == route.input or name in emitted or name in route.settings:
+            raise BundleError(f"{name} is drawn, and given otherwise too; rename one")
+        takers = [part.name for part in route.partitions if name in part.inputs]
+        if len(takers) != 1:
+            found = listed(takers) or "none"
+            raise BundleError(f"{name} is drawn for one partition, but those that take it are: {found}")
     for name in route.results:
         if name not in emitted:
             raise BundleError(
@@ -284,13 +307,13 @@ def _check_inputs(route: Route) -> None:
         )
     for part in route.partitions:
         given = set().union(*(item.delivered.values() for edge in route.into[part.name] for item in edge.transfers))
-        if missing := [n for n in part.inputs if n not in given and n not in route.settings and n != route.input]:
-            given |= {route.input, *route.settings}
+        if missing := [n for n in part.inputs if n not in given and n not in route.supplied and n != route.input]:
+            given |= {route.input, *route.supplied}
             raise BundleError(
                 f"partition {part.name} takes {listed(missing)}, which nothing gives; given are "
                 f"{listed(sorted(given))}.{did_you_mean(missing[0], given)}"
             )
-        if all(name in route.settings for name in part.inputs):
+        if all(name in route.supplied for name in part.inputs):
             raise BundleError(f"partition {part.name} takes no tensor of samples")
 
 

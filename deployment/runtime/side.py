@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bundle.draws import Draw
 from ..bundle.edges import Crossing
 from ..bundle.envelope import Envelope
 from ..bundle.files import BundleError
@@ -204,6 +205,9 @@ class _Running(Walk):
         outputs = self.bundle.partitions[name](arguments)
         self.outcome.part_seconds[name] = self._now() - start
         return outputs
+
+    def draw(self, draw: Draw, rows: Sequence[int]) -> Tensor:
+        return draw.fresh(len(rows))
 
     def send(self, crossing: Crossing, tensors: dict[str, Tensor], rows: Sequence[int]) -> list[bytes]:
         start, key = self._now(), (crossing.tensor, crossing.target)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..bundle.draws import Draw
 from ..bundle.edges import Crossing
 from ..bundle.files import BundleError
 from ..bundle.route import Route
@@ -82,8 +83,8 @@ class Walk(abc.ABC):
         crossings = [*route.crossings, *states]
         self.leaving = [crossing for crossing in crossings if crossing.source == placement]
         self.coming = {crossing.tensor: crossing for crossing in crossings if crossing.target == placement}
-        settings = route.settings
-        self.takes = {part.name: [name for name in part.inputs if name not in settings] for part in self.parts}
+        supplied = route.supplied
+        self.takes = {part.name: [name for name in part.inputs if name not in supplied] for part in self.parts}
         self.delivers = {name: crossing.codec.delivered(name) for name, crossing in self.coming.items()}
         self.sends = {crossing.tensor: list(crossing.codec.sent(crossing.tensor).items()) for crossing in self.leaving}
         self.failed: dict[int, CodecError] = {}
@@ -113,6 +114,10 @@ class Walk(abc.ABC):
                 them in the tensors.
         """
 
+    def draw(self, draw: Draw, rows: Sequence[int]) -> Tensor:
+        """Return the numbers of a draw for some samples. Here the same for one sample always, to compare results."""
+        return draw.fixed(rows)
+
     def have_run(self, visit: Visit, name: str, outputs: dict[str, Tensor]) -> None:
         """Do what is to be done between a partition and the next one: answer, decide who leaves. Here, nothing."""
         return
@@ -129,8 +134,7 @@ class Walk(abc.ABC):
                 continue
             if any(name not in visit.tensors for name in self.takes[part.name]):
                 continue
-            tensors, settings = visit.tensors, self.route.settings
-            arguments = {name: tensors[name] if name in tensors else settings[name] for name in part.inputs}
+            arguments = {name: self._argument(name, visit) for name in part.inputs}
             outputs = self.run(part.name, arguments)
             visit.ran.add(part.name)
             visit.tensors |= outputs
@@ -174,7 +178,7 @@ class Walk(abc.ABC):
                 names = self.delivers[name]
                 tensors |= {names[own]: value for own, value in delivered.items()}
         visit.came |= message.payloads.keys()
-        for name in self.route.settings:
+        for name in self.route.supplied:
             tensors.pop(name, None)
         if visit.rows is None or visit.rows == message.rows:
             visit.rows = message.rows
@@ -189,6 +193,13 @@ class Walk(abc.ABC):
             tensors, state = taken(tensors, places), taken(state, places)
         visit.tensors |= tensors
         visit.state |= state
+
+    def _argument(self, name: str, visit: Visit) -> Tensor:
+        if name in visit.tensors:
+            return visit.tensors[name]
+        if name in self.route.settings:
+            return self.route.settings[name]
+        return self.draw(self.route.drawn[name], visit.rows or ())
 
     def _messages(self, visit: Visit) -> dict[str, Message]:
         messages: dict[str, Message] = {}

@@ -24,7 +24,8 @@ class Bundle {
   // `bits` other than 0 is another width of all integer codes, which both sides must agree on.
   explicit Bundle(std::string folder, int bits = 0) : folder_(std::move(folder)) {
     manifest = JsonReader(content("manifest.json")).read();
-    if (manifest["schema"].whole() != 4) throw std::runtime_error("this example reads schema 4");
+    if (manifest["schema"].whole() != 5) throw std::runtime_error("this example reads schema 5");
+    if (!manifest["draws"].items.empty()) throw std::runtime_error("this example draws no noise");
     Json rest = manifest;
     rest.members.erase(std::find_if(rest.members.begin(), rest.members.end(), [](auto& m) { return m.first == "digest"; }));
     if (hexadecimal(sha256(canonical(rest))) != manifest["digest"].text) throw std::runtime_error("the manifest has changed");

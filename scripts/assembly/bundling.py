@@ -102,7 +102,8 @@ def _placements(network: StagedNetwork, config: DictConfig, exits: Any, links: A
 
 def _route(network: StagedNetwork, data: ImageDataModule, found: Partitions, policy: ExitPolicy | None) -> Route:
     outputs = outputs_of(network, data)
-    return check_parts(found.parts, found.edges, input=data.input, outputs=outputs, exits=found.exits, policy=policy)
+    more = {"draws": found.draws, "exits": found.exits, "policy": policy}
+    return check_parts(found.parts, found.edges, input=data.input, outputs=outputs, **more)  # type: ignore[arg-type]
 
 
 def outputs_of(network: StagedNetwork, data: ImageDataModule) -> list[OutputSpec]:
@@ -161,6 +162,7 @@ def write_bundle(
         input=data.input,
         outputs=outputs_of(network, data),
         images=data.sample_batch("test", sample)["images"],
+        draws=found.draws,
         config=config,
         metrics=described,
         exits=found.exits,

@@ -36,7 +36,8 @@ def idle(cfg: DictConfig) -> Iterator[tuple[list[str], str]]:
         if keys := [key for key in keys if not key.startswith("split.envelope=")]:
             yield keys, "what crosses is sent as float32; name where it does, such as split.at=local/LAYER"
     elif cfg.split.at is None:
-        if keys := [key for group in ("split", "bottleneck", "codec", "channel") for key in changed(cfg, group)]:
+        groups = ("split", "bottleneck", "codec", "noise", "channel")
+        if keys := [key for group in groups for key in changed(cfg, group)]:
             yield keys, "the network is not split; add split.at=LAYER"
     elif cfg.split.form == "none" and (keys := changed(cfg, "bottleneck")):
         yield keys, "split.form=none sends the feature itself; set split.form=insert or replace"

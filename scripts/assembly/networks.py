@@ -55,7 +55,7 @@ def build_network(
         CutError: A layer is unknown or cannot be cut at.
         ValueError: A setting is out of range; the message names its key.
     """
-    groups = {group: cfg[group] or {} for group in ("split", "exits", "channel")}
+    groups = {group: cfg[group] or {} for group in ("split", "exits", "noise", "channel")}
     groups |= {"links": cfg.links} if is_linked(cfg) else {}
     described = {group: plain_value(cfg.get(group)) for group in GROUPS}
     with contextlib.ExitStack() as keys:
@@ -126,6 +126,9 @@ def in_config_words(message: str) -> str:
 def _built(group: Mapping[str, Any], key: str) -> Any:
     if key == "channel":
         return build_channel(OmegaConf.create(dict(group)))
+    if key == "noise":
+        with keyed(key, group):
+            return instantiate(group)
     if key.startswith("inserts."):
         return instantiate(group)
     return _naming_keys(group, key)

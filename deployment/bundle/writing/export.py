@@ -19,6 +19,7 @@ from ...exits.specs import ExitSpec, check_exits, check_places
 from ...precision import autocast_off
 from ...runtime.inputs import Input
 from ...runtime.walk import Walk, walk_all
+from ..draws import Draw
 from ..edges import Crossing, Edge, Signature
 from ..files import BundleError, FileEntry, check_name
 from ..loading import Bundle, load_bundle
@@ -45,7 +46,7 @@ class Part:
         module: Takes its inputs by position and returns a tensor, or a tuple of tensors. Left as it is: a copy on the
             CPU, in eval mode, is exported.
         inputs: Names of the inputs in order: the network's input, what codecs deliver, such as ``layer2.codes``, and
-            codecs' settings, such as ``layer2.levels``.
+            codecs' settings, such as ``layer2.levels``, and draws, such as ``layer2.noise``.
         outputs: Names of the outputs in order: what codecs send, the logits of an exit, outputs of the network.
         macs: Multiply-accumulates per sample, if known.
     """
@@ -71,6 +72,7 @@ def export_bundle(
     input: Input,  # noqa: A002
     outputs: Sequence[OutputSpec],
     images: Tensor,
+    draws: Sequence[Draw] = (),
     exits: Sequence[ExitSpec] = (),
     policy: ExitPolicy | None = None,
     envelope: bool = True,
@@ -91,6 +93,8 @@ def export_bundle(
         outputs: What it is for.
         images: A sample batch as ``input`` makes it, (B, …), at least 3 samples; it is kept in the bundle, in the files
             of its entry, with the outputs expected of it. Real images show what made-up ones may not.
+        draws: Inputs of partitions that their placements draw anew for each sample, such as ``layer2.noise``; in the
+            gate and in self-tests they are always the same.
         exits: In the order in which they are reached, the network's own classifier last; empty where there are no early
             ones. Their logits are the outputs ``NAME/logits`` of their partitions, ``logits`` of the last.
         policy: Who decides at the exits; ``None``: all samples go on to the end.
@@ -113,7 +117,7 @@ def export_bundle(
     directory = Path(directory)
     if not isinstance(images, Tensor):
         raise BundleError(f"images must be a tensor, got {type(images).__name__}")
-    route = check_parts(parts, edges, input=input, outputs=outputs, exits=exits, policy=policy)
+    route = check_parts(parts, edges, input=input, outputs=outputs, draws=draws, exits=exits, policy=policy)
     if images.ndim != 1 + len(input.shape) or len(images) < MIN_SAMPLES:
         raise BundleError(
             f"{input.name} must be a batch of at least {MIN_SAMPLES}, (B, {', '.join(map(str, input.shape))}), "
@@ -132,6 +136,7 @@ def export_bundle(
             partitions=tuple(specs[part.name] for part in parts),
             edges=tuple(edges),
             samples={place: writer.write_sample() for place, writer in writers.items()},
+            draws=tuple(draws),
             exits=tuple(exits),
             policy=policy,
             envelope=envelope,
@@ -151,6 +156,7 @@ def check_parts(
     *,
     input: Input,  # noqa: A002
     outputs: Sequence[OutputSpec],
+    draws: Sequence[Draw] = (),
     exits: Sequence[ExitSpec] = (),
     policy: ExitPolicy | None = None,
 ) -> Route:
@@ -169,7 +175,7 @@ def check_parts(
         raise BundleError("outputs is empty: say what the network is for")
     check_exits(exits, policy, [output.name for output in outputs])
     results = route_results(outputs, exits)
-    route = Route(tuple(part.signature for part in parts), tuple(edges), input.name, results)
+    route = Route(tuple(part.signature for part in parts), tuple(edges), input.name, results, tuple(draws))
     check_places(exits, route)
     return route
 

@@ -16,7 +16,7 @@ CONF = Path(__file__).resolve().parents[3] / "conf"
 """Cleave's own configs."""
 # Groups that mean something where they are null: nothing is logged, called, delivered otherwise, scheduled.
 MAY_BE_NULL = re.compile(
-    r"hydra\b.*|steps|method(\.extra_terms)?|channel|choose|training\.scheduler|exits\.policy|(bottleneck|codec)\.at"
+    r"hydra\b.*|steps|method(\.extra_terms)?|noise|channel|choose|training\.scheduler|exits\.policy|(bottleneck|codec)\.at"
     r"|(logger|callbacks|inserts)(\.\w+)?"
 )
 SHOWN = 5
