@@ -20,6 +20,7 @@ class _Mechanism(Noise):
 
     order: ClassVar[int]
     bound: Tensor
+    relative: float
 
     def __init__(self, epsilon: float | None, bound: float | str | None, scale: float | None, name: str) -> None:
         super().__init__()
@@ -73,14 +74,7 @@ class _Mechanism(Noise):
         if self.clips:
             over = (self.norms(z) / self.bound).clamp(min=1)
             z = z / over.reshape(-1, *[1] * (z.ndim - 1))
-        if self.scale is not None:
-            return z + self.scale * noise
-        return z + self.bound * self.relative * noise
-
-    @property
-    def relative(self) -> float:
-        """Scale of the noise where the bound is 1."""
-        raise NotImplementedError
+        return z + (self.bound * self.relative if self.scale is None else self.scale) * noise
 
 
 class LaplaceMechanism(_Mechanism):
@@ -111,14 +105,7 @@ class LaplaceMechanism(_Mechanism):
         self, epsilon: float | None = None, bound: float | str | None = MEDIAN, scale: float | None = None
     ) -> None:
         super().__init__(epsilon, bound, scale, "scale")
-        if epsilon is not None:
-            laplace_scale(epsilon, 1)
-
-    @property
-    def relative(self) -> float:
-        """2/ε."""
-        assert self.epsilon is not None
-        return laplace_scale(self.epsilon, 2)
+        self.relative = 0.0 if epsilon is None else laplace_scale(epsilon, 2)
 
     @property
     def guarantee(self) -> str | None:
@@ -168,13 +155,7 @@ class GaussianMechanism(_Mechanism):
     ) -> None:
         super().__init__(epsilon, bound, sigma, "sigma")
         self.delta, self.classic = delta, classic
-        self._relative = None if epsilon is None else gaussian_sigma(epsilon, delta, 2, classic=classic)
-
-    @property
-    def relative(self) -> float:
-        """σ/C."""
-        assert self._relative is not None
-        return self._relative
+        self.relative = 0.0 if epsilon is None else gaussian_sigma(epsilon, delta, 2, classic=classic)
 
     @property
     def guarantee(self) -> str | None:
