@@ -14,6 +14,8 @@ from cleave.scripts.evaluate import evaluate
 from cleave.scripts.train import train
 
 EXPERIMENTS = sorted(p.stem for p in (Path(CONF) / "experiment").glob("*.yaml"))
+# What tests of methods, exits and links train as well.
+ELSEWHERE = ["digits_exits", "digits_hnd", "entropic_student", "links", "shao_vfe", "vib", "zero_time_waste"]
 # What the presets that suit any data leave to the user: some must be given, of the others there is a default.
 GIVEN = {"compare": "{layer2: 1.0, layer3: 0.5}", "beta": "1.0"}
 LENT = ["links.local_blocks=[layer1,layer2,layer3]", "links.host_blocks=[features.2,features.5]", "host.num_classes=10"]
@@ -42,7 +44,9 @@ def needed(name: str, folder: Path, teacher_file: Path) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*log_every_n_steps")
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ELSEWHERE)) for name in EXPERIMENTS]
+)
 def test_each_experiment_runs_tests_and_is_rebuilt_from_its_checkpoint(name, tmp_path, teacher_file):
     quiet()
     given = needed(name, tmp_path, teacher_file)
