@@ -80,6 +80,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     return [each for each in found if each.key not in ("data.seed", "training.seed") or each[1:] != seed]
 
 
+def weighty(config: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """Return a resolved config without what changes no weight, and without groups that then are empty."""
+    found = {}
+    for key, value in config.items():
+        name = f"{at}.{key}" if at else str(key)
+        kept = weighty(value, name) if isinstance(value, Mapping) and value else value
+        if not _APART.match(name) and (kept or not value):
+            found[str(key)] = kept
+    return found
+
+
 @contextmanager
 def explained(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> Iterator[None]:
     """Say to repeat the run's options where a resumed run cannot be built without them."""
