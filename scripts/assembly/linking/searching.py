@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -68,6 +69,13 @@ def _check_own(settings: DictConfig) -> None:
     for name in ("count", "rounds", "batch_size"):
         if settings[name] is not None:
             whole_number(f"search.{name}", settings[name])
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch's word for no driver, no such device, no CUDA
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"search.device={settings.device} cannot be used: {first}; leave it out for the CPU"
+        ) from error
     speed = settings.bytes_per_second
     if speed is not None and settings.cost is None:
         raise ValueError(
@@ -84,8 +92,7 @@ def algorithm(cfg: DictConfig) -> SearchSettings:
     Raises:
         ValueError: A number is out of range.
     """
-    with keyed("search.algorithm", cfg.search.algorithm):
-        found: SearchSettings = instantiate(cfg.search.algorithm)
+    found: SearchSettings = _built(cfg.search.algorithm, "search.algorithm")
     return found
 
 
@@ -100,10 +107,17 @@ def worth(cfg: DictConfig, original: float) -> PathValue:
         ValueError: A number is out of range.
     """
     if cfg.search.cost is not None:
-        with keyed("search.cost", cfg.search.cost):
-            return cost_value(instantiate(cfg.search.cost))
-    with keyed("search.reward", cfg.search.reward):
-        return reward_value(instantiate(cfg.search.reward), original)
+        return cost_value(_built(cfg.search.cost, "search.cost"))
+    return reward_value(_built(cfg.search.reward, "search.reward"), original)
+
+
+def _built(cfg: DictConfig, key: str) -> Any:
+    """Instantiate a group, what is inside first, so that a mistake names its own key."""
+    for name, value in cfg.items():
+        if OmegaConf.is_dict(value) and "_target_" in value:
+            _built(value, f"{key}.{name}")
+    with keyed(key, cfg):
+        return instantiate(cfg)
 
 
 def find(
