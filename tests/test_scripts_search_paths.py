@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -17,6 +20,7 @@ from cleave.planning import PathCost, SearchFolder, path_name, read_block_times
 from cleave.reports.paths.tables import read_path_table
 from cleave.scripts import search_paths as search_script
 from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.given.resumed import overrides
 from cleave.scripts.assembly.given.value_types import check_values
 from cleave.scripts.assembly.linking.pairs import cut_pair, identity
 from cleave.scripts.assembly.linking.searching import check
@@ -258,9 +262,28 @@ def test_what_stops_a_search_says_how_it_goes_on(composed, tmp_path, monkeypatch
     ]
 
 
+def test_the_run_of_a_path_is_resumed_by_train_py_without_what_is_the_searchs_own(tmp_path):
+    given = ["search.lout=[0]", "method.distillation=null", "links.path=null"]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("search_paths", given, return_hydra_config=True)
+    try:
+        HydraConfig.instance().set_config(cfg)
+        assert overrides([0, None, None, 2]) == ["method.distillation=null", "links.path=[0,null,null,2]"]
+    finally:
+        HydraConfig.instance().cfg = None
+
+
 def test_settings_of_training_have_their_types_here_too(composed, tmp_path):
     with pytest.raises(TypeError, match="export must be true or false, got 'maybe'"):
         check_values(changed(composed, tmp_path, "export=maybe"), CONF)
+
+
+def test_without_scikit_learn_it_is_said_before_anything_is_trained(composed, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for strategy in ("mended", "printed"):
+        with pytest.raises(ValueError, match=f"search.strategy={strategy} predicts .* pip install scikit-learn"):
+            check(changed(composed, tmp_path, f"search.strategy={strategy}"))
+    check(changed(composed, tmp_path, "search.strategy=exhaustive"))
 
 
 def test_a_search_is_not_started_once_for_each_device(composed, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,8 @@ from cleave.planning import (
 )
 from cleave.scripts.assembly.networks import keyed, plain_value
 
-STRATEGIES = ("mended", "printed", "random", "exhaustive")
+PREDICTING = ("mended", "printed")
+STRATEGIES = (*PREDICTING, "random", "exhaustive")
 # Keys that put more on a path than its links: what that takes is in no block's time.
 FURTHER = ("split.at", "exits.at", "exits.count", "inserts", "steps")
 
@@ -43,7 +45,10 @@ def check(cfg: DictConfig) -> None:
     algorithm(cfg)
     worth(cfg, 1.0)
     if cfg.links.path is not None:
-        raise ValueError(f"links.path={plain_value(cfg.links.path)} is what is searched; leave it out, or use train.py")
+        raise ValueError(
+            f"links.path={plain_value(cfg.links.path)} is what is searched; set links.path=null where a preset says it, "
+            "or use train.py"
+        )
     if cfg.links.host != USED:
         raise ValueError(f"links.host={cfg.links.host} leaves the host out, and its time; use train.py")
     for key in FURTHER:
@@ -61,6 +66,11 @@ def check(cfg: DictConfig) -> None:
 def _check_own(settings: DictConfig) -> None:
     if settings.strategy not in STRATEGIES:
         raise ValueError(f"search.strategy must be one of {', '.join(STRATEGIES)}, got {settings.strategy!r}")
+    if settings.strategy in PREDICTING and importlib.util.find_spec("sklearn") is None:
+        raise ValueError(
+            f"search.strategy={settings.strategy} predicts accuracies by scikit-learn, which is not installed: "
+            "pip install scikit-learn, the extra `search`, or take search.strategy=random or exhaustive"
+        )
     if (settings.strategy == "random") != (settings.count is not None):
         raise ValueError(
             f"search.count={settings.count} does not fit search.strategy={settings.strategy}: only a random search has "
