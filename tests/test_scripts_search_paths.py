@@ -24,6 +24,7 @@ from cleave.scripts.assembly.given.resumed import overrides
 from cleave.scripts.assembly.given.value_types import check_values
 from cleave.scripts.assembly.linking.pairs import cut_pair, identity
 from cleave.scripts.assembly.linking.searching import check
+from cleave.scripts.assembly.networks import link_builder
 from cleave.scripts.assembly.restoring import restore
 from cleave.scripts.assembly.starting.terminal import CONF, quiet
 from cleave.scripts.evaluate import evaluate
@@ -353,6 +354,18 @@ def test_limits_are_refused(given, message, tmp_path, composed, pair):
 def test_networks_that_cannot_be_searched_are_refused(given, message, tmp_path, composed):
     with pytest.raises(ValueError, match=message):
         cut_pair(changed(composed, tmp_path, *given))
+
+
+def test_a_link_that_cannot_be_is_named_before_anything_is_measured(composed, pair, tmp_path):
+    cfg = changed(composed, tmp_path, "links.style=thin", "search.times=null")
+    with pytest.raises(ValueError, match="links.style must be one of full, reduced"):
+        described(cfg, pair._replace(links=link_builder(cfg)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_network_is_not_both(composed, tmp_path):
+    with pytest.raises(ValueError, match=r"host.ckpt_path=.* and base.ckpt_path are one network"):
+        cut_pair(changed(composed, tmp_path, f"host.ckpt_path={composed.base.ckpt_path}"))
 
 
 @pytest.mark.parametrize(("seconds", "message"), [(None, "local/layer2 is missing"), (-1, "local/layer2 is negative")])

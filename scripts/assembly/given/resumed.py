@@ -177,7 +177,7 @@ def overrides(path: Sequence[Any] | None = None) -> list[str]:
     """Return what the command was given on its line.
 
     Args:
-        path: The path of the run, where it is one of a search: ``train.py`` would be given that, and nothing of a search.
+        path: The path of the run; where it is one of a search, ``train.py`` would be given that in the search's place.
     """
     given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     if not HydraConfig.initialized() or HydraConfig.get().job.config_name != SEARCH or path is None:

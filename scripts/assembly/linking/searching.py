@@ -45,9 +45,9 @@ def check(cfg: DictConfig) -> None:
     algorithm(cfg)
     worth(cfg, 1.0)
     if cfg.links.path is not None:
+        path = plain_value(cfg.links.path)
         raise ValueError(
-            f"links.path={plain_value(cfg.links.path)} is what is searched; set links.path=null where a preset says it, "
-            "or use train.py"
+            f"links.path={path} is what is searched; set links.path=null where a preset says it, or use train.py"
         )
     if cfg.links.host != USED:
         raise ValueError(f"links.host={cfg.links.host} leaves the host out, and its time; use train.py")
@@ -125,7 +125,7 @@ def _built(cfg: DictConfig, key: str) -> Any:
     """Instantiate a group, what is inside first, so that a mistake names its own key."""
     for name, value in cfg.items():
         if OmegaConf.is_dict(value) and "_target_" in value:
-            _built(value, f"{key}.{name}")
+            _built(value, f"{key}.{name!s}")
     with keyed(key, cfg):
         return instantiate(cfg)
 
