@@ -117,7 +117,9 @@ def test_an_entropy_coded_bundle_brings_its_tables(tmp_path, teacher_file):
 
 
 def test_a_bundle_of_several_widths_runs_at_each(tmp_path, teacher_file):
-    bundle, metrics = made(tmp_path / "run", teacher_file, "method=cross_entropy", "codec.widths=[2,4,8]", "trainer.max_epochs=3")
+    bundle, metrics = made(
+        tmp_path / "run", teacher_file, "method=cross_entropy", "codec.widths=[2,4,8]", "trainer.max_epochs=3"
+    )
     measured = run_alone(tmp_path, bundle, 2, 4, 8)
     for bits, (accuracy, payload, _) in zip((2, 4, 8), measured, strict=True):
         assert accuracy == pytest.approx(metrics[f"test/bits{bits}/acc"], abs=1e-6)
