@@ -97,13 +97,14 @@ def _place(trainer: pl.Trainer, config: Any) -> int:
     return trainer.global_step if config.interval == "step" else progress.processed
 
 
-def resume_command(start: Sequence[str], overrides: Iterable[str], file: str) -> str:
-    """Return the command of a run, resumed from a checkpoint, quoted for the shell and for Hydra.
+def resume_command(start: Sequence[str], overrides: Iterable[str], file: str, key: str = "ckpt_path") -> str:
+    """Return the command of a run, going on from a checkpoint, quoted for the shell and for Hydra.
 
     Args:
         start: What starts it: Python and a script, or an installed command.
         overrides: What it was given.
         file: The checkpoint.
+        key: The setting that takes it.
     """
-    kept = [each for each in overrides if not each.lstrip("+").startswith("ckpt_path=")]
-    return f"{shlex.join([*start, *kept])} {quoted({'ckpt_path': file})}"
+    kept = [each for each in overrides if not each.lstrip("+").startswith(f"{key}=")]
+    return f"{shlex.join([*start, *kept])} {quoted({key: file})}"

@@ -25,6 +25,7 @@ from cleave.planning.paths.prediction import GaussianProcess
 from cleave.planning.paths.problem import (
     PathOption,
     PathProblem,
+    PathValue,
     cost_value,
     path_loads,
     path_problem,
@@ -65,6 +66,7 @@ __all__ = [
     "PathProblem",
     "PathRecord",
     "PathReward",
+    "PathValue",
     "Placement",
     "SearchFolder",
     "SearchResult",

@@ -6,7 +6,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -78,6 +79,16 @@ def short(count: float) -> str:
 def say(words: str) -> None:
     """Print a sentence as it is, unwrapped so that paths and commands can be copied."""
     console.print(Text(words), soft_wrap=True)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Print nothing within: what runs there is a part of something larger, which says what it came to."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
 
 
 def say_next(command: str) -> None:

@@ -142,14 +142,20 @@ def refuse_subprocess_sweep(cfg: DictConfig) -> None:
     Raises:
         ValueError: A Hydra multirun asks for a strategy that launches subprocesses.
     """
-    strategy = str(cfg.trainer.get("strategy") or "auto")
-    in_process = ("spawn", "fork", "notebook")
-    many = str(cfg.trainer.get("devices")) != "1" or int(cfg.trainer.get("num_nodes") or 1) > 1
-    if sweeping() and many and not any(word in strategy for word in in_process):
+    if sweeping() and launches_processes(cfg):
+        strategy = cfg.trainer.get("strategy") or "auto"
         raise ValueError(
             f"a multirun with trainer.strategy={strategy} on several devices would launch ranks with other "
             "hyper-parameters than the job's; use trainer.devices=1, trainer.strategy=ddp_spawn, or single runs"
         )
+
+
+def launches_processes(cfg: DictConfig) -> bool:
+    """Return whether the trainer would start this command again for its other devices."""
+    strategy = str(cfg.trainer.get("strategy") or "auto")
+    in_process = ("spawn", "fork", "notebook")
+    many = str(cfg.trainer.get("devices")) != "1" or int(cfg.trainer.get("num_nodes") or 1) > 1
+    return many and not any(word in strategy for word in in_process)
 
 
 def main(cfg: DictConfig) -> float | None:

@@ -75,11 +75,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("selecsls", "mobilenet", "maxvit", "resnet18")))
-        for name in SMALL
-    ],
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("vit", "swin"))) for name in SMALL]
 )
 def test_every_listed_point_is_accepted_by_cut(family):
     build, size = SMALL[family]

@@ -51,29 +51,28 @@ class Row(NamedTuple):
     slow: bool = False
 
 
-# Every pair of two factors' values stands in some row; those that are not slow have each pair of codes with a link and
-# with a form, and each objective twice.
+# Every pair of two factors' values stands in some row; those that are not slow have each value of each factor.
 ROWS = [
-    Row("uniform", "perfect", "insert", "kd"),
+    Row("uniform", "perfect", "insert", "kd", slow=True),
     Row("uniform", "lossy", "replace", "hnd"),
     Row("uniform", "perfect", "replace", "ghnd", slow=True),
     Row("uniform", "lossy", "insert", "reconstruction", slow=True),
     Row("uniform", "perfect", "replace", "extra", slow=True),
-    Row("prior", "lossy", "replace", "kd"),
+    Row("prior", "lossy", "replace", "kd", slow=True),
     Row("prior", "perfect", "insert", "hnd", slow=True),
     Row("prior", "lossy", "insert", "ghnd", slow=True),
     Row("prior", "perfect", "insert", "reconstruction"),
     Row("prior", "lossy", "insert", "extra", slow=True),
     Row("widths", "perfect", "replace", "kd"),
-    Row("widths", "lossy", "insert", "hnd"),
+    Row("widths", "lossy", "insert", "hnd", slow=True),
     Row("widths", "perfect", "insert", "ghnd", slow=True),
     Row("widths", "lossy", "insert", "reconstruction", slow=True),
     Row("widths", "perfect", "insert", "extra"),
     Row("stochastic", "lossy", "insert", "kd", slow=True),
     Row("stochastic", "perfect", "replace", "hnd", slow=True),
     Row("stochastic", "lossy", "replace", "ghnd"),
-    Row("stochastic", "perfect", "insert", "reconstruction"),
-    Row("stochastic", "lossy", "replace", "extra"),
+    Row("stochastic", "perfect", "insert", "reconstruction", slow=True),
+    Row("stochastic", "lossy", "replace", "extra", slow=True),
     # What replaces the head leaves no feature before the bottleneck.
     Row("uniform", "perfect", "replace", "reconstruction", refused="needs the head before the bottleneck"),
 ]

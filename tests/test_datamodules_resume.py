@@ -77,7 +77,7 @@ def assert_same_end(whole: Classifier, resumed: Classifier, last: bool) -> None:
     ("options", "steps"),
     [
         ({}, [1, 4, 6, 9, 18]),
-        ({"workers": 2}, [4, 6, 11]),
+        pytest.param({"workers": 2}, [4, 6, 11], marks=pytest.mark.slow),
         ({"accumulate_grad_batches": 4}, [1, 2, 3]),
         ({"val_check_interval": 2}, [1, 2, 6, 8, 13]),
         ({"max_steps": 15}, [4, 6, 14]),

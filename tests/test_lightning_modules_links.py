@@ -56,7 +56,7 @@ def test_there_are_as_many_paths_as_brute_force_finds():
     assert len(PATHS) == 325
 
 
-@pytest.mark.parametrize("lout", range(5))
+@pytest.mark.parametrize("lout", [pytest.param(lout, marks=[pytest.mark.slow] * (lout != 1)) for lout in range(5)])
 def test_every_path_trains_its_links_and_nothing_else(lout):
     local, host = local_blocks(), host_blocks()
     before = state(local.stages, host.stages)

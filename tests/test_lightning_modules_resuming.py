@@ -166,7 +166,7 @@ def test_every_scheduler_of_torch_is_tried():
 
 
 @pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using")
-@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("interval", ["step", pytest.param("epoch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_resumed_run_has_the_rates_and_weights_of_an_uninterrupted_one(name, interval, tmp_path):
     training = training_of(name, interval)

@@ -52,7 +52,7 @@ print(json.dumps(measured))
 def made(folder: Path, teacher_file: Path, *overrides: str) -> tuple[Path, dict[str, float]]:
     """The bundle of a student, and what was measured of its checkpoint."""
     quiet()
-    quick = ["trainer=cpu", "trainer.max_epochs=3", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
+    quick = ["trainer=cpu", "trainer.max_epochs=1", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
     given = ["experiment=digits_hnd", f"base.ckpt_path={teacher_file}", *quick, *overrides]
     metrics = train(compose_config("train", given, folder))
     given = [f"ckpt_path={folder}/checkpoints/best.ckpt", f"bundle={folder}/bundle", "trainer=cpu"]
@@ -97,6 +97,7 @@ def test_a_bundle_runs_without_the_training_code_at_the_checkpoints_accuracy(tmp
     assert (payload, lengths) == (metrics["test/payload_bytes"], 1) == (ENVELOPE_BYTES + 32, 1)
 
 
+@pytest.mark.slow
 def test_an_entropy_coded_bundle_brings_its_tables(tmp_path, teacher_file):
     entropic = [
         "method=entropic",
@@ -116,7 +117,9 @@ def test_an_entropy_coded_bundle_brings_its_tables(tmp_path, teacher_file):
 
 
 def test_a_bundle_of_several_widths_runs_at_each(tmp_path, teacher_file):
-    bundle, metrics = made(tmp_path / "run", teacher_file, "method=cross_entropy", "codec.widths=[2,4,8]")
+    bundle, metrics = made(
+        tmp_path / "run", teacher_file, "method=cross_entropy", "codec.widths=[2,4,8]", "trainer.max_epochs=3"
+    )
     measured = run_alone(tmp_path, bundle, 2, 4, 8)
     for bits, (accuracy, payload, _) in zip((2, 4, 8), measured, strict=True):
         assert accuracy == pytest.approx(metrics[f"test/bits{bits}/acc"], abs=1e-6)

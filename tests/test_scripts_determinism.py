@@ -6,6 +6,8 @@ import pytest
 
 from .training_helpers import PLAIN, differences, load, run_script, small
 
+pytestmark = pytest.mark.slow  # several whole runs; within a process test_lightning_modules_split compares them
+
 RUN = [*PLAIN, *small("DropoutNet"), "data.augment=crop", "trainer.max_epochs=2"]
 RUNS = {
     "a run": ["data.num_workers=0"],

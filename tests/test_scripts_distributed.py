@@ -59,6 +59,7 @@ def test_two_spawned_processes_distil_test_export_and_measure_what_one_does(tmp_
     torch.testing.assert_close(Pipeline(bundle).run(images).logits, expected_logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_subprocesses_of_half_the_batch_take_the_steps_of_one_process(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     run = [*SILENT, *small("PlainNet"), "logger=csv", "trainer.max_epochs=1", "data.augment=crop", "test=false"]

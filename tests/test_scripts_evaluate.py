@@ -118,6 +118,7 @@ def test_a_calibrated_network_is_exported_as_it_was_evaluated(in_float, tmp_path
     assert manifest.config["recalibrate"] == {"batches": 8, "range": "percentile"}
 
 
+@pytest.mark.slow
 def test_a_network_of_codes_is_recalibrated_at_another_width(over_a_lossy_link, tmp_path):
     checkpoint, _ = over_a_lossy_link
     loss = {count: measure(checkpoint, tmp_path, "codec.bits=2", f"recalibrate.batches={count}") for count in (0, 20)}

@@ -1,37 +1,70 @@
 """Every preset is composed and run, and every group's choices compose."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from cleave.architectures import create_backbone, path_costs
+from cleave.architectures.linking.described import Host
+from cleave.architectures.linking.path_costs import PathCosts
+from cleave.deployment import ImageInput
 from cleave.reports.rates.collect import collect
 from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.idle import idle
+from cleave.scripts.assembly.networks import build_network
 from cleave.scripts.assembly.restoring import restore
 from cleave.scripts.assembly.starting.terminal import CONF, missing_values, quiet
 from cleave.scripts.evaluate import evaluate
 from cleave.scripts.train import train
 
 EXPERIMENTS = sorted(p.stem for p in (Path(CONF) / "experiment").glob("*.yaml"))
+# What other tests, or other presets, train much alike.
+ELSEWHERE = ["code_exp2", "code_exp4", "digits_exits", "digits_hnd", "entropic_student", "links", "shao_vfe", "vib"]
+ELSEWHERE += ["zero_time_waste"]
 # What the presets that suit any data leave to the user: some must be given, of the others there is a default.
 GIVEN = {"compare": "{layer2: 1.0, layer3: 0.5}", "beta": "1.0"}
 LENT = ["links.local_blocks=[layer1,layer2,layer3]", "links.host_blocks=[features.2,features.5]", "host.num_classes=10"]
 LENT += ["+backbone@host.backbone=cifar", "host.backbone.name=alexnet", "+host.backbone.kwargs.width=0.1"]
 LENT += ["host.weights=random", "links.path=[0,0,1,2]"]
+# As presets of AlexNet name layers; the host is of random weights, whatever they say of it.
+ALEXNET = [
+    "data=digits",
+    "data.image_size=8",
+    "backbone.in_channels=1",
+    "backbone.name=alexnet",
+    "backbone.kwargs={width: 0.1}",
+]
+SMALL_HOST = ["+backbone@host.backbone=cifar", "+host.backbone.kwargs.width=0.1"]
+SMALL_HOST += ["host.num_classes=10", "host.weights=random"]
+HOSTS = {"code_exp1": "alexnet", "code_exp2": "alexnet", "code_exp3": None, "code_exp4": "mobilenet"}
 DIGITS = ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8"]
 QUICK = ["trainer=cpu", "debug=limit", "trainer.detect_anomaly=false", "logger=csv", "callbacks.progress=null"]
 QUICK += ["trainer.max_epochs=1", "+trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(scope="module")
+def alexnet_file(tmp_path_factory) -> Path:
+    """A checkpoint of a narrow AlexNet."""
+    quiet()
+    folder = tmp_path_factory.mktemp("alexnet")
+    train(compose_config("train", [*ALEXNET, *QUICK, "logger=none", "test=false"], folder))
+    return folder / "checkpoints/best.ckpt"
 
 
 def missing(name: str, folder: Path) -> set[str]:
     return set(missing_values(compose_config("train", [f"experiment={name}"], folder)))
 
 
-def needed(name: str, folder: Path, teacher_file: Path) -> list[str]:
+def needed(name: str, folder: Path, teacher_file: Path, alexnet_file: Path) -> list[str]:
     """Overrides that give an experiment what it asks of its user."""
     if name == "digits_teacher":
         return []
+    if name in HOSTS:
+        host = [*SMALL_HOST, f"host.backbone.name={HOSTS[name]}"] if HOSTS[name] else []
+        return [*ALEXNET, *host, f"base.ckpt_path={alexnet_file}"]
     asked = missing(name, folder)
     overrides = [f"{key}={value}" for key, value in GIVEN.items() if key in asked]
     if name == "links":
@@ -42,10 +75,12 @@ def needed(name: str, folder: Path, teacher_file: Path) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*log_every_n_steps")
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_each_experiment_runs_tests_and_is_rebuilt_from_its_checkpoint(name, tmp_path, teacher_file):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ELSEWHERE)) for name in EXPERIMENTS]
+)
+def test_each_experiment_runs_tests_and_is_rebuilt_from_its_checkpoint(name, tmp_path, teacher_file, alexnet_file):
     quiet()
-    given = needed(name, tmp_path, teacher_file)
+    given = needed(name, tmp_path, teacher_file, alexnet_file)
     metrics = train(compose_config("train", [f"experiment={name}", *QUICK, *given], tmp_path))
     assert {"val/acc", "test/acc", "test/loss", "test/ece"} <= set(metrics)
     (point,) = collect([tmp_path])
@@ -55,6 +90,12 @@ def test_each_experiment_runs_tests_and_is_rebuilt_from_its_checkpoint(name, tmp
     assert (point.payload_bytes == 64) == ("test/payload_bytes" not in metrics)
     checkpoint = max(tmp_path.rglob("best.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     again = evaluate(compose_config("evaluate", [f"ckpt_path={checkpoint}", *OVERRIDES], tmp_path / "evaluate"))
+    if name == "code_exp3":
+        for file in (tmp_path / "results.json", tmp_path / "evaluate/results.json"):
+            results = json.loads(file.read_text())
+            assert results["points"][0]["label"] == "raw uint8 input, path [0, -, -, 5], full links"
+            assert results["path"]["skipped"]["params"] > results["path"]["links"]["params"] > 0
+            assert results["path"]["bytes_up"] == results["path"]["bytes_down"] == 0
     for metric, value in again.items():
         assert value == pytest.approx(metrics[metric], abs=1e-6), metric
     assert restore(checkpoint).class_names == restore(checkpoint.with_name("last.ckpt")).class_names
@@ -67,6 +108,35 @@ def test_presets_say_what_is_missing(tmp_path):
     assert missing("digits_teacher", tmp_path) == missing("digits_hnd", tmp_path) == set()
     assert missing("bottlefit", tmp_path) == {"compare"}
     assert missing("entropic_student", tmp_path) == {"compare", "beta"}
+
+
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory) -> dict[str, PathCosts]:
+    """What the papers' paths cost at full size, without any weights."""
+    found = {}
+    image_input = ImageInput(32, 32, "RGB", (0.5,) * 3, (0.5,) * 3)
+    for name, more in [*((name, []) for name in HOSTS), ("code_exp2", ["links.channels=5"])]:
+        cfg = compose_config("train", [f"experiment={name}", *more], tmp_path_factory.mktemp("costs"))
+        host = HOSTS[name] and Host(create_backbone("cifar", HOSTS[name], 10).network, torch.zeros(1, 3, 32, 32))
+        local = create_backbone("cifar", cfg.backbone.name, 10).network
+        found[name + "".join(more)] = path_costs(build_network(cfg, local, image_input, (), host))
+        assert not list(idle(cfg))
+    return found
+
+
+def test_paths_of_the_papers_leave_out_conv2_to_conv4(costs):
+    whole = sum(weight.numel() for weight in create_backbone("cifar", "alexnet", 10).network.parameters())
+    for name, found in costs.items():
+        assert found.skipped.params / whole == pytest.approx(0.756, abs=5e-4), name
+        assert found.skipped.macs / (found.skipped.macs + found.kept.macs) == pytest.approx(0.806, abs=5e-4), name
+    assert costs["code_exp1"].host == costs["code_exp1"].skipped
+    assert costs["code_exp3"].host.params == 0
+
+
+def test_reduced_links_are_smaller_about_as_much_as_in_the_papers(costs):
+    full = costs["code_exp1"].links.params
+    assert full / costs["code_exp2"].links.params == pytest.approx(5, abs=1)
+    assert full / costs["code_exp2links.channels=5"].links.params == pytest.approx(25, abs=5)
 
 
 NOT_CHOSEN = ("hydra", "paths", "experiment")

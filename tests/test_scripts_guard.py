@@ -138,7 +138,7 @@ def test_infinite_gradients_under_a_scaler_stop_nothing(tmp_path):
     assert all(map(math.isfinite, logged.losses()))
 
 
-@pytest.mark.parametrize("kind", ["observed", "learned", "sample"])
+@pytest.mark.parametrize("kind", ["observed", pytest.param("learned", marks=pytest.mark.slow), "sample"])
 def test_a_dead_encoder_is_named_with_its_layer(tmp_path, monkeypatch, kind, recwarn):
     monkeypatch.syspath_prepend(Path(__file__).parent)
     dead = ["+callbacks.dead._target_=training_helpers.KillEncoder"]

@@ -218,6 +218,7 @@ NULLS = {
     "compare": "backbone=null",
     "exits_report": "timing=null placement=NULL",
     "image_codecs": "data=null",
+    "search_paths": "base=null search=null search.reward=null search.algorithm=null ~host",
 }
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
 MAY_PASS = "~logger ~callbacks callbacks.progress=null training.scheduler=null exits.policy=null"

@@ -255,7 +255,9 @@ def test_without_training_the_checkpoint_is_tested(whole, tmp_path, teacher_file
 # --- switches ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["fdr", "limit", "overfit"])
+@pytest.mark.parametrize(
+    "mode", ["fdr", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("limit", "overfit"))]
+)
 def test_a_recipe_runs_in_every_debug_mode(mode, tmp_path, teacher_file):
     overrides = [*PLAIN, *NET, "experiment=bottlefit", "compare={layer2: 1.0}", f"base.ckpt_path={teacher_file}"]
     short = {"overfit": ["trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1"]}.get(mode, [])

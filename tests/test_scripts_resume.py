@@ -54,6 +54,7 @@ def test_a_run_killed_at_three_random_steps_ends_with_the_weights_of_an_uninterr
     assert_same_end(whole, killed(DROPOUT, steps, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_head_distillation_with_averaged_weights_and_accumulation_resumes_exactly(tmp_path, teacher_file):
     # In this form a frozen head runs in training: its BatchNorm must stand still from the first resumed step on.
     overrides = [*RUN, *DIGITS, "experiment=digits_hnd", f"base.ckpt_path={teacher_file}", "split.form=insert"]

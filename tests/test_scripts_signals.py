@@ -41,7 +41,9 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", STATUS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "SIGTERM")) for name in STATUS]
+)
 def test_training_ends_with_its_status_and_the_printed_command_goes_on_exactly(name, whole, tmp_path):
     folder = tmp_path / "a run"
     how = signalled(name, step=3)

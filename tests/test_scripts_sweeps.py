@@ -107,8 +107,8 @@ def test_a_table_without_a_failure_is_no_error(tmp_path, monkeypatch, capsys):
     ("settings", "trained"),
     [
         (["+trainer.max_steps=2", "+trainer.limit_train_batches=5"], True),
-        (["+trainer.limit_val_batches=0"], True),
-        (["trainer.check_val_every_n_epoch=5"], True),
+        pytest.param(["+trainer.limit_val_batches=0"], True, marks=pytest.mark.slow),
+        pytest.param(["trainer.check_val_every_n_epoch=5"], True, marks=pytest.mark.slow),
         (["+trainer.fast_dev_run=true", "optimized_metric=val/other"], False),
     ],
 )

@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,8 @@ from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.infer import infer
 from cleave.scripts.train import train
+
+from .training_helpers import script
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = ["trainer=cpu", "+trainer.enable_progress_bar=false"]
@@ -47,10 +46,7 @@ def bundle(student, tmp_path_factory) -> Path:
 
 
 def test_the_table_of_cut_points_marks_what_is_smaller_than_the_image():
-    command = [sys.executable, str(ROOT / "scripts/cut_points.py"), "backbone.name=resnet20", "num_classes=10"]
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=200, env={**os.environ, "COLUMNS": "160"}
-    )
+    result = script("cut_points", "backbone.name=resnet20", "num_classes=10", cwd=ROOT, COLUMNS="160")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     rows = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if line.startswith("│")}

@@ -215,6 +215,7 @@ def test_what_runs_in_one_process_is_tracked_as_runs_of_its_own(tmp_path, monkey
     assert wandb.run is None
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_its_wandb_run_unless_told_otherwise(tmp_path, monkeypatch):
     for kind in ("CACHE", "CONFIG", "DATA"):
         monkeypatch.setenv(f"WANDB_{kind}_DIR", str(tmp_path / "wandb-own"))
@@ -254,6 +255,7 @@ def test_the_log_of_a_resumed_run_leaves_what_is_there(logger, tmp_path):
         assert [row["epoch"] for row in rows if row["val/acc"]] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_each_job_of_a_sweep_is_its_own_run_and_a_crash_is_recorded_as_one(tmp_path):
     overrides = ["-m", "seed=0,1", "experiment=digits_teacher", *QUICK, "test=false"]
     overrides += ["+callbacks.crash._target_=misbehaving.Crash", "+callbacks.crash.seed=${seed}"]

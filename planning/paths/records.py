@@ -54,6 +54,8 @@ class SearchFolder:
 
     def __init__(self, folder: pathlib.Path | str, identity: Mapping[str, Any]) -> None:
         self.folder = pathlib.Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"folder={self.folder} is a file; give a folder, a new one or that of an earlier search")
         own = parse(dump({"schema": SCHEMA, **identity}))
         file = self.folder / IDENTITY
         if file.exists():

@@ -39,9 +39,9 @@ class Run:
 def measured_points(run: Run, measured: Measured | None, network: StagedNetwork) -> list[Point]:
     """Return one point for each width of a network that is split; none where nothing was tested.
 
-    An unsplit network is the baseline that whole images are sent to; a skip-connection sends nothing. Exits are tested
-    under their policy; around a split a point holds the mean bytes over all images, those that leave on the device
-    included, and a network of exits alone takes whole images.
+    An unsplit network is the baseline that whole images are sent to. Exits are tested under their policy; around a
+    split a point holds the mean bytes over all images, those that leave on the device included. A network of exits
+    alone, and one with a skip-connection, takes whole images as the baseline does.
 
     Args:
         run: Which run it was.
@@ -58,7 +58,7 @@ def measured_points(run: Run, measured: Measured | None, network: StagedNetwork)
         "checkpoint": run.checkpoint,
     }
     if not network.bottlenecks:
-        return [] if network.links else [_unsplit(run, measured, network, known)]
+        return [_unsplit(run, measured, network, known)]
     costs = _on_the_device(network)
     parts: dict[str, Any] = {
         "encoder_macs": sum(cost.macs for cost in costs),
@@ -102,12 +102,12 @@ def _unsplit(run: Run, measured: Measured, network: StagedNetwork, known: dict[s
     assert accuracy is not None
     return Point(
         run.method,
-        ", ".join(["raw uint8 input", *_exits_words(network)]),
+        ", ".join(["raw uint8 input", *(run.words if network.links else ()), *_exits_words(network)]),
         accuracy=accuracy,
         payload_bytes=float(math.prod(network.input_shape)),
         encoder_macs=0,
         encoder_params=0,
-        kind="run" if network.exits else "baseline",
+        kind="run" if network.exits or network.links else "baseline",
         **known,
     )
 

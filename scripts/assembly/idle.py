@@ -60,14 +60,14 @@ def _idle_of_links(cfg: DictConfig) -> Iterator[tuple[list[str], str]]:
 
 def changed(cfg: DictConfig, group: str) -> list[str]:
     """Return the settings of a group that differ from the default, as overrides; the group alone if it was replaced."""
-    default = _defaults(group)
+    default = defaults(group)
     own = cast(dict[str, Any], OmegaConf.to_container(cfg.get(group) or OmegaConf.create(), resolve=True))
     if own.get("_target_") != default.get("_target_"):
         return [f"{group} ({str(own.get('_target_')).rpartition('.')[2]})"] if own.get("_target_") else []
     return list(_differences(own, default, group))
 
 
-def _defaults(group: str) -> dict[str, Any]:
+def defaults(group: str) -> dict[str, Any]:
     """Return a group as ``conf/train.yaml`` has it: in the preset that it chooses, or in itself."""
     train = cast(DictConfig, OmegaConf.load(Path(CONF, "train.yaml")))
     chosen = {name: preset for each in train.defaults if isinstance(each, DictConfig) for name, preset in each.items()}

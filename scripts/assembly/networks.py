@@ -14,7 +14,7 @@ from torch import nn
 
 from cleave.architectures import Backbone, Channel, StagedNetwork
 from cleave.architectures.described import GROUPS, backbone_from, furnished
-from cleave.architectures.linking.described import Host, is_linked
+from cleave.architectures.linking.described import Host, is_linked, path_arguments
 from cleave.deployment import ImageInput
 from cleave.scripts.assembly.starting.terminal import unwrapped
 
@@ -64,6 +64,15 @@ def build_network(
         network = furnished(described, backbone, image_input, _built, cuts, host)
     choose_envelope(network, cfg.split.get("envelope", True))
     return network
+
+
+def link_builder(cfg: DictConfig) -> Any:
+    """Return what builds a link of the two features that it joins, as a run's config says.
+
+    Raises:
+        ValueError: A setting of links is out of range; the message names its key.
+    """
+    return path_arguments(plain_value(cfg.links), _built)["links"]
 
 
 def choose_envelope(network: StagedNetwork, envelope: Any) -> None:

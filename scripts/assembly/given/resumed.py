@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
 from cleave.lightning_modules.callbacks.metadata import KEY
+from cleave.lightning_modules.command_line import in_hydra
 from cleave.lightning_modules.resuming import resume_command
 from cleave.reports.terminal import console
 from cleave.scripts.assembly.starting.program import started
@@ -25,6 +26,8 @@ _APART = re.compile(
     r"|callbacks\.(progress|learning_rate|last|guard)\b|callbacks\.\w+\.dirpath"
     r"|data\.(num_workers|pin_memory|cache|eval_batch_size)$|feature_cache\.directory|links\.placements"
 )
+SEARCH = "search_paths"
+"""The script that trains runs of other paths than its own command names."""
 _OPTIMIZER = "ignored, as the optimizer goes on in the state that the checkpoint holds"
 _SCHEDULE = "ignored, as the schedule goes on as the checkpoint holds it"
 _WEIGHTS = "ignored, as the weights are the checkpoint's"
@@ -78,6 +81,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     found = list(search(before, now, ""))
     seed = next((each[1:] for each in found if each.key == "seed"), None)
     return [each for each in found if each.key not in ("data.seed", "training.seed") or each[1:] != seed]
+
+
+def weighty(config: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """Return a resolved config without what changes no weight, and without groups that then are empty."""
+    found = {}
+    for key, value in config.items():
+        name = f"{at}.{key}" if at else str(key)
+        kept = weighty(value, name) if isinstance(value, Mapping) and value else value
+        if not _APART.match(name) and (kept or not value):
+            found[str(key)] = kept
+    return found
 
 
 @contextmanager
@@ -159,9 +173,17 @@ def whole_command(cfg: DictConfig, checkpoint: Mapping[str, Any], *, changed: bo
     return resume_command(started("train"), [*project_options(), *kept], str(cfg.ckpt_path))
 
 
-def overrides() -> list[str]:
-    """Return what the command was given on its line."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+def overrides(path: Sequence[Any] | None = None) -> list[str]:
+    """Return what the command was given on its line.
+
+    Args:
+        path: The path of the run; where it is one of a search, ``train.py`` would be given that in the search's place.
+    """
+    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    if not HydraConfig.initialized() or HydraConfig.get().job.config_name != SEARCH or path is None:
+        return given
+    kept = [each for each in given if not _key(each).startswith(("search.", "links.path"))]
+    return [*kept, f"links.path={in_hydra(list(path))}"]
 
 
 def _key(override: str) -> str:

@@ -120,12 +120,20 @@ def _settings(values: Mapping[str, Any], conf: Path) -> Iterator[tuple[str, Any,
         elif isinstance(default, int | float):
             yield at, value, (type(default), type(None))
 
-    files = {"": conf / f"{values.get('task_name')}.yaml"}
-    files |= {group: conf / group / "default.yaml" for group in OWN_SETTINGS if group in values}
-    for group, file in files.items():
+    files = [("", file) for file in _of_script(conf / f"{values.get('task_name')}.yaml")]
+    files += [(group, conf / group / "default.yaml") for group in OWN_SETTINGS if group in values]
+    for group, file in files:
         if file.is_file():
             default = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
             yield from search(default, values[group] if group else values, group)
+
+
+def _of_script(file: Path) -> Iterator[Path]:
+    """Yield a script's config, and those of scripts that it builds on."""
+    if file.is_file():
+        yield file
+        defaults = cast(DictConfig, OmegaConf.load(file)).get("defaults") or []
+        yield from (each for name in defaults if isinstance(name, str) for each in _of_script(file.with_stem(name)))
 
 
 def _fits(value: Any, allowed: tuple[type, ...]) -> bool:

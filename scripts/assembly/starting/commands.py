@@ -20,6 +20,7 @@ exits_report = functools.partial(run, "exits_report")
 export = functools.partial(run, "export")
 image_codecs = functools.partial(run, "image_codecs")
 infer = functools.partial(run, "infer")
+search_paths = functools.partial(run, "search_paths")
 train = functools.partial(run, "train")
 
 if multiprocessing.parent_process() is not None:  # a rank of ddp_spawn, which runs no more than the imports

@@ -90,13 +90,19 @@ def used_up(trainer: pl.Trainer) -> None:
             file.unlink()
 
 
-def going_on(file: str) -> str:
-    """Return the command of this run, resumed from a checkpoint."""
+def going_on(file: str, name: str = "train", key: str = "ckpt_path") -> str:
+    """Return the command of this run, going on from a file or a folder.
+
+    Args:
+        file: What it goes on from.
+        name: The script's name.
+        key: The setting that takes it.
+    """
     if not HydraConfig.initialized():
-        return resume_command(started("train"), [], file)
+        return resume_command(started(name), [], file, key)
     given = HydraConfig.get().overrides
     own = [each for each in given.hydra if not each.startswith(_OF_A_SWEEP)]
-    return resume_command(started("train"), [*project_options(), *given.task, *own], file)
+    return resume_command(started(name), [*project_options(), *given.task, *own], file, key)
 
 
 def _saved_last(cfg: DictConfig) -> str | None:
