@@ -28,7 +28,9 @@ class Term(nn.Module):
     - a list of names, which the loss gets as a mapping by name, without the owner.
 
     The loss returns a scalar, or several by name; it may have parameters of its own, which are trained, saved and
-    resumed with the task and are no part of the network. One without parameters gets half precision as float32.
+    resumed with the task and are no part of the network. One without parameters gets half precision as float32. One
+    with a method ``build`` is given the shapes of its arguments for a sample, in order, to make its parameters by;
+    ``None`` of what has none.
 
     Args:
         loss: The loss.
@@ -80,6 +82,10 @@ class Term(nn.Module):
             whose, _, output = name.partition("/")
             if whose == owner and (members := network.group(output)) != (output,):
                 self._groups[name] = tuple(f"{owner}/{member}" for member in members)
+        if owner == STUDENT and hasattr(self.loss, "build"):
+            shapes = {"images": network.input_shape}
+            shapes |= {f"{STUDENT}/{name}": shape for name, shape in network.shapes.items()}
+            self.loss.build([shapes.get(name) for name in self.of if isinstance(name, str)])  # type: ignore[operator]
         if owner == STUDENT and hasattr(self.loss, "bind"):
             self.loss.bind(network.exits, network.cost_shares() if network.exits else ())  # type: ignore[operator]
 

@@ -1,5 +1,7 @@
 """Pure objectives: tensors in, a scalar or several named ones out."""
 
+from cleave.losses.adversarial_reconstruction import AdversarialReconstructionLoss
+from cleave.losses.constrained import BoundedLoss
 from cleave.losses.distance_correlation import DistanceCorrelationLoss, distance_correlation
 from cleave.losses.exit_distillation import ExitDistillationLoss
 from cleave.losses.generalized_head_distillation import GeneralizedHeadDistillationLoss
@@ -13,6 +15,8 @@ from cleave.losses.rate import RateLoss
 from cleave.losses.reconstruction import ReconstructionLoss
 
 __all__ = [
+    "AdversarialReconstructionLoss",
+    "BoundedLoss",
     "DistanceCorrelationLoss",
     "ExitDistillationLoss",
     "GeneralizedHeadDistillationLoss",
