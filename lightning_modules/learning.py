@@ -178,6 +178,8 @@ def check_codes(network: StagedNetwork, asked: Sequence[str], parts: Sequence[st
         runs = sent in asked or network.needed(asked) != network.needed(asked, [sent])
         if runs and not own.intersection(parts):
             bottleneck.check_measured()
+        if runs and bottleneck.noise is not None and f"noise/{cut}" not in parts:
+            bottleneck.noise.check_measured()
 
 
 def check_run(trainer: pl.Trainer, network: StagedNetwork, terms: Mapping[str, Term]) -> None:

@@ -13,6 +13,7 @@ from cleave.losses.joint_exit import JointExitLoss
 from cleave.losses.knowledge_distillation import KnowledgeDistillationLoss
 from cleave.losses.rate import RateLoss
 from cleave.losses.reconstruction import ReconstructionLoss
+from cleave.losses.ssim import structural_similarity
 
 __all__ = [
     "AdversarialReconstructionLoss",
@@ -30,4 +31,5 @@ __all__ = [
     "distance_correlation",
     "fit_geometric_ensemble",
     "geometric_ensemble",
+    "structural_similarity",
 ]

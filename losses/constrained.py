@@ -14,12 +14,12 @@ class BoundedLoss(nn.Module):
     The survey's privacy form minimises w_CE·CE − w_p·Σ MSE(F⁻¹(x_pid), x_{pid−1}) with CE ≤ Thr (printed as ≥), in
     "Towards Optimal Placement of Deep Learning Tasks over Edge and Cloud Infrastructures", 3.2: here CE is this loss,
     and each edge of the route has an :class:`~cleave.losses.AdversarialReconstructionLoss` of strength w_p as a term.
-    The Lagrangian w·L + μ·(L − Thr) is minimised over the network and raised over μ,
+    The Lagrangian w·L + μ·(L − Thr) (eq. 5.1 of Boyd and Vandenberghe, "Convex Optimization", 2004) is minimised over
+    the network and raised over μ, once a step,
 
     .. math:: \mu \leftarrow \max(0, \mu + \eta\,(L - \mathrm{Thr}))
 
-    once a step (dual ascent; Boyd and Vandenberghe, "Convex Optimization", 2004, 5.5.3). The bound holds on average
-    where the multiplier has come to rest.
+    which is dual ascent. The bound holds on average where the multiplier has come to rest.
 
     Args:
         loss: The loss L, which returns a scalar.

@@ -77,8 +77,8 @@ class DistanceCorrelationLoss(nn.Module):
     r"""The distance correlation between images and a representation of them, as a regulariser.
 
     After Vepakomma, Singh, Gupta and Raskar, "NoPeek: Information leakage reduction to share activations in distributed
-    deep learning", 2020, whose objective is α₁·dCor(x, z) + α₂·CE; see :func:`distance_correlation` for the equations.
-    A low value is no proof that images cannot be restored: attacks judge that.
+    deep learning", 2020, eq. 1, whose objective is α₁·dCor(x, z) + α₂·CE; see :func:`distance_correlation` for its own
+    equations. A low value is no proof that images cannot be restored: attacks judge that.
 
     Args:
         bias_corrected: Whether the statistic is the bias-corrected one, which needs 4 samples and can be negative.

@@ -22,7 +22,7 @@ from cleave.scripts.assembly.bundling import recalibrate
 from cleave.scripts.assembly.hints import next_command, vouching
 from cleave.scripts.assembly.linking.report import path_record, path_table
 from cleave.scripts.assembly.networks import build_channel, keyed
-from cleave.scripts.assembly.outcome import run_of
+from cleave.scripts.assembly.outcome import run_of, say_promises
 from cleave.scripts.assembly.restoring import Restored, restore, restore_data
 
 
@@ -49,6 +49,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     results_table(f"{cfg.ckpt_path} on {cfg.split}", metrics)
     say_if_larger(metrics)
     table("Cost per image", cost_rows(restored.network.costs()), ("part", "MACs", "parameters"))
+    say_promises(restored.network)
     path = path_record(restored.network, metrics)
     path_table(path)
     run_words = run_of(restored, str(cfg.ckpt_path), *variant)

@@ -181,9 +181,9 @@ class Bottleneck(Insert):
                 switchable(module, self.widths)
 
     def parts(self) -> dict[str, nn.Module]:
-        """Return encoder, quantiser and decoder, and the noise where there is one."""
-        parts = {"encoder": self.encoder, "quantizer": self.quantizer, "decoder": self.decoder}
-        return parts if self.noise is None else {**parts, "noise": self.noise}
+        """Return encoder, noise where there is one, quantiser and decoder."""
+        noise = {} if self.noise is None else {"noise": self.noise}
+        return {"encoder": self.encoder, **noise, "quantizer": self.quantizer, "decoder": self.decoder}
 
     def leaves(self) -> list[nn.Module]:
         """Return encoder and decoder; a stochastic encoder is asked for its distribution, so its layers stand alone."""

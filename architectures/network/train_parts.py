@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cleave.architectures.network.staged import StagedNetwork
 
 BACKBONE, HEAD, MIDDLE, TAIL = "backbone", "head", "middle", "tail"
-BOTTLENECK = ("encoder", "quantizer", "decoder")
+BOTTLENECK = ("encoder", "noise", "quantizer", "decoder")
 ENSEMBLE = "ensemble"
 
 
@@ -61,7 +61,7 @@ def resolve_parts(network: StagedNetwork, train: Sequence[str]) -> tuple[str, ..
     """Return the parts that some names stand for, in order.
 
     ``backbone`` is all stages; a bare name, such as ``encoder`` or ``exits``, stands for those at every cut;
-    ``bottleneck`` is encoder, quantiser and decoder.
+    ``bottleneck`` is encoder, noise, quantiser and decoder.
 
     Raises:
         ValueError: A name stands for no part of this network, or none of the parts has parameters.

@@ -107,14 +107,13 @@ class LaplaceMechanism(_Mechanism):
         super().__init__(epsilon, bound, scale, "scale")
         self.relative = 0.0 if epsilon is None else laplace_scale(epsilon, 2)
 
-    @property
-    def guarantee(self) -> str | None:
-        """ε, as a sentence."""
-        return None if self.epsilon is None else f"ε = {self.epsilon:g} for one release, against any other input"
-
-    def most_accuracy(self, classes: int) -> float | None:
-        """Return the highest accuracy that its guarantee leaves possible; ``None`` without one."""
-        return None if self.epsilon is None else laplace_accuracy(self.epsilon, classes)
+    def promise(self, classes: int) -> str | None:
+        """Return ε, and the highest accuracy that it leaves possible."""
+        if self.epsilon is None:
+            return None
+        most = 100 * laplace_accuracy(self.epsilon, classes)
+        words = f"at most {most:.1f} % of answers among {classes} classes can be right"
+        return f"ε = {self.epsilon:g} for one release; {words}"
 
     def extra_repr(self) -> str:
         """Show the settings in the printed module."""
@@ -157,16 +156,13 @@ class GaussianMechanism(_Mechanism):
         self.delta, self.classic = delta, classic
         self.relative = 0.0 if epsilon is None else gaussian_sigma(epsilon, delta, 2, classic=classic)
 
-    @property
-    def guarantee(self) -> str | None:
-        """ε and δ, as a sentence."""
+    def promise(self, classes: int) -> str | None:
+        """Return ε and δ, and the accuracy of ideal codewords behind the noise."""
         if self.epsilon is None:
             return None
-        return f"ε = {self.epsilon:g} and δ = {self.delta:g} for one release, against any other input"
-
-    def most_accuracy(self, classes: int) -> float | None:
-        """Return the accuracy of ideal codewords behind it; ``None`` without a guarantee."""
-        return None if self.epsilon is None else gaussian_accuracy(self.epsilon, self.delta, classes)
+        most = 100 * gaussian_accuracy(self.epsilon, self.delta, classes)
+        words = f"ideal codewords of {classes} classes are told apart in {most:.1f} %"
+        return f"ε = {self.epsilon:g} and δ = {self.delta:g} for one release; {words}"
 
     def extra_repr(self) -> str:
         """Show the settings in the printed module."""

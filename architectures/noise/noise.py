@@ -65,9 +65,8 @@ class Noise(nn.Module, abc.ABC):
     def lay(self, z: Tensor, *drawn: Tensor) -> Tensor:
         """Return the representation with given numbers over it; it can be traced."""
 
-    @property
-    def guarantee(self) -> str | None:
-        """What it promises of one released representation, as a sentence; ``None``: nothing."""
+    def promise(self, classes: int) -> str | None:
+        """Return what it promises of one released representation, and what that leaves possible; ``None``: nothing."""
         return None
 
 

@@ -184,6 +184,8 @@ def layers_of(methods: Sequence[DictConfig], cfg: DictConfig, owner: str = "stud
     splits = [] if split is None else [split] if isinstance(split, str) else split
     found = (get_class(method._target_).layers(splits, plain(method), owner) for method in methods)
     names = dict.fromkeys(layer for layers in found for layer in layers)
+    if split is None and "None" in names:  # as ${split.at} of a preset
+        raise ValueError(f"a term reads {owner}/None/z, but the network is not split; set split.at=LAYER")
     return list(names) if is_linked(cfg) else list(dict.fromkeys(name.partition("/")[0] for name in names))
 
 

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
+from cleave.architectures import StagedNetwork
 from cleave.architectures.naming import did_you_mean
+from cleave.architectures.network.outputs import LOGITS
 from cleave.lightning_modules import Measured
 from cleave.lightning_modules.callbacks.tracking import log_artifact, wandb_run
 from cleave.reports.answers import say_if_larger
@@ -58,6 +60,7 @@ def finish(
     results_table(f"Results of {Path(file).name if file else 'the last weights'}", shown)
     say_if_larger(shown)
     table("Cost per image", cost_rows(parts.network.costs()), ("part", "MACs", "parameters"))
+    say_promises(parts.network)
     path = path_record(parts.network, outcome.metrics)
     path_table(path)
     if best:
@@ -95,6 +98,14 @@ def finish(
         next_command("infer", {"bundle": bundle, "input": example_input(parts.data)})
     elif best:
         next_command("exits_report" if parts.network.exits else "export", {"ckpt_path": best} | vouching(plain(cfg)))
+
+
+def say_promises(network: StagedNetwork) -> None:
+    """Say what the noise over each representation promises against whoever reads it."""
+    for cut, bottleneck in network.bottlenecks.items():
+        promise = None if bottleneck.noise is None else bottleneck.noise.promise(network.shapes[LOGITS][0])
+        if promise is not None:
+            say(f"Privacy at {cut}, against any other input: {promise}")
 
 
 def returned(cfg: DictConfig, metrics: Mapping[str, float]) -> float | None:

@@ -1,0 +1,67 @@
+"""Privacy from the command line: a term or noise over any objective, from training to a bundle."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cleave.architectures import GaussianMechanism
+from cleave.deployment import Pipeline, load_bundle
+from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.restoring import restore
+from cleave.scripts.assembly.starting.terminal import quiet
+from cleave.scripts.evaluate import evaluate
+from cleave.scripts.train import train
+
+from .training_helpers import PLAIN
+
+SHORT = [*PLAIN, "experiment=digits_hnd", "trainer.max_epochs=1", "+trainer.limit_train_batches=3", "export=true"]
+
+
+def trained(folder: Path, base: Path, *overrides: str) -> dict[str, float]:
+    quiet()
+    return train(compose_config("train", [*SHORT, f"base.ckpt_path={base}", *overrides], folder))
+
+
+def test_noise_is_trained_measured_exported_and_said(tmp_path, teacher_file, capsys):
+    metrics = trained(tmp_path, teacher_file, "privacy=gaussian", "noise.epsilon=50")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Privacy at layer2, against any other input: ε = 50 and δ = 1e-05 for one release" in said
+    assert "ideal codewords of 10 classes are told apart in 96." in said
+    checkpoint = tmp_path / "checkpoints/best.ckpt"
+    noise = restore(checkpoint).network.bottlenecks["layer2"].noise
+    assert isinstance(noise, GaussianMechanism)
+    assert noise.bound > 0
+    again = evaluate(compose_config("evaluate", [f"ckpt_path={checkpoint}", *PLAIN], tmp_path / "evaluate"))
+    assert again["test/acc"] == pytest.approx(metrics["test/acc"])  # the same images meet the same noise
+    bundle = load_bundle(tmp_path / "bundle")
+    (draw,) = bundle.manifest.draws
+    assert (draw.name, draw.distribution, draw.shape) == ("layer2.noise", "normal", (4, 4, 4))
+    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    first, second = (Pipeline(bundle).run(images).logits for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_distance_correlation_goes_over_any_objective(tmp_path, teacher_file):
+    logged = ["logger=csv", "trainer.log_every_n_steps=1"]
+    trained(tmp_path, teacher_file, "privacy=nopeek", "method.extra_terms.nopeek.weight=2", "export=false", *logged)
+    (file,) = tmp_path.rglob("metrics.csv")
+    header = file.read_text().splitlines()[0].split(",")
+    assert {"train/nopeek", "train/head"} <= set(header)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["noise=laplace", "noise.epsilon=0"], r"noise\.epsilon must be a positive finite number, got 0"),
+        (["noise=gaussian", "noise.delta=2"], r"noise\.delta must lie between 0 and 1, got 2"),
+        (["noise=gaussian", "noise.bound=-1"], r"noise\.bound must be a positive finite number, .* got -1"),
+        (["noise=laplace", "noise.bound=null"], r"noise\.epsilon=10 is promised of clipped representations alone"),
+        (["noise=nullification", "noise.share=1"], r"noise\.share must be at least 0 and below 1, got 1"),
+        (["privacy=nopeek", "method.train=[decoder]"], "'nopeek' reads .*layer2/z, of which nothing is trained"),
+        (["privacy=nopeek", "split.at=null", "method=cross_entropy"], r"reads student/None/z.*set split\.at=LAYER"),
+    ],
+)
+def test_mistakes_are_told_before_training(overrides, told, tmp_path, teacher_file):
+    with pytest.raises(ValueError, match=told):
+        trained(tmp_path, teacher_file, *overrides)
