@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from cleave.architectures import GaussianMechanism, split_network, staged_network
+from cleave.architectures import GaussianMechanism, entropy_codec, multi_exit_network, split_network, staged_network
 from cleave.architectures.attacking.decoders import inversion_decoder
 from cleave.architectures.partitions import network_partitions
 from cleave.datamodules import Digits
-from cleave.deployment import OutputSpec, TensorInput, export_bundle
+from cleave.deployment import OutputSpec, Pipeline, TensorInput, build_policy, export_bundle
 from cleave.lightning_modules.attacking.releases import BundleReleases, NetworkReleases
 from cleave.lightning_modules.attacking.training import Schooling, error_of, rebuilt, school
 from cleave.lightning_modules.attacking.white_box import passed_through, total_variation, white_box
@@ -111,7 +111,7 @@ def test_training_out_of_range_is_refused(key, value):
 # --- the deployed path ------------------------------------------------------------------------------------------------
 
 
-def split(data, noise=None, bits=4):
+def split(data, noise=None, bits=4, codec=None):
     torch.manual_seed(1)
     sample = data.input.normalize(data.sample_batch("train", 64)["images"])
     more = {} if noise is None else {"noise": noise}
@@ -126,10 +126,15 @@ def split(data, noise=None, bits=4):
     return network.eval()
 
 
-def bundle_of(network, data, folder):
-    found = network_partitions(network, data.input)
+def bundle_of(network, data, folder, policy=None):
+    found = network_partitions(network, data.input, policy=policy)
     outputs = [OutputSpec("logits", "logits", network.shapes["logits"], ("a", "b", "c", "d"))]
-    more = {"draws": found.draws, "images": data.sample_batch("test", 4)["images"]}
+    more = {
+        "draws": found.draws,
+        "exits": found.exits,
+        "policy": policy,
+        "images": data.sample_batch("test", 4)["images"],
+    }
     return export_bundle(folder, found.parts, found.edges, input=data.input, outputs=outputs, **more)
 
 
@@ -145,6 +150,32 @@ def test_a_bundle_releases_what_its_network_does(digits, tmp_path):
     torch.testing.assert_close(theirs.answers(some), ours.answers(some), rtol=0, atol=1e-4)
     levels = {len(each.unique()) for each in ours(some)}
     assert max(levels) <= 16  # what came through the bytes, not the representation
+
+
+@pytest.mark.parametrize("codec", [{"bits": 32}, {"bits": 5, "range": "sample", "coding": "sparse"}, entropy_codec])
+def test_payloads_of_every_kind_are_what_the_network_receives(codec, digits, tmp_path):
+    data, images = digits
+    network = split(data, codec=codec)
+    ours = NetworkReleases(network, data.input)(images["test"][:20]).double()
+    theirs = BundleReleases(bundle_of(network, data, tmp_path / "bundle"))(images["test"][:20]).double()
+    # A learned prior's codes are the representation in another unit, which decoders standardise anyway.
+    unit = (theirs * ours).sum() / (theirs * theirs).sum() if codec is entropy_codec else 1.0
+    torch.testing.assert_close(unit * theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_images_that_a_policy_would_answer_on_the_device_are_sent_all_the_same(digits, tmp_path):
+    data, images = digits
+    torch.manual_seed(1)
+    sample = data.input.normalize(data.sample_batch("train", 64)["images"])
+    coders = {"bottleneck": {"channels": 2, "width": 8}, "codec": {"bits": 4, "range": "sample"}}
+    network = multi_exit_network(Tiny(), sample, at=["layer1"], split="layer2", **coders).eval()
+    policy = build_policy("confidence", 0.0, exits=2)  # everybody leaves at once
+    bundle = bundle_of(network, data, tmp_path / "bundle", policy)
+    some = images["test"][:20]
+    assert Pipeline(bundle).run(some).exits.tolist() == [0] * 20
+    releases, ours = BundleReleases(bundle), NetworkReleases(network, data.input)
+    torch.testing.assert_close(releases(some), ours(some), rtol=0, atol=1e-5)
+    torch.testing.assert_close(releases.answers(some), ours.answers(some), rtol=0, atol=1e-4)
 
 
 def test_noise_is_drawn_for_each_release_and_averages_out(digits, tmp_path):
