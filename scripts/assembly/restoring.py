@@ -77,32 +77,50 @@ def restore(
 
 
 def restore_data(restored: Restored, overrides: DictConfig) -> ImageDataModule:
-    """Build the data module a checkpoint was trained with; overrides that are not null replace its settings.
+    """Build the data module a checkpoint was trained with; see :func:`known_data`."""
+    return known_data(restored.config.data, restored.image_input, restored.class_names, overrides)
+
+
+def known_data(
+    trained: DictConfig,
+    image_input: ImageInput,
+    class_names: Sequence[str],
+    overrides: DictConfig,
+    source: str = "checkpoint",
+) -> ImageDataModule:
+    """Build the data module that a network was trained with; overrides that are not null replace its settings.
+
+    Args:
+        trained: The config of the data in training.
+        image_input: What the network takes.
+        class_names: Names of the classes that it knows.
+        overrides: Other settings.
+        source: What says all this, for messages: a checkpoint or a bundle.
 
     Raises:
-        ValueError: The data lacks an overridden setting, or has other classes than the checkpoint.
+        ValueError: The data lacks an overridden setting, or has other classes than the network.
     """
-    config = copy.deepcopy(restored.config.data)
+    config = copy.deepcopy(trained)
     config.transforms = []
     for key, value in overrides.items():
         if value is None:
             continue
         if key not in config:
             raise ValueError(
-                f"data.{key!s}={value} has no meaning for {config._target_}, which the checkpoint was made with"
+                f"data.{key!s}={value} has no meaning for {config._target_}, which the {source} was made with"
             )
         config[key] = OmegaConf.merge(config[key], value) if isinstance(value, DictConfig) else value
         if key == "batch_size":
             config.eval_batch_size = None  # else the checkpoint's would go on ruling
-    _check_place(config)
+    _check_place(config, source)
     data = instantiate(config)
-    data.configure_input(restored.image_input)
-    if data.class_names != restored.class_names:
-        raise ValueError(f"the data has the classes {data.class_names}, the checkpoint {restored.class_names}")
+    data.configure_input(image_input)
+    if data.class_names != list(class_names):
+        raise ValueError(f"the data has the classes {data.class_names}, the {source} {list(class_names)}")
     return data
 
 
-def _check_place(config: DictConfig) -> None:
+def _check_place(config: DictConfig, source: str) -> None:
     """Say what to give where the images are no longer where they were in training.
 
     Raises:
@@ -113,7 +131,7 @@ def _check_place(config: DictConfig) -> None:
         if isinstance(place, str) and not Path(place).exists() and not config.get("download"):
             option = f"data.{key}={'FILE' if key == 'table' else 'DIR'}"
             raise ValueError(
-                f"the images of the checkpoint lay in {place}, which is gone; say where they are: "
+                f"the images of the {source} lay in {place}, which is gone; say where they are: "
                 f"{'' if key == 'root' else '+'}{option}"
             )
 

@@ -12,6 +12,7 @@ def run(name: str) -> None:
     runpy.run_module(f"cleave.scripts.{name}", run_name="__main__")
 
 
+attack = functools.partial(run, "attack")
 compare = functools.partial(run, "compare")
 cut_points = functools.partial(run, "cut_points")
 demo = functools.partial(run, "demo")

@@ -1,0 +1,1 @@
+"""The adversary: what reaches it, and how it learns to rebuild images."""

@@ -1,0 +1,1 @@
+"""What adversaries recover of images: figures with intervals, tables, pictures."""

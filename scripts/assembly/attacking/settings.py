@@ -1,0 +1,101 @@
+"""The settings of an attack, checked as far as they can be before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from cleave.architectures.attacking.decoders import FAMILIES, STRENGTHS
+from cleave.lightning_modules.attacking.training import Schooling
+from cleave.scripts.assembly.building import plain
+from cleave.scripts.assembly.exits_settings import number, one_of
+from cleave.scripts.assembly.networks import keyed
+
+RAW, LOGITS, UNAWARE = "raw", "logits", "unaware"
+CONTROLS = (RAW, LOGITS, UNAWARE)
+_WHOLE = {"targets.images": True, "attack.images": True, "white_box.steps": False, "resamples": False}
+
+
+def checked(cfg: DictConfig) -> dict[str, Any]:
+    """Return the settings as plain values, lists where one stands alone.
+
+    Raises:
+        ValueError: A value is none of those that it may be.
+    """
+    settings = plain(cfg)
+    if (settings["ckpt_path"] is None) == (settings["bundle"] is None):
+        raise ValueError(
+            f"give one of ckpt_path=FILE and bundle=DIR, got ckpt_path={settings['ckpt_path']} and "
+            f"bundle={settings['bundle']}"
+        )
+    attack, white = settings["attack"], settings["white_box"]
+    attack["families"] = _listed("attack.families", attack["families"], list(FAMILIES))
+    attack["strengths"] = _listed("attack.strengths", attack["strengths"], list(STRENGTHS))
+    settings["controls"] = _listed("controls", settings["controls"], CONTROLS, empty=True)
+    for key, all_of_them in _WHOLE.items():
+        _check_whole(key, settings, all_of_them)
+    attack["releases"] = _each(attack["releases"])
+    for times in attack["releases"]:
+        if isinstance(times, bool) or not isinstance(times, int) or times < 1:
+            raise ValueError(f"attack.releases must be whole numbers of at least 1, got {times!r}")
+    attack["releases"] = sorted({1, *attack["releases"]})
+    white["tv"] = _each(white["tv"])
+    for weight in white["tv"]:
+        if not number(weight) or not 0 <= weight < math.inf:
+            raise ValueError(f"white_box.tv must be numbers of at least 0, got {weight!r}")
+    if not white["tv"]:
+        raise ValueError("white_box.tv is empty; give at least one weight, such as 0")
+    if not number(white["lr"]) or not 0 < white["lr"] < math.inf:
+        raise ValueError(f"white_box.lr must be above 0, such as 0.05, got {white['lr']!r}")
+    _check_choices(settings)
+    with keyed("attack", attack):
+        settings["schooling"] = Schooling(attack["epochs"], attack["batch_size"], attack["lr"], settings["seed"])
+    return settings
+
+
+def _check_choices(settings: dict[str, Any]) -> None:
+    white, device, pictures = settings["white_box"]["use"], settings["device"], settings["pictures"]
+    if white not in (None, True, False):
+        raise ValueError(f"white_box.use must be true, false or null, got {white!r}")
+    if white and settings["bundle"] is not None:
+        raise ValueError(
+            f"white_box.use=true needs gradients, which a bundle has none of, got bundle={settings['bundle']}; give "
+            "the checkpoint it was exported from by ckpt_path=FILE, or leave white_box.use out"
+        )
+    if not isinstance(settings["targets"]["leave_out_seen"], bool):
+        raise ValueError(f"targets.leave_out_seen must be true or false, got {settings['targets']['leave_out_seen']!r}")
+    if isinstance(pictures, bool) or not isinstance(pictures, int) or not 0 <= pictures <= 32:
+        raise ValueError(f"pictures must be a whole number from 0 to 32, got {pictures!r}")
+    if isinstance(settings["seed"], bool) or not isinstance(settings["seed"], int) or settings["seed"] < 0:
+        raise ValueError(f"seed must be a whole number of at least 0, got {settings['seed']!r}")
+    if settings["judge"]["layer"] is not None and settings["judge"]["ckpt_path"] is None:
+        raise ValueError(f"judge.layer={settings['judge']['layer']} is a layer of judge.ckpt_path=FILE; give it too")
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: torch finds no CUDA device here; use device=cpu")
+
+
+def _check_whole(key: str, settings: dict[str, Any], nullable: bool) -> None:
+    value: Any = settings
+    for part in key.split("."):
+        value = value[part]
+    if value is None and nullable:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        more = "; null takes all" if nullable else ""
+        raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}{more}")
+
+
+def _each(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _listed(key: str, value: Any, known: Any, empty: bool = False) -> list[Any]:
+    found = list(dict.fromkeys([] if value is None else _each(value)))
+    for each in found:
+        one_of(key, each, list(known))
+    if not found and not empty:
+        raise ValueError(f"{key} is empty; give some of {', '.join(known)}")
+    return found
