@@ -16,7 +16,8 @@ from cleave.architectures.cutting import (
     trace_graph,
 )
 from cleave.architectures.inserts.bottleneck import Bottleneck
-from cleave.architectures.inserts.calibration import calibrate_range
+from cleave.architectures.inserts.calibrating.calibration import calibrate_range
+from cleave.architectures.inserts.calibrating.recalibrate import recalibrate_batchnorm
 from cleave.architectures.inserts.channels import BitErrors, Channel, GaussianNoise, PacketLoss
 from cleave.architectures.inserts.codecs import entropy_codec, uniform_codec
 from cleave.architectures.inserts.coders import Coders, build_bottleneck
@@ -25,7 +26,6 @@ from cleave.architectures.inserts.exit_head import ExitHead
 from cleave.architectures.inserts.gaussian import GaussianEncoder, make_gaussian
 from cleave.architectures.inserts.insert import Half, Halves, Insert, Step
 from cleave.architectures.inserts.quantizer import UniformQuantizer, Unquantized
-from cleave.architectures.inserts.recalibrate import recalibrate_batchnorm
 from cleave.architectures.inserts.switchable import SwitchableBatchNorm2d, select, switchable
 from cleave.architectures.linking.blocks import Blocks, cut_blocks
 from cleave.architectures.linking.feature import Feature

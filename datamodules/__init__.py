@@ -1,7 +1,7 @@
 """Lightning data modules: digits, CIFAR-10, any folder or table of images, data sets of torchvision, Hugging Face."""
 
 from .base import ImageDataModule
-from .feature_cache import FeatureCache, FeatureCacheError
+from .caching.feature_cache import FeatureCache, FeatureCacheError
 from .sets.cifar10 import CIFAR10
 from .sets.digits import Digits
 from .sets.hugging_face import HuggingFaceImages

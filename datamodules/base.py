@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from .arguments import check_whole
+from .caching.feature_cache import FeatureCache
+from .caching.precompute import Precomputation, check_dtype, check_views
 from .dataset import Batch
 from .extras import Described
-from .feature_cache import FeatureCache
-from .precompute import Precomputation, check_dtype, check_views
 from .sampling import EpochSampler, Loaders
 from .splits import SPLITS, ImageSplits
 

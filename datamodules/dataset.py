@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from cleave.deployment import ImageInput
 
 from .augment import Augmentation
-from .cache import AUTO_CACHE_BYTES, PixelCache
-from .feature_cache import FeatureCache
+from .caching.cache import AUTO_CACHE_BYTES, PixelCache
+from .caching.feature_cache import FeatureCache
 from .look import corrupt_pictures
 from .mixing import Mixing
 from .sampling import Key, sample_seeds

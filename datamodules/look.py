@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import track
 
-from .cache import in_threads
+from .caching.cache import in_threads
 from .sources import CorruptImageError, FileSource, ImageSource
 
 _MANY = 500

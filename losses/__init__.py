@@ -1,8 +1,5 @@
 """Pure objectives: tensors in, a scalar or several named ones out."""
 
-from cleave.losses.adversarial_reconstruction import AdversarialReconstructionLoss
-from cleave.losses.constrained import BoundedLoss
-from cleave.losses.distance_correlation import DistanceCorrelationLoss, distance_correlation
 from cleave.losses.exit_distillation import ExitDistillationLoss
 from cleave.losses.generalized_head_distillation import GeneralizedHeadDistillationLoss
 from cleave.losses.geometric_ensemble import GeometricEnsembleLoss, geometric_ensemble
@@ -11,9 +8,12 @@ from cleave.losses.head_distillation import HeadDistillationLoss
 from cleave.losses.information_bottleneck import InformationBottleneckLoss
 from cleave.losses.joint_exit import JointExitLoss
 from cleave.losses.knowledge_distillation import KnowledgeDistillationLoss
+from cleave.losses.privacy.adversarial_reconstruction import AdversarialReconstructionLoss
+from cleave.losses.privacy.constrained import BoundedLoss
+from cleave.losses.privacy.distance_correlation import DistanceCorrelationLoss, distance_correlation
+from cleave.losses.privacy.ssim import structural_similarity
 from cleave.losses.rate import RateLoss
 from cleave.losses.reconstruction import ReconstructionLoss
-from cleave.losses.ssim import structural_similarity
 
 __all__ = [
     "AdversarialReconstructionLoss",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from cleave.architectures.inserts.calibration import METHODS, _collect, calibrate_range
+from cleave.architectures.inserts.calibrating.calibration import METHODS, _collect, calibrate_range
 from cleave.architectures.inserts.quantizer import UniformQuantizer
 
 

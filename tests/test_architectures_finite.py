@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cleave.architectures import Bottleneck, EntropyBottleneck, UniformQuantizer, recalibrate_batchnorm
-from cleave.architectures.inserts.calibration import METHODS, calibrate_range
+from cleave.architectures.inserts.calibrating.calibration import METHODS, calibrate_range
 from cleave.architectures.inserts.finite import NumberError, learned_names, not_finite
 from cleave.deployment import CodecError, UniformCodec
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cleave.datamodules import dataset as dataset_module
 from cleave.datamodules.augment import PRESETS, Augmentation
-from cleave.datamodules.cache import PixelCache, in_threads
+from cleave.datamodules.caching.cache import PixelCache, in_threads
 from cleave.datamodules.dataset import ImageDataset
 from cleave.datamodules.sources import ArraySource, CorruptImageError, FileSource
 from cleave.deployment import ImageInput

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from cleave.architectures.inserts.calibration import calibrate_range
+from cleave.architectures.inserts.calibrating.calibration import calibrate_range
 from cleave.architectures.inserts.channels import Channel
 from cleave.architectures.inserts.finite import check_finite, named
 from cleave.architectures.inserts.gaussian import GaussianEncoder
 from cleave.architectures.inserts.insert import IN, OUT, Half, Halves, Insert, Step
 from cleave.architectures.inserts.quantizer import Quantizer, UniformQuantizer
+from cleave.architectures.inserts.sides import Receiver, Sender
 from cleave.architectures.inserts.switchable import select, switchable
 from cleave.architectures.noise.noise import Noise
 from cleave.deployment import FLOAT_BITS, Codec, Draw, check_bits
@@ -332,44 +333,3 @@ class Bottleneck(Insert):
         if channel is not None:
             channel.check(self.quantizer)
         self.channel = channel
-
-
-class Sender(nn.Module):
-    """The device's half of a bottleneck: encoder [→ noise] → quantiser.
-
-    Args:
-        encoder: The encoder as a device runs it.
-        quantizer: The quantiser.
-        noise: What is laid over the representation, if anything is.
-    """
-
-    def __init__(self, encoder: nn.Module, quantizer: Quantizer, noise: Noise | None = None) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.quantizer = quantizer
-        self.noise = noise
-        self.drawn = 0 if noise is None else len(noise.draws(()))
-
-    def forward(self, x: Tensor, *given: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Return what the codec sends of a feature, for numbers drawn and settings such as the number of levels."""
-        drawn, settings = given[: self.drawn], given[self.drawn :]
-        z = self.encoder(x)
-        return self.quantizer.send(z if self.noise is None else self.noise.lay(z, *drawn), *settings)
-
-
-class Receiver(nn.Module):
-    """The server's half of a bottleneck: de-quantise → decoder.
-
-    Args:
-        quantizer: Says how to de-quantise; it has no state there.
-        decoder: The decoder.
-    """
-
-    def __init__(self, quantizer: Quantizer, decoder: nn.Module) -> None:
-        super().__init__()
-        self.receive = type(quantizer).receive
-        self.decoder = decoder
-
-    def forward(self, *delivered: Tensor) -> Tensor:
-        """Return the feature of what the codec delivers."""
-        return self.decoder(self.receive(*delivered))

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from cleave.architectures import StagedNetwork, recalibrate_batchnorm
-from cleave.architectures.inserts.calibration import METHODS
+from cleave.architectures.inserts.calibrating.calibration import METHODS
 from cleave.architectures.inserts.finite import DIVERGED, NumberError, check_learned
 from cleave.architectures.naming import did_you_mean
 from cleave.architectures.network.outputs import LOGITS

@@ -13,7 +13,7 @@ from cleave.architectures.described import sample_of
 from cleave.architectures.linking.described import HOST_DEFAULTS
 from cleave.architectures.linking.link import HOST, LOCAL
 from cleave.datamodules import ImageDataModule
-from cleave.datamodules.precompute import fingerprint
+from cleave.datamodules.caching.precompute import fingerprint
 from cleave.lightning_modules.checkpoints.loading import file_sha256
 from cleave.scripts.assembly.building import assemble, plain
 from cleave.scripts.assembly.given.resumed import weighty

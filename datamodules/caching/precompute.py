@@ -24,11 +24,11 @@ from lightning_fabric.utilities import move_data_to_device
 from rich.progress import track
 from torch import Tensor
 
-from .arguments import is_whole
-from .dataset import Batch, ImageDataset, Values
+from ..arguments import is_whole
+from ..dataset import Batch, ImageDataset, Values
+from ..sampling import Loaders
+from ..sources import ArraySource, FileSource, ImageSource
 from .feature_cache import DTYPES, FORMAT, FeatureCache, FeatureCacheError, check_sample, open_entry, write_entry
-from .sampling import Loaders
-from .sources import ArraySource, FileSource, ImageSource
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cleave.losses.ssim import structural_similarity
+from cleave.losses.privacy.ssim import structural_similarity
 
 Build = Callable[[Sequence[int], Sequence[int]], nn.Module]
 MEASURES = ("mse", "ssim")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .sources import CorruptImageError
+from ..sources import CorruptImageError
 
 AUTO_CACHE_BYTES = 2**30
 """With ``cache="auto"`` a split is cached when its decoded pictures take at most this many bytes."""

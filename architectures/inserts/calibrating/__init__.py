@@ -1,0 +1,1 @@
+"""What is measured of trained weights: the range of codes, and BatchNorm."""
