@@ -75,6 +75,11 @@ class Group(NamedTuple):
         host = f" ({self.row.host})" if self.row.host else ""
         return NAMES[self.row.kind] + host + (f", {made.replace(', ', '-')}" if made else "")
 
+    @property
+    def path(self) -> str:
+        """Its path, or where its exit stands."""
+        return LOCAL_BLOCKS[self.row.path[0] or 0] if self.row.kind == "exit" else str(Path(*self.row.path))
+
 
 def grouped(pairs: Pairs, rows: Iterable[Row]) -> list[Group]:
     """Return the rows that are there, one for all seeds, those of a path together."""
@@ -104,10 +109,9 @@ def cells(group: Group, groups: Sequence[Group], original: float) -> tuple[str, 
     spread = statistics.stdev(group.accuracies) if len(group.accuracies) > 1 else None
     accuracy = f"{group.mean:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
     seconds = statistics.median(each["seconds"] for each in group.found) / group.row.epochs
-    path = "–" if group.row.kind == "exit" else str(Path(*group.row.path))
     local = one["kept"]["macs"] + one["inserts"]["macs"]
     return (
-        path, group.name, accuracy, share("skip"), share("random"), f"{local / 1e6:.1f} M",
+        group.path, group.name, accuracy, share("skip"), share("random"), f"{local / 1e6:.1f} M",
         f"{one['host']['macs'] / 1e6:.1f} M", f"{one['links']['macs'] / 1e6:.1f} M",
         f"{one['host']['params'] / 1e3:.0f} k", f"{(one['links']['params'] + one['inserts']['params']) / 1e3:.0f} k",
         f"{one['bytes_up']:,}", f"{one['bytes_down']:,}", f"{seconds:.1f}",
