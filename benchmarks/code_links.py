@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pairs = make_pairs(args)
     planned = rows(args)
-    for step in args.only or STEPS:
+    for step in STEPS if args.only is None else args.only:
         for row in planned[step]:
             pairs.result(row)
     report(pairs, planned, args)
@@ -120,7 +120,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("logs/code_links"), help="where all that was trained is kept"
     )
-    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument(
+        "--only", nargs="*", choices=STEPS, metavar="STEP", help=f"{', '.join(STEPS)}; none: only report what is there"
+    )
     parser.add_argument("--images", type=int, default=8_000, help="training images of links")
     parser.add_argument("--epochs", type=int, default=5, help="over them")
     parser.add_argument("--batch", type=int, default=64)

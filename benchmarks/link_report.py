@@ -102,7 +102,8 @@ def cells(group: Group, groups: Sequence[Group], original: float) -> tuple[str, 
     }
 
     def share(base: str) -> str:
-        if base not in beside or group.row.kind in (base, "exit") or beside[base] >= original:
+        others = ("skip", "exit") if base == "skip" else ("random", "just links", "skip", "exit")
+        if base not in beside or group.row.kind in others or beside[base] >= original:
             return ""
         return f"{100 * (group.mean - beside[base]) / (original - beside[base]):.0f} %"
 
