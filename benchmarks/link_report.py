@@ -135,7 +135,7 @@ def plot(groups: Sequence[Group], original: float) -> bytes:
         axes = figure.add_subplot()
         handles, heights = [], [original]
         names = list(dict.fromkeys(group.name for group in groups))
-        looks = styles({name: not name.startswith(NAMES["pretrained"]) for name in names})
+        looks = styles(dict.fromkeys(names, False))
         for name in names:
             some = sorted((group for group in groups if group.name == name), key=lambda group: group.local_share)
             look, x = looks[name], [100 * group.local_share for group in some]
