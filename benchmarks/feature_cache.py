@@ -2,9 +2,11 @@
 
 Reconstruction at layer3 of a ResNet-18 (the frozen head is not run and no image is decoded) and head distillation at
 layer1 (the teacher is not run), both at 64 pixels; separate training of a ResNet-32's five exits (the backbone is not
-run) at 32 pixels; by the task's own training step on batches that the data module serves. Steps with and without the
-cache alternate, so that both meet the machine in the same state. Prints the ratio of the times, pair by pair, and how
-far the losses lie apart. With ``--epochs`` it times whole epochs of Lightning's trainer on a folder of images instead.
+run) at 32 pixels; links between two ResNet-20 behind a late front and behind an early one, and with the local network's
+logits (which is not run either); by the task's own training step on batches that the data module serves. Steps with and
+without the cache alternate, so that both meet the machine in the same state. Prints the ratio of the times, pair by
+pair, beside what it should be, for links by the MACs of forward and of activation gradients, and how far the losses lie
+apart. With ``--epochs`` it times whole epochs of Lightning's trainer on a folder of images instead.
 
     python benchmarks/feature_cache.py [--only METHOD …] [--steps 40] [--threads 2]
     python benchmarks/feature_cache.py --only exits_separate --epochs 2 --data DIR
@@ -25,12 +27,22 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor, nn
 
-from cleave.architectures import create_backbone, multi_exit_network, split_network
+from cleave.architectures import create_backbone, linked_network, multi_exit_network, split_network, staged_network
 from cleave.architectures.modes import evaluating
 from cleave.datamodules import Digits, ImageDataModule, ImageFolder
-from cleave.lightning_modules import ExitsSeparate, Frozen, HeadDistillation, Reconstruction, Task, Training
-from cleave.losses import HeadDistillationLoss, JointExitLoss, ReconstructionLoss
+from cleave.lightning_modules import (
+    ExitsSeparate,
+    Frozen,
+    HeadDistillation,
+    Links,
+    Reconstruction,
+    Task,
+    Training,
+    caching,
+)
+from cleave.losses import HeadDistillationLoss, JointExitLoss, KnowledgeDistillationLoss, ReconstructionLoss
 from cleave.scripts.assembly.starting.terminal import quiet
 
 OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-3)
@@ -38,20 +50,24 @@ CODEC = {"bits": 8, "range": "sample"}
 
 
 class Case(NamedTuple):
-    """A method on a backbone, and how many times as fast the cache should make it."""
+    """A method on a backbone, and how many times as fast the cache should make it; ``None``: as its MACs say."""
 
     library: str
     backbone: str
     pixels: int
     batch_size: int
-    target: float
+    target: float | None
 
 
 CASES = {
     "reconstruction": Case("torchvision", "resnet18", 64, 64, 5.0),
     "head_distillation": Case("torchvision", "resnet18", 64, 64, 1.15),
     "exits_separate": Case("cifar", "resnet32", 32, 128, 5.0),
+    "links_late": Case("cifar", "resnet20", 32, 128, None),
+    "links_early": Case("cifar", "resnet20", 32, 128, None),
+    "links_distilled": Case("cifar", "resnet20", 32, 128, None),
 }
+LINKED_BLOCKS = ["layer1.0", "layer2", "layer3", "pool"]
 
 
 def make_task(method: str, data: ImageDataModule, **settings: Any) -> Task:
@@ -68,10 +84,40 @@ def make_task(method: str, data: ImageDataModule, **settings: Any) -> Task:
         # In this memory layout convolutions are fastest, with the cache and without.
         training = Training(optimizer=OPTIMIZER, channels_last=True)
         return ExitsSeparate(exits, loss=JointExitLoss(), training=training, **settings)
+    if method.startswith("links"):
+        return make_links(method, backbone, sample, **settings)
     narrow = {"channels": 8, "stride": 4, "width": 32}
     network = split_network(backbone, "layer1", sample, bottleneck=narrow, codec=CODEC)
     teacher = {"teacher": Frozen(copy.deepcopy(backbone))}
     return HeadDistillation(network, loss=HeadDistillationLoss(), others=teacher, training=training, **settings)
+
+
+def make_links(method: str, local: nn.Module, sample: Tensor, **settings: Any) -> Task:
+    """Return the links from layer2, or from the first block of layer1, over a host, and back behind layer3."""
+    case = CASES[method]
+    host = create_backbone(case.library, case.backbone, num_classes=10).network
+    path = [0, 1, 2, 3] if method == "links_early" else [1, 2, 2, 3]
+    network = linked_network(local, host, [sample, sample], [LINKED_BLOCKS, LINKED_BLOCKS], path)
+    return Links(
+        network,
+        loss=nn.CrossEntropyLoss(),
+        distillation=KnowledgeDistillationLoss(alpha=0.0) if method == "links_distilled" else None,
+        others={"teacher": Frozen(staged_network(local, sample))},
+        training=Training(optimizer=OPTIMIZER, channels_last=True),
+        **settings,
+    )
+
+
+def target(task: Task, method: str) -> float:
+    """Return how many times as fast a case should be: for links by MACs, of forward and of activation gradients."""
+    known = CASES[method].target
+    if known is not None:
+        return known
+    path = sum(cost.macs for cost in task.network.costs())
+    front = caching.share_of_macs(task.network, task.stored().outputs["student"]) * path
+    whole = sum(cost.macs for cost in task.network_of("teacher").costs()) if "teacher" in task.asked else 0
+    rest = 2 * (path - front)
+    return (front + whole + rest) / rest
 
 
 def make_data(method: str, folder: Path | None = None) -> ImageDataModule:
@@ -139,7 +185,7 @@ def compare_steps(method: str, dtype: str, steps: int) -> None:
     low, middle, high = statistics.quantiles(ratios, n=4)
     print(
         f"{method:20} {dtype}: {middle:6.2f} times as fast (quartiles {low:.2f} to {high:.2f}, target "
-        f"{CASES[method].target}); losses differ by at most {distances[0]:.1e} in the first step, "
+        f"{target(plain.task, method):.2f}); losses differ by at most {distances[0]:.1e} in the first step, "
         f"{max(distances):.1e} in {len(distances)}"
     )
 
@@ -176,7 +222,7 @@ def compare_epochs(method: str, dtype: str, count: int, data: Path | None) -> No
             print(f"{method:20} {dtype}: {slow:.1f} s without, {fast:.1f} s with the cache", flush=True)
     print(
         f"{method:20} {dtype}: an epoch is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to "
-        f"{max(ratios):.2f} in {count}, target {CASES[method].target})"
+        f"{max(ratios):.2f} in {count}, target {target(make_task(method, make_data(method, data)), method):.2f})"
     )
 
 

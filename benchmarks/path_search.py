@@ -3,7 +3,7 @@
 Each table is a CSV as a search over all paths writes it, of one pair of networks. For each of some starting draws the
 search may train a third of the candidates, and random search as many; a hit is within ε of the table's best reward.
 
-    python benchmarks/path_search.py FILE.csv [FILE.csv …] [--draws 10] [--local-blocks 6] [--host-blocks 6]
+    python benchmarks/path_search.py FILE.csv [FILE.csv …] [--draws 10] [--least-accuracy 0.86]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from cleave.planning import (
     GaussianProcess,
+    Logistic,
     PathReward,
     SearchSettings,
     exhaustive_search,
@@ -29,6 +30,7 @@ from cleave.reports.terminal import table
 from cleave.scripts.assembly.starting.terminal import quiet
 
 GAIN = 0.01  # ε
+LEAST_ACCURACY = 0.86  # A_min
 
 
 class Compared(NamedTuple):
@@ -53,21 +55,36 @@ class Compared(NamedTuple):
     most: int
 
 
-def compare(known: PathTable, local: int, host: int, draws: int = 10, start: int = 2, stop_after: int = 5) -> Compared:
+def compare(
+    known: PathTable,
+    local: int,
+    host: int,
+    draws: int = 10,
+    start: int = 2,
+    stop_after: int = 5,
+    least_accuracy: float = LEAST_ACCURACY,
+) -> Compared:
     """Search a table from several starting draws, by its numbers of blocks.
 
     With c_stop = 3 a search often ends before it has trained the third that it may; the printed algorithm keeps it.
 
     Raises:
-        ValueError: A candidate was not trained.
+        ValueError: A candidate was not trained, or none is worth more than the local network, so that any search would
+            find the best there is.
     """
-    value = reward_value(PathReward(), known.accuracy)
+    value = reward_value(PathReward(Logistic(8.0, least_accuracy)), known.accuracy)
     problem = path_problem(known.original, known.accuracy, known.loads, value)
     candidates = problem.candidates()
     if missing := [path for path in candidates if path not in known.accuracies]:
         raise ValueError(f"the table is not exhaustive: {missing[0]} is above the original and was not trained")
     train, predict = known.accuracies.__getitem__, GaussianProcess(local, host)
-    best = exhaustive_search(problem, train).value
+    whole = exhaustive_search(problem, train)
+    if whole.path is None:
+        raise ValueError(
+            f"with A_min={least_accuracy:g} no path is worth more than the local network, which every search keeps "
+            "then; lower it towards the accuracies of the paths"
+        )
+    best = whole.value
     hits, printed, random, trained = 0, 0, 0, []
     for draw in range(draws):
         most = max(1, len(candidates) // 3)
@@ -88,6 +105,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--start", type=int, default=2, help="paths of the first set")
     parser.add_argument("--stop-after", type=int, default=5, help="c_stop of the mended algorithm; as printed it is 3")
+    parser.add_argument("--least-accuracy", type=float, default=LEAST_ACCURACY, help="A_min of the reward")
     parser.add_argument("--local-blocks", type=int, default=6)
     parser.add_argument("--host-blocks", type=int, default=6)
     args = parser.parse_args()
@@ -95,7 +113,13 @@ def main() -> None:
     rows = []
     for file in args.tables:
         found = compare(
-            read_path_table(file), args.local_blocks, args.host_blocks, args.draws, args.start, args.stop_after
+            read_path_table(file),
+            args.local_blocks,
+            args.host_blocks,
+            args.draws,
+            args.start,
+            args.stop_after,
+            args.least_accuracy,
         )
         shares = [f"{count} of {args.draws}" for count in (found.hits, found.printed, found.random)]
         rows.append((file.name, found.candidates, f"{found.best:.3f}", f"{found.trained:.1f}", *shares))
