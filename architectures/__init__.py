@@ -1,5 +1,6 @@
 """Plain networks: backbones, cutting, inserts, and the network that is made of them."""
 
+from cleave.architectures.attacking.decoders import decoder
 from cleave.architectures.backbones import Backbone, create_backbone
 from cleave.architectures.builders import multi_exit_network, split_network, staged_network
 from cleave.architectures.costs import Cost
@@ -86,6 +87,7 @@ __all__ = [
     "cut",
     "cut_blocks",
     "cut_points",
+    "decoder",
     "entropy_codec",
     "every_path",
     "gaussian_accuracy",

@@ -52,6 +52,28 @@ def test_distance_correlation_goes_over_any_objective(tmp_path, teacher_file):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "terms"),
+    [
+        (["privacy=ressfl"], {"attacker/conv", "attacker/residual"}),
+        (["privacy=constrained", "method=cross_entropy", "method.extra_terms.bound.loss.threshold=0.5"], {"bound"}),
+    ],
+)
+def test_attackers_and_bounds_go_over_any_objective(overrides, terms, tmp_path, teacher_file):
+    logged = ["logger=csv", "trainer.log_every_n_steps=1", "export=false", "test=false"]
+    trained(tmp_path, teacher_file, *overrides, *logged)
+    (file,) = tmp_path.rglob("metrics.csv")
+    assert {f"train/{term}" for term in terms} <= set(file.read_text().splitlines()[0].split(","))
+    state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    weights = {name for name in state if name.startswith("terms.attacker.loss.decoders.")}
+    assert weights
+    resumed = tmp_path / "resumed"
+    again = [*overrides, *logged, f"ckpt_path={tmp_path}/checkpoints/last.ckpt", "trainer.max_epochs=2"]
+    trained(resumed, teacher_file, *again)
+    later = torch.load(resumed / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert any(not torch.equal(later[name], state[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
     ("overrides", "told"),
     [
         (["noise=laplace", "noise.epsilon=0"], r"noise\.epsilon must be a positive finite number, got 0"),

@@ -81,15 +81,38 @@ def inversion_decoder(
         >>> decoder(torch.rand(3, 4, 2, 2)).shape
         torch.Size([3, 1, 8, 8])
     """
-    if family not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"family must be one of {known}, got {family!r}.{did_you_mean(str(family), FAMILIES)}")
-    if strength not in STRENGTHS:
-        known = ", ".join(STRENGTHS)
-        raise ValueError(f"strength must be one of {known}, got {strength!r}.{did_you_mean(str(strength), STRENGTHS)}")
-    sizes = tuple(payloads.shape[1:]), tuple(mean_image.shape)
-    network = FAMILIES[family](*sizes, *STRENGTHS[strength], most_weights)
+    network = decoder(payloads.shape[1:], mean_image.shape, family, strength, most_weights)
     return InversionDecoder(network, payloads, mean_image)
+
+
+def decoder(
+    representation: Sequence[int],
+    image: Sequence[int],
+    family: str = "conv",
+    strength: str = "small",
+    most_weights: int = MOST_WEIGHTS,
+) -> nn.Module:
+    """Build the network of a decoder from shapes alone, as one learns beside an encoder; it begins at 0.
+
+    Args:
+        representation: Shape of a sample of what is decoded.
+        image: (C, H, W).
+        family: As of :func:`inversion_decoder`.
+        strength: ``small`` or ``large``.
+        most_weights: As :data:`MOST_WEIGHTS`.
+
+    Raises:
+        ValueError: There is no such family or strength.
+
+    Example:
+        >>> decoder((4, 2, 2), (1, 8, 8), "residual")(torch.rand(3, 4, 2, 2)).shape
+        torch.Size([3, 1, 8, 8])
+    """
+    for name, value, known in (("family", family, FAMILIES), ("strength", strength, STRENGTHS)):
+        if value not in known:
+            near = did_you_mean(str(value), known)
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.{near}")
+    return FAMILIES[family](tuple(representation), tuple(image), *STRENGTHS[strength], most_weights)
 
 
 def dense(inputs: int, outputs: int, most_weights: int, rank: int | None = None) -> nn.Module:
