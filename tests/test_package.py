@@ -140,6 +140,7 @@ assert not {{name.split(".")[0] for name in sys.modules}} & set({blocked!r})
 """
 
 
+@pytest.mark.slow
 def test_the_runtime_runs_a_bundle_without_the_training_stack(wheels, tmp_path):
     bundle = make_bundle(tmp_path / "bundle")
     alone, logits = tmp_path / "alone", tmp_path / "logits.pt"

@@ -199,6 +199,7 @@ def test_a_bundle_is_measured_over_a_perfect_link(over_a_lossy_link, tmp_path):
     assert written_at_once == pytest.approx(perfect, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_link_of_training_alone_changes_the_weights_and_no_evaluation(tmp_path, teacher_file):
     short = ["debug=limit", "trainer.detect_anomaly=false", "trainer.max_epochs=1"]
     lossy = trained(tmp_path / "lossy", teacher_file, *short, *LOSSY, "channel.rate=0.5", "channel.when=train")
@@ -212,6 +213,7 @@ def test_a_link_of_training_alone_changes_the_weights_and_no_evaluation(tmp_path
         assert found == pytest.approx(metrics_of_the_test(lossy[1]), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_packets_of_an_entropy_coded_representation_are_counted_in_elements(tmp_path, teacher_file):
     entropic = [
         "method=entropic",

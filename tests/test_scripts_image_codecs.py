@@ -124,6 +124,7 @@ def test_a_split_network_is_refused_with_exits_or_without(experiment, teacher_fi
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_network_with_exits_alone_is_a_baseline_by_its_last_answer(teacher_file, tmp_path):
     overrides = ["experiment=digits_exits", f"base.ckpt_path={teacher_file}", "split.at=null", "trainer.max_epochs=1"]
     overrides += ["+trainer.limit_train_batches=1", "callbacks.progress=null", *QUIET]

@@ -71,7 +71,13 @@ class Ran(NamedTuple):
     payload_bytes: float | None
 
 
-@pytest.fixture(scope="module", params=CASES)
+# What other tests train as well, or other cases much alike.
+ALIKE = ("entropic_inserted", "generalized_head_distillation", "information_bottleneck", "reconstruction", "tiled_jpeg")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(case, marks=[pytest.mark.slow] * (case in ALIKE)) for case in CASES]
+)
 def ran(request, tmp_path_factory, teacher_file) -> Ran:
     quiet()
     folder = tmp_path_factory.mktemp(request.param)

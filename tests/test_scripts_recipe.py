@@ -227,6 +227,7 @@ def test_a_run_resumed_in_its_last_step_knows_what_the_others_came_to(whole, tmp
     assert not (tmp_path / "checkpoints/head").exists()
 
 
+@pytest.mark.slow
 def test_a_step_that_had_stopped_early_stays_stopped(tmp_path, teacher_file):
     early = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "trainer.max_epochs=9", "test=false"]
     never = ["callbacks.early_stopping.monitor=recipe_step"]  # constant: the second epoch is no better than the first

@@ -49,6 +49,7 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_three_random_steps_ends_with_the_weights_of_an_uninterrupted_one(whole, tmp_path):
     steps = sorted(random.Random(2).sample(BETWEEN_SAVES, 3))
     assert_same_end(whole, killed(DROPOUT, steps, tmp_path / "run"))

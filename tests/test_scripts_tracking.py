@@ -271,6 +271,7 @@ def test_each_job_of_a_sweep_is_its_own_run_and_a_crash_is_recorded_as_one(tmp_p
     assert "checkpoint" not in crashed.artifacts
 
 
+@pytest.mark.slow
 def test_a_recipe_is_one_run_in_which_its_steps_are_visible(tmp_path, teacher_file):
     overrides = ["experiment=bottlefit", f"base.ckpt_path={teacher_file}", *QUICK, "trainer.log_every_n_steps=1"]
     overrides += ["backbone.name=resnet20", "backbone.in_channels=1", "data.image_size=8", "split.at=layer2"]
