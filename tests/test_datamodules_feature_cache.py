@@ -31,9 +31,8 @@ from cleave.datamodules import (
     FeatureCacheError,
     ImageDataModule,
     ImageFolder,
-    feature_cache,
-    precompute,
 )
+from cleave.datamodules.caching import feature_cache, precompute
 from cleave.datamodules.sources import ArraySource, FileSource, ImageSource
 from cleave.deployment import ImageInput
 

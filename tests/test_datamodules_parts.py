@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cleave.datamodules import CorruptImageError, Digits, ImageDataModule, ImageFolder, precompute
+from cleave.datamodules import CorruptImageError, Digits, ImageDataModule, ImageFolder
+from cleave.datamodules.caching import precompute
 from cleave.datamodules.sources import ArraySource, FileSource, ImageSource, split_off
 from cleave.deployment import ImageInput
 

@@ -16,6 +16,7 @@ from cleave.scripts.train import train
 
 from .training_helpers import PLAIN
 
+EVALUATE = ["trainer=cpu", "logger=none", "+trainer.enable_progress_bar=false"]
 SHORT = [*PLAIN, "experiment=digits_hnd", "trainer.max_epochs=1", "+trainer.limit_train_batches=3", "export=true"]
 
 
@@ -33,7 +34,7 @@ def test_noise_is_trained_measured_exported_and_said(tmp_path, teacher_file, cap
     noise = restore(checkpoint).network.bottlenecks["layer2"].noise
     assert isinstance(noise, GaussianMechanism)
     assert noise.bound > 0
-    again = evaluate(compose_config("evaluate", [f"ckpt_path={checkpoint}", *PLAIN], tmp_path / "evaluate"))
+    again = evaluate(compose_config("evaluate", [f"ckpt_path={checkpoint}", *EVALUATE], tmp_path / "evaluate"))
     assert again["test/acc"] == pytest.approx(metrics["test/acc"])  # the same images meet the same noise
     bundle = load_bundle(tmp_path / "bundle")
     (draw,) = bundle.manifest.draws

@@ -82,9 +82,8 @@ class Draw:
 
     def fixed(self, rows: Sequence[int]) -> Tensor:
         """Return numbers that are the same for one row always, to compare what is computed of them."""
-        generators = (torch.Generator().manual_seed(row) for row in rows)
-        drawn = [torch.rand(self.shape, dtype=torch.float64, generator=each) for each in generators]
-        return self._of(torch.stack(drawn).clamp(min=2.0**-54))
+        drawn = np.stack([np.random.default_rng(row).random(self.shape) for row in rows])
+        return self._of(torch.from_numpy(drawn).clamp(min=2.0**-54))
 
     def _of(self, uniform: Tensor) -> Tensor:
         return DISTRIBUTIONS[self.distribution](uniform).to(torch.float32)
