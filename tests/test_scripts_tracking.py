@@ -317,10 +317,10 @@ def test_an_interrupted_run_is_recorded_as_failed(tmp_path):
 
 @pytest.mark.slow
 def test_a_users_mistake_after_the_run_began_is_recorded_as_a_failure(tmp_path):
-    overrides = ["experiment=digits_teacher", *QUICK, "optimized_metric=val/accuracy"]
+    overrides = ["experiment=digits_teacher", *QUICK, "training.optimizer.lr=1e30"]
     process = run_script("train", overrides, tmp_path)
     assert process.returncode == 1
-    assert "optimized_metric=val/accuracy was not measured" in process.stderr
+    assert "NumberError" in process.stderr
     (run,) = offline_runs(tmp_path / "logs")
     assert run.exit_codes == [1]
 
@@ -336,7 +336,7 @@ def test_without_a_login_one_line_says_what_to_do_before_any_training(tmp_path):
         HOME=str(tmp_path),
     )
     assert process.returncode == 1
-    assert process.stderr.splitlines()[-1].startswith("ConnectionError: W&B could not start the run")
+    assert "\nConnectionError: W&B could not start the run" in f"\n{process.stderr}"
     assert "logger.wandb.mode=offline" in process.stderr
     assert not list((tmp_path / "logs").rglob("*.ckpt"))
 
