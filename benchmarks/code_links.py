@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from five_classes import Settings, load_images
-from link_report import HEADER, cells, grouped, markdown, plot, search_table
-from link_training import Pairs, Row
+from linking.five_classes import Settings, load_images
+from linking.report import HEADER, cells, grouped, markdown, plot, search_table
+from linking.training import Pairs, Row
 from resumable import percent
 
 from cleave.planning import candidate_paths

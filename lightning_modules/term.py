@@ -85,7 +85,7 @@ class Term(nn.Module):
         if owner == STUDENT and hasattr(self.loss, "build"):
             shapes = {"images": network.input_shape}
             shapes |= {f"{STUDENT}/{name}": shape for name, shape in network.shapes.items()}
-            self.loss.build([shapes.get(name) for name in self.of if isinstance(name, str)])  # type: ignore[operator]
+            self.loss.build([shapes.get(name) if isinstance(name, str) else None for name in self.of])  # type: ignore[operator]
         if owner == STUDENT and hasattr(self.loss, "bind"):
             self.loss.bind(network.exits, network.cost_shares() if network.exits else ())  # type: ignore[operator]
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
-from pytorch_lightning import loggers as pl_loggers
 from torch import Tensor
 
 from cleave.deployment.bundle.canonical_json import dump
-from cleave.lightning_modules.callbacks.tracking import log_artifact, recorded_outcome
+from cleave.lightning_modules.callbacks.tracking import log_report, recorded_outcome
 from cleave.reports.attacks.pictures import grid
 from cleave.reports.attacks.results import ATTACKER, Attack, as_values, headlines, strongest
 from cleave.reports.attacks.tables import csv_rows, print_attacks
@@ -50,7 +49,7 @@ def attack(cfg: DictConfig) -> dict[str, Path]:
     report = described(victim, images, study, attacks, judge)
     files = write_report(Path(cfg.paths.output_dir), report, attacks, shown(study, attacks))
     for logger in loggers:
-        log_report(logger, report, attacks, files)
+        log_attacks(logger, report, attacks, files)
     for file in files.values():
         say(f"Written: {file}")
     if victim.network is not None:
@@ -102,22 +101,15 @@ def write_report(
     return {name: output / name for name in [*contents, f"{REPORT}.csv"]}
 
 
-def log_report(logger: Any, report: dict[str, Any], attacks: list[Attack], files: dict[str, Path]) -> None:
+def log_attacks(logger: Any, report: dict[str, Any], attacks: list[Attack], files: dict[str, Path]) -> None:
     """Give a logger the headlines; W&B also gets the grid, the table and the files."""
     metrics = {"attack/mean_image_mse": report["mean_image_mse"]}
     for headline in report["headlines"]:
         end = "" if headline["releases"] == 1 else f"_of_{headline['releases']}_releases"
         metrics |= {f"attack/{name}{end}": headline[name]["value"] for name in ("mse", "explained")}
     logger.log_metrics(metrics)
-    if isinstance(logger, pl_loggers.WandbLogger) and not logger.experiment.disabled:
-        rows = csv_rows(attacks)
-        logger.log_table("attacks", list(rows[0]), [list(row.values()) for row in rows])
-        for name, file in files.items():
-            if file.suffix == ".png":
-                logger.log_image(file.stem, [str(file)])
-            else:
-                log_artifact(logger.experiment, file, kind="report", name=name)
-    logger.finalize("success")
+    rows = csv_rows(attacks)
+    log_report(logger, "attacks", list(rows[0]), [list(row.values()) for row in rows], files)
 
 
 def main(cfg: DictConfig) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from pytorch_lightning import loggers as pl_loggers
 
 from cleave.architectures.naming import did_you_mean
-from cleave.lightning_modules.callbacks.tracking import log_artifact, recorded_outcome
+from cleave.lightning_modules.callbacks.tracking import log_report, recorded_outcome
 from cleave.reports.csv_file import write_csv
 from cleave.reports.rates.collect import collect, reference_accuracy
 from cleave.reports.rates.fronts import Setting, settings, trade_offs
@@ -41,7 +40,7 @@ def compare(cfg: DictConfig) -> dict[str, Path]:
     print_tables(known, reference)
     files = write_report(output, points, reference, title=cfg.title, log_x=cfg.log_x)
     for logger in loggers:
-        log_report(logger, known, files)
+        log_settings(logger, known, files)
     for file in files.values():
         say(f"Written: {file}")
     return files
@@ -100,19 +99,13 @@ def _order(point: Point) -> tuple[Any, ...]:
     return point.kind != "run", point.method, point.payload_bytes, point.label, str(point.seed)
 
 
-def log_report(logger: Any, known: Sequence[Setting], files: dict[str, Path]) -> None:
+def log_settings(logger: Any, known: Sequence[Setting], files: dict[str, Path]) -> None:
     """Give a logger the best accuracy of each method; W&B also gets the plots, the settings and the CSV files."""
     best = {s.method: s.accuracy for s in sorted(known, key=lambda s: s.accuracy)}
     logger.log_metrics({f"best_accuracy/{method}": accuracy for method, accuracy in best.items()})
-    if isinstance(logger, pl_loggers.WandbLogger) and not logger.experiment.disabled:
-        rows = [list(dataclasses.asdict(s).values()) for s in known]
-        logger.log_table("settings", [field.name for field in dataclasses.fields(Setting)], rows)
-        for name, file in files.items():
-            if file.suffix == ".png":
-                logger.log_image(file.stem, [str(file)])
-            else:
-                log_artifact(logger.experiment, file, kind="report", name=name.removesuffix(".csv"))
-    logger.finalize("success")
+    rows = [list(dataclasses.asdict(each).values()) for each in known]
+    named = {name.removesuffix(".csv"): file for name, file in files.items()}
+    log_report(logger, "settings", [field.name for field in dataclasses.fields(Setting)], rows, named)
 
 
 def main(cfg: DictConfig) -> None:

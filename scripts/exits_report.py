@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from pytorch_lightning import loggers as pl_loggers
 
 from cleave.architectures import StagedNetwork
 from cleave.datamodules import ImageDataModule
 from cleave.deployment import ExitPolicy
 from cleave.deployment.bundle.canonical_json import dump
-from cleave.lightning_modules.callbacks.tracking import log_artifact, recorded_outcome
+from cleave.lightning_modules.callbacks.tracking import log_report, recorded_outcome
 from cleave.planning import Calibrated, fit_temperatures
 from cleave.reports.csv_file import write_csv
 from cleave.reports.exits.measure import exit_costs, stored_logits
@@ -58,7 +57,7 @@ def exits_report(cfg: DictConfig) -> dict[str, Path]:
     print_report(report)
     files = write_report(Path(cfg.paths.output_dir), report, policy)
     for logger in loggers:
-        log_report(logger, report, files)
+        log_points(logger, report, files)
     for file in files.values():
         say(f"Written: {file}")
     if POLICY in files:
@@ -130,22 +129,15 @@ def write_report(output: Path, report: dict[str, Any], policy: ExitPolicy | None
     return {name: output / name for name in [*contents, f"{REPORT}.csv"]}
 
 
-def log_report(logger: Any, report: dict[str, Any], files: dict[str, Path]) -> None:
+def log_points(logger: Any, report: dict[str, Any], files: dict[str, Path]) -> None:
     """Give a logger the accuracies; W&B also gets the plots, the table of points and the files."""
     metrics = {f"best_accuracy/{kind}": figures["best"]["accuracy"] for kind, figures in report["policies"].items()}
     for kind, figures in report["policies"].items():
         kept = [point for point in figures["points"] if point["accuracy"] is not None]
         metrics |= {f"accuracy_at_{100 * point['budget']:g}/{kind}": point["accuracy"] for point in kept}
     logger.log_metrics(metrics | {f"acc_exit/{exit['name']}": exit["accuracy"] for exit in report["exits"]})
-    if isinstance(logger, pl_loggers.WandbLogger) and not logger.experiment.disabled:
-        rows = csv_rows(report)
-        logger.log_table("points", list(rows[0]), [list(row.values()) for row in rows])
-        for name, file in files.items():
-            if file.suffix == ".png":
-                logger.log_image(file.stem, [str(file)])
-            else:
-                log_artifact(logger.experiment, file, kind="report", name=name)
-    logger.finalize("success")
+    rows = csv_rows(report)
+    log_report(logger, "points", list(rows[0]), [list(row.values()) for row in rows], files)
 
 
 def main(cfg: DictConfig) -> None:

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
-from pytorch_lightning import loggers as pl_loggers
 from torch import nn
 
 from cleave.architectures import Path
 from cleave.datamodules import ImageDataModule
 from cleave.lightning_modules import signals
-from cleave.lightning_modules.callbacks.tracking import log_artifact, recorded_outcome
+from cleave.lightning_modules.callbacks.tracking import log_report, recorded_outcome
 from cleave.planning import (
     PathProblem,
     PathRecord,
@@ -182,14 +181,7 @@ def log_search(logger: Any, rows: list[Row], result: SearchResult, files: dict[s
         logger.log_metrics({"search/accuracy": one.accuracy, "search/value": one.value}, step=order)
     best = {"search/best_accuracy": result.accuracy, "search/best_value": result.value}
     logger.log_metrics(best, step=len(result.trained))
-    if isinstance(logger, pl_loggers.WandbLogger) and not logger.experiment.disabled:
-        logger.log_table("table", list(rows[0]), [list(row.values()) for row in rows])
-        for name, file in files.items():
-            if file.suffix == ".png":
-                logger.log_image(file.stem, [str(file)])
-            else:
-                log_artifact(logger.experiment, file, kind="report", name=name)
-    logger.finalize("success")
+    log_report(logger, "table", list(rows[0]), [list(row.values()) for row in rows], files)
 
 
 def say_what_follows(folder: SearchFolder, result: SearchResult) -> None:

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from cleave.architectures import cut_blocks, every_path, link_blocks, linked_network, staged_network
+from cleave.architectures import (
+    MagnitudeNullification,
+    cut_blocks,
+    every_path,
+    link_blocks,
+    linked_network,
+    staged_network,
+)
 from cleave.lightning_modules import Frozen, Links, Term, TwoParties
 from cleave.lightning_modules.linking.parties import Absent
 from cleave.losses import HeadDistillationLoss, KnowledgeDistillationLoss
@@ -146,6 +153,7 @@ FAMILIES = {
     "links alone": ({"use_host": False}, None, 3),
     "bottlenecks with codes": ({**CROSSING, "codec": {"bits": 4, "range": "sample"}}, None, 4),
     "a learned range": ({**CROSSING, "codec": {"bits": 4, "range": "learned"}}, None, 4),
+    "noise over what is sent": ({**CROSSING, "noise": MagnitudeNullification(0.3)}, None, 4),
     "exits on both sides": (EXITS, ["exits", "links"], 5),
     "an encoder and exits": ({**CROSSING, **EXITS}, ["exits", "links", "bottleneck"], 6),
 }
@@ -278,3 +286,12 @@ def test_a_front_that_is_small_and_gives_much_is_not_stored():
     # It is a larger share of a short path, and a late feature is smaller than an image.
     assert "student" in cached([0, 5, 5, 5]).stored().outputs
     assert "student" in cached([4, 0, 5, 5]).stored().outputs
+
+
+def test_the_receiver_of_a_crossing_holds_no_noise_of_the_sender():
+    task = service(FAMILIES["noise over what is sent"][0], None)
+    parties = TwoParties(task).parties
+    for cut, sender in (("local/b0", "local"), ("host/layer3", "host")):
+        for side, party in parties.items():
+            noise = party.network.bottlenecks[cut].noise
+            assert isinstance(noise, Absent) == (side != sender)

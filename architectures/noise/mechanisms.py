@@ -54,11 +54,9 @@ class _Mechanism(Noise):
         if not self.adaptive:
             return
         norms = self.norms(z)
-        if not self.bound > 0:
-            self.bound.copy_(norms.median())
-        else:
-            below = (norms <= self.bound).float().mean()
-            self.bound.mul_((RATE * (1 - 2 * below)).exp())
+        below = (norms <= self.bound).to(norms.dtype).mean()
+        moved = self.bound * (RATE * (1 - 2 * below)).exp()
+        self.bound.copy_(torch.where(self.bound > 0, moved, norms.median()))
 
     def check_measured(self) -> None:
         """Raise ValueError where the bound is to be the median norm and no training batch has been seen."""

@@ -173,6 +173,28 @@ def log_artifact(
     run.log_artifact(artifact, aliases=list(aliases))
 
 
+def log_report(
+    logger: Any, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]], files: Mapping[str, Path]
+) -> None:
+    """Give W&B a report's table, its pictures and its files, for which other loggers have no place, and end the log.
+
+    Args:
+        logger: Any logger.
+        name: The table's.
+        header: Names of its columns.
+        rows: Their values.
+        files: What was written, by the names of the artifacts; pictures are PNG files.
+    """
+    if isinstance(logger, pl_loggers.WandbLogger) and not logger.experiment.disabled:
+        logger.log_table(name, list(header), [list(row) for row in rows])
+        for artifact, file in files.items():
+            if file.suffix == ".png":
+                logger.log_image(file.stem, [str(file)])
+            else:
+                log_artifact(logger.experiment, file, kind="report", name=artifact)
+    logger.finalize("success")
+
+
 _recording = ContextVar("recording", default=False)
 
 

@@ -216,11 +216,12 @@ def held_elsewhere(network: StagedNetwork, side: str) -> list[str]:
 
 
 def _other_half(bottleneck: Bottleneck, receiving: bool) -> list[str]:
-    """Return the modules of a bottleneck that the other side holds; a learned range is the sender's."""
+    """Return the modules of a bottleneck that the other side holds; noise and a learned range are the sender's."""
     if not receiving:
         return ["decoder"]
+    own = ["encoder"] if bottleneck.noise is None else ["encoder", "noise"]
     learned = any(True for _ in bottleneck.quantizer.parameters())
-    return ["encoder", "quantizer"] if learned and not bottleneck.widths else ["encoder"]
+    return [*own, "quantizer"] if learned and not bottleneck.widths else own
 
 
 def without(module: Any, paths: Sequence[str]) -> Any:

@@ -125,24 +125,27 @@ class AdversarialReconstructionLoss(nn.Module):
             restored = decoder(_Reversed.apply(representation, scales[name]))
             losses[name] = self._loss(restored.to(torch.float32), targets)
         # Only the decoder that restores best counts for the encoder; read in the backward pass.
-        best = min(losses, key=lambda name: float(losses[name].detach()))
-        if self._pays(losses[best].detach()):
-            scales[best].fill_(self.strength)
+        values = torch.stack([loss.detach() for loss in losses.values()])
+        best = values.min(0)
+        counts = torch.arange(len(values), device=values.device) == best.indices
+        for scale, share in zip(scales.values(), self._pays(best.values) * counts, strict=True):
+            scale.add_(self.strength * share)
         return losses
 
     def _loss(self, restored: Tensor, targets: Tensor) -> Tensor:
         if self.measure == "mse":
             return (restored - targets).square().mean()
-        return 1 - structural_similarity(restored, targets)
+        return 1 - structural_similarity(restored, targets).mean()
 
-    def _pays(self, loss: Tensor) -> bool:
+    def _pays(self, loss: Tensor) -> Tensor:
+        """Return whether the encoder pays at a loss of the best decoder, as 0 or 1."""
         if self.target is None:
-            return True
-        return bool(loss < self.target if self.measure == "mse" else 1 - loss > self.target)
+            return torch.ones_like(loss)
+        return ((loss < self.target) if self.measure == "mse" else (1 - loss > self.target)).to(loss.dtype)
 
     def _restart(self, progress: float) -> None:
         due = min(self.restarts, int(progress * (self.restarts + 1)))
-        if due <= int(self.restarted):
+        if due == 0 or due <= int(self.restarted):
             return
         self.restarted.fill_(due)
         with torch.no_grad():

@@ -67,6 +67,17 @@ class BoundedLoss(nn.Module):
         """Whether the moving average of the loss over some hundred steps is within the bound; ``None`` before any."""
         return None if int(self.steps) == 0 else float(self.average) <= self.threshold
 
+    @property
+    def verdict(self) -> str | None:
+        """Whether the bound holds, as a sentence for the end of a training; ``None`` before any step."""
+        if self.holds is None:
+            return None
+        words = "within" if self.holds else "above"
+        return (
+            f"the loss is {float(self.average):.4g} over the last steps, {words} the bound of {self.threshold:g}; "
+            f"multiplier {float(self.multiplier):.4g}"
+        )
+
     def forward(self, *values: Tensor) -> Tensor:
         """Return the weighted loss of a batch, and move the multiplier in training."""
         loss: Tensor = self.loss(*values)
@@ -75,7 +86,7 @@ class BoundedLoss(nn.Module):
             self.multiplier.add_(self.rate * (found - self.threshold)).clamp_(0, self.most)
             self.steps.add_(1)
             # As slow as a mean over all steps at first, and over the last hundred later.
-            self.average.lerp_(found, float(1 / self.steps.clamp(max=100)))
+            self.average.lerp_(found, 1 / self.steps.clamp(max=100))
         return (self.own_weight + self.multiplier) * loss - self.multiplier * self.threshold
 
     def extra_repr(self) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.image import structural_similarity_index_measure
+
+from cleave.losses import structural_similarity
 
 Features = Callable[[Tensor], Tensor]
 _MOST_PSNR = 100.0  # decibels of a difference below a thousandth of a level of 8 bits
@@ -61,19 +62,11 @@ def _of_batch(rebuilt: Tensor, images: Tensor, features: Features | None) -> dic
     mse = (rebuilt - images).square().flatten(1).mean(1)
     found = {"mse": mse, "psnr": -10 * mse.clamp_min(10 ** (-_MOST_PSNR / 10)).log10()}
     if min(images.shape[2:]) > 2:
-        found["ssim"] = ssim(rebuilt, images)
+        found["ssim"] = structural_similarity(rebuilt, images)
     if features is not None:
         made, true = (features(each.float()).double().flatten(1) for each in (rebuilt, images))
         found["features"] = 1 - F.cosine_similarity(made, true, dim=1)
     return found
-
-
-def ssim(rebuilt: Tensor, images: Tensor) -> Tensor:
-    """Return the structural similarity of each pair of images of at least 3 pixels a side, (N,); 1: they are equal."""
-    radius = min(5, (min(images.shape[2:]) - 1) // 2)
-    found = structural_similarity_index_measure(rebuilt, images, sigma=0.3 * radius, reduction="none", data_range=1.0)
-    assert isinstance(found, Tensor)
-    return found.reshape(-1)
 
 
 def intervals(figures: Mapping[str, Tensor], mean_mse: Tensor, resamples: int, seed: int = 0) -> dict[str, Interval]:

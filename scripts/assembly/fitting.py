@@ -145,12 +145,21 @@ def fit(planned: Fit, parts: Assembly, before: list[Fitted]) -> Fitted:
     with forwarding(trainer):
         trainer.fit(task, datamodule=parts.data, ckpt_path=step.ckpt_path, weights_only=True)
     used_up(trainer)
+    say_verdicts(task)
     progress._batches_that_stepped = record.steps  # of this process, where ranks of their own fitted
     fitted = only_tested(planned)._replace(
         epochs=record.epochs, steps=record.steps, seconds=record.seconds, score=record.score
     )
     log_step(fitted, trainer)
     return fitted
+
+
+@rank_zero_only
+def say_verdicts(task: Task) -> None:
+    """Print what terms have to say of a training, such as whether a bound holds."""
+    for name, term in task.named_terms():
+        if (verdict := getattr(term.loss, "verdict", None)) is not None:
+            say(f"Term {name}: {verdict}")
 
 
 def only_tested(planned: Fit) -> Fitted:

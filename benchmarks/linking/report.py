@@ -9,8 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
-from five_classes import normalise
-from link_training import HOST_BLOCKS, LOCAL_BLOCKS, Pairs, Row
 from resumable import line
 
 from cleave.architectures import Blocks, Path, cut_blocks, link_blocks
@@ -30,6 +28,8 @@ from cleave.planning.paths.times import crossings
 from cleave.reports.csv_file import write_csv
 from cleave.reports.paths.tables import path_rows
 from cleave.reports.plotting import accuracy_axis, legend, matplotlib_defaults, new_figure, png, styles
+from linking.five_classes import normalise
+from linking.training import HOST_BLOCKS, LOCAL_BLOCKS, Pairs, Row
 
 HEADER = (
     "path", "links lead over", "accuracy", "compensated, of the skip", "of the random host", "MACs local", "host",

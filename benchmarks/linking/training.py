@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from five_classes import Images, Settings, accuracy, batches, key, network, normalise, trained
 from torch import Tensor, nn
 
 from cleave.architectures import (
@@ -30,6 +29,7 @@ from cleave.architectures import (
 )
 from cleave.lightning_modules import ExitsDistilled, Frozen, Links, Task, Training
 from cleave.losses import ExitDistillationLoss, KnowledgeDistillationLoss
+from linking.five_classes import Images, Settings, accuracy, batches, key, network, normalise, trained
 
 # Six blocks each, ends of which are of other depth, width and size.
 LOCAL_BLOCKS = ("layer1.1", "layer2.0", "layer2.2", "layer3.0", "layer3.2", "pool")

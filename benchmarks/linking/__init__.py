@@ -1,0 +1,1 @@
+"""What benchmarks/code_links.py is made of."""
