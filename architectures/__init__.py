@@ -37,7 +37,9 @@ from cleave.architectures.linking.path_costs import PathCosts, path_costs
 from cleave.architectures.macs import count_macs, count_params
 from cleave.architectures.network.ensemble import GeometricEnsemble
 from cleave.architectures.network.staged import StagedNetwork
+from cleave.architectures.noise.channel_mask import ChannelMask
 from cleave.architectures.noise.guarantee import gaussian_accuracy, gaussian_sigma, laplace_accuracy, laplace_scale
+from cleave.architectures.noise.learned import Cloak, Shredder
 from cleave.architectures.noise.mechanisms import GaussianMechanism, LaplaceMechanism
 from cleave.architectures.noise.noise import Noise
 from cleave.architectures.noise.nullification import MagnitudeNullification, RandomNullification
@@ -48,6 +50,8 @@ __all__ = [
     "Blocks",
     "Bottleneck",
     "Channel",
+    "ChannelMask",
+    "Cloak",
     "Coders",
     "Cost",
     "CutError",
@@ -72,6 +76,7 @@ __all__ = [
     "Path",
     "PathCosts",
     "RandomNullification",
+    "Shredder",
     "StagedNetwork",
     "Stages",
     "Step",

@@ -205,7 +205,9 @@ def _bottleneck(
     quantise = codec if callable(codec) else uniform_codec
     quantizer = quantise(shape=built.shape, axis=axis, **({} if codec is None or callable(codec) else dict(codec)))
     channel, noise = copy.deepcopy(channel), copy.deepcopy(noise)
-    return Bottleneck(built.encoder, quantizer, built.decoder, shape=built.shape, channel=channel, noise=noise)
+    return Bottleneck(
+        built.encoder, quantizer, built.decoder, shape=built.shape, channel=channel, noise=noise, axis=axis
+    )
 
 
 def check_exits(at: Sequence[str] | None, count: int | None, layers: str, number: str) -> None:

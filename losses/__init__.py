@@ -11,6 +11,7 @@ from cleave.losses.knowledge_distillation import KnowledgeDistillationLoss
 from cleave.losses.privacy.adversarial_reconstruction import AdversarialReconstructionLoss
 from cleave.losses.privacy.constrained import BoundedLoss
 from cleave.losses.privacy.distance_correlation import DistanceCorrelationLoss, distance_correlation
+from cleave.losses.privacy.noise_scale import NoiseScaleLoss
 from cleave.losses.privacy.ssim import structural_similarity
 from cleave.losses.rate import RateLoss
 from cleave.losses.reconstruction import ReconstructionLoss
@@ -26,6 +27,7 @@ __all__ = [
     "InformationBottleneckLoss",
     "JointExitLoss",
     "KnowledgeDistillationLoss",
+    "NoiseScaleLoss",
     "RateLoss",
     "ReconstructionLoss",
     "distance_correlation",

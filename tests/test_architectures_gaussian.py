@@ -80,7 +80,7 @@ def test_what_a_device_runs_is_the_very_encoder_without_the_variance(layout):
     bottleneck, x = built(layout)
     names = dict(bottleneck.encoder.named_parameters())
     encoder = make_gaussian(bottleneck.encoder)
-    device = encoder.deterministic()
+    device = encoder.on_device()
     assert [id(p) for p in device.parameters()] == [id(p) for p in names.values()]
     variance = {id(p) for p in encoder.log_variance.parameters()}
     assert len(variance) == 2

@@ -74,6 +74,19 @@ def test_attackers_and_bounds_go_over_any_objective(overrides, terms, tmp_path, 
     assert any(not torch.equal(later[name], state[name]) for name in weights)
 
 
+@pytest.mark.parametrize("preset", ["shredder", "cloak"])
+def test_learned_noise_grows_and_is_exported(preset, tmp_path, teacher_file):
+    over = ["method=cross_entropy", f"privacy={preset}", "method.extra_terms.noise.weight=1"]
+    trained(tmp_path, teacher_file, *over, "training.optimizer.lr=0.1", "test=false")
+    network = restore(tmp_path / "checkpoints/last.ckpt").network
+    noise = network.bottlenecks["layer2"].noise
+    start = type(noise)()
+    start.build(network.bottlenecks["layer2"].shape)
+    z = torch.zeros(1, *network.bottlenecks["layer2"].shape)
+    assert noise.magnitude(z).mean() > 1.2 * start.magnitude(z).mean()
+    assert "layer2.noise" in [draw.name for draw in load_bundle(tmp_path / "bundle").manifest.draws]
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [

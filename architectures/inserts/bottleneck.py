@@ -25,7 +25,8 @@ LEVELS = "levels"
 class Bottleneck(Insert):
     """encoder [→ noise] → quantiser or learned prior → channel → decoder.
 
-    It emits ``z``, the representation (B, *shape); ``noised``, what is laid over it included, where a device does that;
+    It emits ``z``, the representation (B, *shape); ``noised``, what is laid over it included, where a device does that,
+    and of learned noise ``noise_scale``;
     ``sent``, the same quantised and de-quantised; ``received``, what is
     left of it behind the channel; of a learned prior ``likelihoods``, of a stochastic encoder ``mean`` and
     ``log_variance``.
@@ -37,7 +38,8 @@ class Bottleneck(Insert):
         decoder: Maps the representation to the feature at the cut.
         shape: Per-sample shape of the representation.
         channel: What the link does; ``None``: nothing.
-        noise: What the device lays over the representation; ``None``: nothing.
+        noise: What the device lays over the representation; ``None``: nothing. It is built for the shape here.
+        axis: The representation's axis of channels, for noise that has some by channel.
 
     Attributes:
         at: The cut it stands at; the network says it.
@@ -58,10 +60,13 @@ class Bottleneck(Insert):
         shape: Sequence[int],
         channel: Channel | None = None,
         noise: Noise | None = None,
+        axis: int = 0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.noise = noise
+        if noise is not None:
+            noise.build(shape, axis)
         self.quantizer = quantizer
         self.decoder = decoder
         self.shape = tuple(shape)
@@ -76,6 +81,16 @@ class Bottleneck(Insert):
     def stochastic(self) -> bool:
         """Whether the encoder draws its representation in training."""
         return isinstance(self.encoder, GaussianEncoder)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the encoder draws its representation in inference too."""
+        return isinstance(self.encoder, GaussianEncoder) and self.encoder.sampled
+
+    @property
+    def hidden(self) -> bool:
+        """Whether a device lays something over what it sends, or draws it."""
+        return self.sampled or self.noise is not None
 
     @property
     def plain(self) -> bool:
@@ -96,10 +111,20 @@ class Bottleneck(Insert):
         # In training a prior adds noise, of which nothing is learned.
         learned, noisy = ((), ("quantizer",)) if self.has_prior else (("quantizer",), ())
         steps = [
-            Step("encode", (IN,), ("z", *distribution), ("encoder",), kind="encoder", selective=True, same=plain),
+            Step(
+                "encode",
+                (IN,),
+                ("z", *distribution),
+                ("encoder",),
+                kind="encoder",
+                random=self.sampled,
+                selective=True,
+                same=plain,
+            ),
         ]
         if self.noise is not None:
-            steps.append(Step("disguise", ("z",), ("noised",), ("noise",), random=True))
+            told = ("noise_scale",) if self.noise.learned else ()
+            steps.append(Step("disguise", ("z",), ("noised", *told), ("noise",), random=True))
         steps.append(
             Step("quantise", (self.quantised,), ("sent",), learned, noisy_with=noisy, linked="deliver", same=plain)
         )
@@ -114,10 +139,10 @@ class Bottleneck(Insert):
         """Return the representation (B, *shape); of a stochastic encoder with its mean and log-variance, if wanted."""
         if not isinstance(self.encoder, GaussianEncoder):
             return self.encoder(x)
-        if not self.encoder.training and not wanted & {"mean", "log_variance"}:
+        if not self.encoder.draws_now and not wanted & {"mean", "log_variance"}:
             return self.encoder(x), None, None
         mean, log_variance = self.encoder.distribution(x)
-        z = self.encoder.sample(mean, log_variance) if self.encoder.training else mean
+        z = self.encoder.sample(mean, log_variance) if self.encoder.draws_now else mean
         return z, mean, log_variance
 
     @property
@@ -125,10 +150,11 @@ class Bottleneck(Insert):
         """The output that is quantised: ``z``, or ``noised`` where the device lays something over it."""
         return "z" if self.noise is None else "noised"
 
-    def disguise(self, z: Tensor) -> Tensor:
-        """Return the representation with the device's noise over it."""
+    def disguise(self, z: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the representation with the device's noise over it; of learned noise with its scale."""
         assert self.noise is not None
-        return self.noise(z)
+        noised = self.noise(z)
+        return (noised, self.noise.magnitude(z)) if self.noise.learned else noised
 
     def quantise(self, z: Tensor) -> Tensor:
         """Return the representation quantised and de-quantised, or with the noise that stands for it in training."""
@@ -163,7 +189,7 @@ class Bottleneck(Insert):
         encoded = self.encode(x)
         z = encoded[0] if isinstance(encoded, tuple) else encoded
         assert z is not None
-        return self.decode(self.transmit(self.quantise(z if self.noise is None else self.disguise(z))), z)
+        return self.decode(self.transmit(self.quantise(z if self.noise is None else self.noise(z))), z)
 
     # --- what the network asks --------------------------------------------------------------------------------------
 
@@ -192,8 +218,8 @@ class Bottleneck(Insert):
         return [*encoder, self.decoder]
 
     def device_encoder(self) -> nn.Module:
-        """The encoder as a device runs it: the mean alone where it is stochastic in training."""
-        return self.encoder.deterministic() if isinstance(self.encoder, GaussianEncoder) else self.encoder
+        """The encoder as a device runs it: the mean alone where it is stochastic in training only."""
+        return self.encoder.on_device() if isinstance(self.encoder, GaussianEncoder) else self.encoder
 
     def costed(self, kind: str) -> nn.Module:
         """Return the encoder as a device runs it, or the decoder."""
@@ -207,8 +233,9 @@ class Bottleneck(Insert):
         return Halves(device, codec, Half(Receiver(self.quantizer, self.decoder), codec.delivers, (OUT,)))
 
     def draws(self) -> dict[str, Draw]:
-        """Return what the device draws for its noise."""
-        return {} if self.noise is None else self.noise.draws(self.shape)
+        """Return what the device draws, for a sampled representation and for its noise."""
+        drawn = self.encoder.draws(self.shape) if isinstance(self.encoder, GaussianEncoder) else {}
+        return drawn if self.noise is None else drawn | self.noise.draws(self.shape)
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 

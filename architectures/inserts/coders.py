@@ -72,6 +72,7 @@ def build_bottleneck(
     depth: int = 1,
     decoder_width: int | None = None,
     variance: str | float | None = None,
+    sampled: bool = False,
 ) -> Coders:
     """Generate the encoder and decoder of a bottleneck.
 
@@ -94,6 +95,7 @@ def build_bottleneck(
         depth: Convolutions at the representation's resolution before the projection, at least 0.
         decoder_width: Channels of the decoder's hidden layers, which the server runs; ``None`` takes ``width``.
         variance: ``learned`` or a number makes the encoder stochastic, see :func:`make_gaussian`.
+        sampled: Whether a stochastic encoder's representation is drawn in inference too.
 
     Raises:
         ValueError: An argument is out of range, or does not apply at a cut of this layout.
@@ -109,7 +111,7 @@ def build_bottleneck(
                 f"kernel, width, depth and decoder_width have no meaning for {layout} features, which take "
                 f"a linear one; got {kernel}, {width}, {depth}, {decoder_width}: leave them out"
             )
-        return _stochastic(_linear(target, layout, form, channels, stride), variance)
+        return _stochastic(_linear(target, layout, form, channels, stride), variance, sampled)
     if layout not in MAP_LAYOUTS:
         raise ValueError(
             f"no bottleneck fits the feature {target} of layout {layout!r}; cut where it is one of "
@@ -135,11 +137,15 @@ def build_bottleneck(
     decoder = _decoder(channels, (rows, columns), shape[1:], features, kernel, decoder_width or width)
     if last:
         decoder.append(Permute(0, 2, 3, 1))
-    return _stochastic(Coders(encoder, decoder, shape), variance)
+    return _stochastic(Coders(encoder, decoder, shape), variance, sampled)
 
 
-def _stochastic(coders: Coders, variance: str | float | None) -> Coders:
-    return coders if variance is None else coders._replace(encoder=make_gaussian(coders.encoder, variance))
+def _stochastic(coders: Coders, variance: str | float | None, sampled: bool) -> Coders:
+    if variance is None:
+        if sampled:
+            raise ValueError("sampled=True draws from a stochastic encoder; give variance, learned or a number")
+        return coders
+    return coders._replace(encoder=make_gaussian(coders.encoder, variance, sampled))
 
 
 def _check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from cleave.architectures.inserts.gaussian import GaussianEncoder
 from cleave.architectures.inserts.quantizer import Quantizer
 from cleave.architectures.noise.noise import Noise
 
@@ -22,13 +23,15 @@ class Sender(nn.Module):
         self.encoder = encoder
         self.quantizer = quantizer
         self.noise = noise
-        self.drawn = 0 if noise is None else len(noise.draws(()))
+        self.by_encoder = len(encoder.draws(())) if isinstance(encoder, GaussianEncoder) else 0
+        self.by_noise = 0 if noise is None else len(noise.draws(()))
 
     def forward(self, x: Tensor, *given: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return what the codec sends of a feature, for numbers drawn and settings such as the number of levels."""
-        drawn, settings = given[: self.drawn], given[self.drawn :]
-        z = self.encoder(x)
-        return self.quantizer.send(z if self.noise is None else self.noise.lay(z, *drawn), *settings)
+        drawn = self.by_encoder + self.by_noise
+        z = self.encoder(x, *given[: self.by_encoder])
+        noised = z if self.noise is None else self.noise.lay(z, *given[self.by_encoder : drawn])
+        return self.quantizer.send(noised, *given[drawn:])
 
 
 class Receiver(nn.Module):

@@ -22,6 +22,7 @@ class Noise(nn.Module, abc.ABC):
     Attributes:
         distribution: What is drawn for each element: ``uniform`` from 0 to 1, ``normal`` of variance 1, ``laplace`` of
             scale 1; ``None`` where nothing is.
+        learned: Whether it has parameters and tells how large its noise is, as ``LAYER/noise_scale``.
 
     Shape:
         - z: (B, ...), the representation.
@@ -29,23 +30,22 @@ class Noise(nn.Module, abc.ABC):
     """
 
     distribution: ClassVar[str | None] = None
+    learned: ClassVar[bool] = False
+
+    def build(self, shape: Sequence[int], axis: int = 0) -> None:
+        """Make what depends on the representation's shape: that of a sample, and its axis of channels. Here, nothing.
+
+        The bottleneck calls it once, before anything is computed.
+        """
+        return
 
     def draws(self, shape: Sequence[int]) -> dict[str, Draw]:
         """Return what is drawn for a sample of a representation of some shape, by its name under the cut."""
         return {} if self.distribution is None else {"noise": Draw("noise", self.distribution, tuple(shape))}
 
     def draw(self, z: Tensor) -> tuple[Tensor, ...]:
-        """Return numbers for a batch from torch's generator, float32."""
-        if self.distribution is None:
-            return ()
-        if self.distribution == "normal":
-            return (torch.randn(z.shape, device=z.device),)
-        uniform = torch.rand(z.shape, device=z.device)
-        if self.distribution == "laplace":
-            # The logarithm of 1 − u, which is never 0, with a sign of its own.
-            sign = torch.where(torch.rand(z.shape, device=z.device) < 0.5, -1.0, 1.0)
-            return (sign * -torch.log1p(-uniform),)
-        return (uniform,)
+        """Return numbers for a batch from torch's generator, float32, in the order of :meth:`draws`."""
+        return tuple(_numbers(each, len(z), z.device) for each in self.draws(z.shape[1:]).values())
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the representation with fresh numbers over it."""
@@ -65,9 +65,29 @@ class Noise(nn.Module, abc.ABC):
     def lay(self, z: Tensor, *drawn: Tensor) -> Tensor:
         """Return the representation with given numbers over it; it can be traced."""
 
+    def magnitude(self, z: Tensor) -> Tensor:
+        """Return how large the noise over each element is, in units of its own; (B, ...).
+
+        Raises:
+            NotImplementedError: It is not ``learned``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not learn how large its noise is")
+
     def promise(self, classes: int) -> str | None:
         """Return what it promises of one released representation, and what that leaves possible; ``None``: nothing."""
         return None
+
+
+def _numbers(draw: Draw, count: int, device: torch.device) -> Tensor:
+    shape = (count, *draw.shape)
+    if draw.distribution == "normal":
+        return torch.randn(shape, device=device)
+    uniform = torch.rand(shape, device=device)
+    if draw.distribution == "laplace":
+        # The logarithm of 1 − u, which is never 0, with a sign of its own.
+        sign = torch.where(torch.rand(shape, device=device) < 0.5, -1.0, 1.0)
+        return sign * -torch.log1p(-uniform)
+    return uniform
 
 
 def as_float(z: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class NetworkReleases(Releases):
         network: The network, in eval mode.
         image_input: What it takes.
         at: The cut whose payload is attacked; ``None``: the first.
-        noise: ``False`` leaves out what the device lays over the representation.
+        noise: ``False`` leaves out what the device lays over the representation, and takes the mean of a drawn one.
 
     Raises:
         ValueError: The network sends nothing, or nothing there.
@@ -84,7 +84,7 @@ class NetworkReleases(Releases):
         if self.noise:
             name = f"{self.at}/sent"
             return self.network.outputs(inputs, [name], link=Bytes())[name]
-        name = f"{self.at}/z"
+        name = f"{self.at}/{'mean' if self.bottleneck.sampled else 'z'}"
         z = self.network.outputs(inputs, [name], link=Bytes())[name]
         return self.bottleneck.deliver(z, Bytes())
 

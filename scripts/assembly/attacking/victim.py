@@ -59,11 +59,10 @@ def victim_of(cfg: DictConfig, settings: dict[str, Any]) -> Victim:
         releases = NetworkReleases(**named)
     except ValueError as error:
         raise ValueError(f"ckpt_path={cfg.ckpt_path}: {error}") from error
-    noisy = releases.bottleneck.noise is not None
     return Victim(
         name=str(cfg.ckpt_path),
         releases=releases,
-        unaware=NetworkReleases(**named, noise=False) if noisy else None,
+        unaware=NetworkReleases(**named, noise=False) if releases.bottleneck.hidden else None,
         image_input=restored.image_input,
         data=restore_data(restored, cfg.data),
         trained=_plain(restored.config),
