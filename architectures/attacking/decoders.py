@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from cleave.architectures.naming import did_you_mean
 
-STRENGTHS = {"small": (16, 1), "large": (64, 2)}
+STRENGTHS = {"small": (16, 1), "medium": (32, 1), "large": (64, 2)}
 """Channels and blocks of each strength."""
 MOST_WEIGHTS = 2**25
 """Of one linear layer; what would have more becomes two, narrow in the middle."""
@@ -68,7 +68,7 @@ def inversion_decoder(
 
     Args:
         family: ``linear``, ``conv`` or ``residual``.
-        strength: ``small`` or ``large``.
+        strength: ``small``, ``medium`` or ``large``.
         payloads: What is sent of the adversary's training images, (N, ...).
         mean_image: Mean of these images, (C, H, W), from 0 to 1.
         most_weights: As :data:`MOST_WEIGHTS`.
@@ -98,7 +98,7 @@ def decoder(
         representation: Shape of a sample of what is decoded.
         image: (C, H, W).
         family: As of :func:`inversion_decoder`.
-        strength: ``small`` or ``large``.
+        strength: ``small``, ``medium`` or ``large``.
         most_weights: As :data:`MOST_WEIGHTS`.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
@@ -129,12 +130,16 @@ def markdown(rows: Sequence[Sequence[str]], words: str) -> str:
 
 
 def plot(groups: Sequence[Group], original: float) -> bytes:
-    """Draw accuracy over the local network's work that is left, as a PNG; bars reach over all seeds."""
+    """Draw accuracy over the local network's work that is left, as a PNG; bars reach over all seeds.
+
+    What was run for one path alone makes no line, and is left to the table.
+    """
     with matplotlib_defaults():
         figure = new_figure(5.5)
         axes = figure.add_subplot()
         handles, heights = [], [original]
-        names = list(dict.fromkeys(group.name for group in groups))
+        counted = Counter(group.name for group in groups)
+        names = [name for name, paths in counted.items() if paths > 1]
         looks = styles(dict.fromkeys(names, False))
         for name in names:
             some = sorted((group for group in groups if group.name == name), key=lambda group: group.local_share)
@@ -142,7 +147,7 @@ def plot(groups: Sequence[Group], original: float) -> bytes:
             reach = [[abs(group.mean - end(group.accuracies)) for group in some] for end in (min, max)]
             drawn = axes.errorbar(
                 x, [group.mean for group in some], yerr=reach, color=look.color, marker=look.marker, capsize=3,
-                linestyle=look.dash if len(some) > 1 else "none", linewidth=1,
+                linestyle=look.dash, linewidth=1,
             )  # fmt: skip
             handles.append((name, drawn))
             heights += [height for group in some for height in group.accuracies]
