@@ -36,7 +36,7 @@ from cleave.reports.paths.tables import Row, path_rows
 from cleave.reports.terminal import console, hushed, number, say
 from cleave.scripts.assembly.building import instantiate_each, plain
 from cleave.scripts.assembly.hints import next_command, vouching
-from cleave.scripts.assembly.idle import say_what_is_idle
+from cleave.scripts.assembly.idle import idle_of_search, say_what_is_idle
 from cleave.scripts.assembly.linking.pairs import Pair, cut_pair, identity, with_path
 from cleave.scripts.assembly.linking.path_times import block_times, build_links, loads_of
 from cleave.scripts.assembly.linking.searching import check, find, worth
@@ -114,6 +114,7 @@ def announce(cfg: DictConfig, pair: Pair, problem: PathProblem) -> None:
     say(f"{words}; it answers {100 * problem.accuracy:.2f} % of the validation images rightly")
     # Those over a host first, where nearly every setting has an effect.
     say_what_is_idle(with_path(cfg, next(iter(problem.paths))))
+    say_what_is_idle(cfg, idle_of_search)
 
 
 @torch.inference_mode()

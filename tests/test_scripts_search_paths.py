@@ -22,6 +22,7 @@ from cleave.scripts import search_paths as search_script
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.given.resumed import overrides
 from cleave.scripts.assembly.given.value_types import check_values
+from cleave.scripts.assembly.idle import idle_of_search, say_what_is_idle
 from cleave.scripts.assembly.linking.pairs import cut_pair, identity
 from cleave.scripts.assembly.linking.searching import check
 from cleave.scripts.assembly.networks import link_builder
@@ -285,6 +286,31 @@ def test_without_scikit_learn_it_is_said_before_anything_is_trained(composed, tm
         with pytest.raises(ValueError, match=f"search.strategy={strategy} predicts .* pip install scikit-learn"):
             check(changed(composed, tmp_path, f"search.strategy={strategy}"))
     check(changed(composed, tmp_path, "search.strategy=exhaustive"))
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["search.strategy=random", "search.count=3", "search.algorithm.seed=7"], []),
+        (["search.strategy=random", "search.count=3", "search.algorithm.start=4"], ["search.algorithm.start=4"]),
+        (
+            ["search.strategy=exhaustive", "search.algorithm.seed=7", "search.algorithm.most=5"],
+            ["search.algorithm.most=5", "search.algorithm.seed=7"],
+        ),
+        (["search.algorithm.start=4"], []),
+        (
+            ["+search.cost._target_=cleave.planning.PathCost", "search.reward.accuracy.middle=0.5"],
+            ["search.reward.accuracy.middle=0.5"],
+        ),
+    ],
+)
+def test_settings_that_a_search_does_not_use_are_said(given, named, composed, tmp_path, capsys):
+    cfg = changed(composed, tmp_path, *(each.removeprefix("+") for each in given))
+    assert [key for keys, _ in idle_of_search(cfg) for key in keys] == named
+    say_what_is_idle(cfg, idle_of_search)
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name}" in said for name in named)
+    assert ("no effect" in said) == bool(named)
 
 
 def test_a_search_is_not_started_once_for_each_device(composed, tmp_path):

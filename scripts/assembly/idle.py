@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,17 +16,25 @@ from cleave.scripts.assembly.starting.terminal import CONF
 
 APART = ("split.at", "feature_cache.use", "feature_cache.directory")
 """What says that a part is there, and where it is kept."""
+SEARCH = "search_paths.yaml"
+Idle = tuple[list[str], str]
+"""Settings without effect, as overrides, and what to set to give them one."""
 
 
 @rank_zero_only
-def say_what_is_idle(cfg: DictConfig) -> None:
-    """Name the settings of a run that are not the default and have no effect, with what would give them one."""
-    for keys, reason in idle(cfg):
+def say_what_is_idle(cfg: DictConfig, settings: Callable[[DictConfig], Iterable[Idle]] | None = None) -> None:
+    """Name the settings of a run that are not the default and have no effect, with what would give them one.
+
+    Args:
+        cfg: The config of a run.
+        settings: Finds them; ``None``: :func:`idle`.
+    """
+    for keys, reason in (settings or idle)(cfg):
         has = "has" if len(keys) == 1 else "have"
         say(f"{', '.join(keys)} {has} no effect: {reason}, or leave {'it' if len(keys) == 1 else 'them'} out")
 
 
-def idle(cfg: DictConfig) -> Iterator[tuple[list[str], str]]:
+def idle(cfg: DictConfig) -> Iterator[Idle]:
     """Yield the settings that have no effect, those with one reason together, and what to set to give them one."""
     yield from _idle_of_links(cfg)
     crossing = crosses(plain_value(cfg.links.path))
@@ -56,6 +64,20 @@ def _idle_of_links(cfg: DictConfig) -> Iterator[tuple[list[str], str]]:
         keys = [key for key in changed(cfg, "links") if key.startswith("links.host_")]
         if keys := [*keys, *changed(cfg, "host")]:
             yield keys, "a skip-connection has no host; give links.path all four blocks"
+
+
+def idle_of_search(cfg: DictConfig) -> Iterator[Idle]:
+    """Yield the settings of a search of paths that its strategy, or what paths are worth, does not use."""
+    default = cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, OmegaConf.load(Path(CONF, SEARCH)))))
+    own = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))["search"]
+    before = default["search"] | {"algorithm": default["search"]["algorithm"] | {"seed": cfg.seed}}
+    keys = list(_differences(own["algorithm"], before["algorithm"], "search.algorithm"))
+    if own["strategy"] == "random":
+        keys = [key for key in keys if not key.startswith("search.algorithm.seed=")]
+    if own["strategy"] in ("random", "exhaustive") and keys:
+        yield keys, f"a search by search.strategy={own['strategy']} does not predict; set search.strategy=mended"
+    if own["cost"] is not None and (keys := list(_differences(own["reward"], before["reward"], "search.reward"))):
+        yield keys, "search.cost says what paths are worth; set search.cost=null"
 
 
 def changed(cfg: DictConfig, group: str) -> list[str]:
