@@ -56,6 +56,7 @@ class Task(MeasuredModule):
 
     Attributes:
         losses: The weighted values of the terms in the last training step.
+        own_terms: Names of the terms that are the method's own, without ``extra_terms``.
 
     Raises:
         CutError: A term reads an output that its network lacks.
@@ -96,6 +97,7 @@ class Task(MeasuredModule):
         self.feature_cache = dict(feature_cache or {})
         self.trained_terms = learning.terms
         self.term_names = tuple(named)
+        self.own_terms = tuple(terms)
         self.terms = nn.ModuleDict({child_name(name): term for name, term in named.items()})
         self.others = asked_for(others or {}, list(named.values()), network)
         self.asked = asked_outputs(named.values())

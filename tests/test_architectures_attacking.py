@@ -62,7 +62,7 @@ def test_a_linear_layer_that_would_be_too_large_is_narrow_in_the_middle():
     ("family", "strength", "told"),
     [
         ("residul", "small", "family must be one of linear, conv, residual, got 'residul'.*Did you mean 'residual'"),
-        ("conv", "huge", "strength must be one of small, large, got 'huge'"),
+        ("conv", "huge", "strength must be one of small, medium, large, got 'huge'"),
     ],
 )
 def test_unknown_decoders_are_refused(family, strength, told):

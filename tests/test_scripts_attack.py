@@ -184,7 +184,7 @@ def test_a_bundle_without_data_is_refused(bundle, tmp_path, monkeypatch):
         (["bundle=b", "white_box.use=true"], "white_box.use=true needs gradients.*bundle=b; give the checkpoint"),
         (["attack.families=[residul]"], "attack.families: .*Did you mean 'residual'"),
         (["attack.families=[]"], "attack.families is empty"),
-        (["attack.strengths=huge"], "attack.strengths: there are small, large, got 'huge'"),
+        (["attack.strengths=huge"], "attack.strengths: there are small, medium, large, got 'huge'"),
         (["attack.images=0"], "attack.images must be a whole number of at least 1, got 0; null takes all"),
         (["targets.images=-1"], "targets.images must be a whole number of at least 1, got -1"),
         (["attack.releases=[0]"], "attack.releases must be whole numbers of at least 1, got 0"),

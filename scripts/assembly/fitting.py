@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -12,7 +13,14 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.utilities import rank_zero_only
 
 from cleave.lightning_modules import Task
-from cleave.lightning_modules.callbacks import CheckpointMetadata, FitRecord, ResumedSchedule, StepMarker, WandbTracking
+from cleave.lightning_modules.callbacks import (
+    CheckpointMetadata,
+    FitRecord,
+    LastCheckpoint,
+    ResumedSchedule,
+    StepMarker,
+    WandbTracking,
+)
 from cleave.lightning_modules.checkpoints.loading import load_strictly, network_state, read_checkpoint
 from cleave.reports.terminal import console, number, say
 from cleave.scripts.assembly.building import Assembly, build_task, build_trainer, instantiate_each, plain
@@ -43,7 +51,8 @@ class Fitted(NamedTuple):
         seconds: Wall-clock seconds of training, validation included; ``None`` where it was only tested.
         monitor: The metric by which its best checkpoint was chosen.
         score: What that metric was.
-        best: The best checkpoint, ``None`` where none was saved.
+        best: The best checkpoint, ``None`` where none was saved; the last one of a recipe's step whose method has no
+            terms of its own, as no metric of the network says how far that one is.
     """
 
     name: str | None
@@ -167,6 +176,9 @@ def only_tested(planned: Fit) -> Fitted:
     checkpoint: Any = planned.trainer.checkpoint_callback
     monitor = getattr(checkpoint, "monitor", None) or "val/acc"
     best = getattr(checkpoint, "best_model_path", "") or None
+    if planned.step.name is not None and not planned.task.own_terms:
+        lasts = (each for each in planned.trainer.checkpoint_callbacks if isinstance(each, LastCheckpoint))
+        best = next((str(each.best_model_path) for each in lasts if each.best_model_path), best)
     return Fitted(planned.step.name, planned.step.method, None, 0, None, monitor, None, best)
 
 
@@ -178,7 +190,8 @@ def announce(planned: Fit, before: Fitted | None) -> None:
     words = [step.method + (f" of {', '.join(task.trained_parts)}" if task.trained_parts else "")]
     if before and before.best:
         score = "" if before.score is None else f" ({before.monitor} {number(before.score)})"
-        words.append(f"from the best weights of {before.name}{score}")
+        which = "last" if Path(before.best).name == "last.ckpt" else "best"
+        words.append(f"from the {which} weights of {before.name}{score}")
     elif step.ckpt_path:
         words.append(f"resumed from {step.ckpt_path}")
     say(", ".join(words))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -132,9 +132,33 @@ def step_config(cfg: DictConfig, name: str) -> DictConfig:
             if settings.get(key) is not None:
                 # Before interpolations are resolved: callbacks watch what the step's training says. A method is taken
                 # whole: what another one would take means nothing to it.
-                whole = key == "method" or cfg.get(key) is None
-                cfg[key] = settings[key] if whole else OmegaConf.merge(cfg[key], settings[key])
+                if key == "method":
+                    cfg[key] = _with_shared_terms(settings[key], cfg.get(key), name)
+                else:
+                    cfg[key] = settings[key] if cfg.get(key) is None else OmegaConf.merge(cfg[key], settings[key])
         config = OmegaConf.create(plain(cfg))
         config.step = name
         config.steps = {str(n): in_words(OmegaConf.select(cfg, f"steps.{n}.method._target_")) for n in cfg.steps}
     return config
+
+
+def _with_shared_terms(method: DictConfig, shared: DictConfig | None, step: str) -> DictConfig:
+    """Return a step's method with the terms that the run adds to every step, such as those of ``privacy=nopeek``.
+
+    A step's own term of that name comes first; one that it sets to null is left out.
+
+    Raises:
+        ValueError: The run sets anything else of a method, which no step would read.
+    """
+    run = OmegaConf.create({}) if shared is None else shared
+    for key in map(str, run):
+        if key != "extra_terms" and "_target_" not in run:
+            raise ValueError(
+                f"method.{key} has no meaning in a recipe, whose steps have methods of their own; set "
+                f"steps.{step}.method.{key}"
+            )
+    terms = cast(DictConfig, OmegaConf.merge(run.get("extra_terms") or {}, method.get("extra_terms") or {}))
+    kept = {name: term for name, term in terms.items() if term is not None}
+    if not terms:
+        return method
+    return cast(DictConfig, OmegaConf.merge(method, {"extra_terms": None}, {"extra_terms": kept}))

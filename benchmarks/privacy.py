@@ -1,0 +1,212 @@
+"""What hides the images behind a split of ResNet-20 on CIFAR-10: every defence over one bottleneck, judged by attacks.
+
+A ResNet-20 is fine-tuned on the images and split at layer2 with codes of 8x8x8 at 4 bits. Each defence begins at that
+split network and learns for the same number of epochs from the teacher's logits, as the row without a defence does.
+Then the same adversaries learn to rebuild the images from what is sent. Half of ``test/`` is for reporting; the other
+half chooses epochs, of the networks and of the adversaries. A run that is there is not repeated.
+
+    python benchmarks/privacy.py --data DIR --weights resnet20.th [--only nopeek …] [--seeds 0 1 2] [--report FILE.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resumable import line
+from resumable import run as run_until
+
+from cleave.reports.terminal import table
+
+train = functools.partial(run_until, "train", done="results.json")
+attack = functools.partial(run_until, "attack", done="attack.json")
+
+NOPEEK = ["privacy=nopeek", "method.extra_terms.nopeek.weight={}"]
+RESSFL = ["privacy=ressfl", "method.extra_terms.attacker.loss.strength={}"]
+CLOAK = ["privacy=cloak", "method.extra_terms.noise.weight={}"]
+SHREDDER = ["privacy=shredder", "method.extra_terms.noise.weight={}"]
+
+
+def _with(overrides: Sequence[str], value: float) -> list[str]:
+    return [each.format(value) for each in overrides]
+
+
+BASE = "no defence"
+ROWS: dict[str, list[str]] = {
+    BASE: [],
+    "ResSFL, λ = 3": _with(RESSFL, 3),
+    "ResSFL, λ = 10": _with(RESSFL, 10),
+    "NoPeek, λ = 3": _with(NOPEEK, 3),
+    "2 channels": ["bottleneck.channels=2"],
+    "2 bits": ["codec.bits=2"],
+    "Cloak, λ = 0.3": _with(CLOAK, 0.3),
+    "Gaussian, ε = 200": ["privacy=gaussian", "noise.epsilon=200"],
+    "Gaussian, ε = 1000": ["privacy=gaussian", "noise.epsilon=1000"],
+    "Shredder, λ = 0.001": _with(SHREDDER, 1e-3),
+    "constrained": [
+        "privacy=constrained", "method.extra_terms.bound.loss.threshold=0.6",
+        "method.extra_terms.attacker.loss.strength=10",
+    ],
+    "2 bits, ResSFL, λ = 3": ["codec.bits=2", *_with(RESSFL, 3)],
+    "NoPeek, λ = 10": _with(NOPEEK, 10),
+    "Gaussian, ε = 50": ["privacy=gaussian", "noise.epsilon=50"],
+    "Gaussian, ε = 10": ["privacy=gaussian", "noise.epsilon=10"],
+    "8 bits": ["codec.bits=8"],
+}  # fmt: skip
+RAW = ("layer1", "layer2")
+
+
+def main() -> None:
+    args = arguments()
+    folder = args.output.absolute()
+    images = prepared(args.data.absolute(), folder / "images", args.images // 10)
+    common = [
+        "data=image_folder", f"data.root={images}", "data.augment=crop_flip", "data.batch_size=128",
+        "data.num_workers=0", "backbone=cifar", "backbone.name=resnet20", "callbacks.progress=null",
+        "+trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+    teacher = folder / "teacher/checkpoints/best.ckpt"
+    train(
+        teacher.parent.parent, args.threads, *common, f"backbone.weights={args.weights.absolute()}",
+        "trainer.max_epochs=3", "training.optimizer._target_=torch.optim.SGD", "training.optimizer.lr=0.02",
+        "+training.optimizer.momentum=0.9", "training.optimizer.weight_decay=1e-4",
+    )  # fmt: skip
+    for layer in RAW if args.only is None else ():
+        raw = folder / f"raw {layer}"
+        still = ["split.form=none", f"split.at={layer}", "train=false", "method=cross_entropy"]
+        train(raw, args.threads, *common, f"base.ckpt_path={teacher}", *still)
+        judged(raw, raw / "checkpoints/best.ckpt", args, 0)
+    for seed in args.seeds:
+        for name in args.only or ROWS:
+            defended(folder, name, teacher, common, args, seed)
+    report(folder, args)
+
+
+def defended(folder: Path, name: str, teacher: Path, common: list[str], args: argparse.Namespace, seed: int) -> None:
+    """Train a row's network from the split one, and attack it."""
+    own = ROWS[name]
+    channels = next((each.partition("=")[2] for each in own if each.startswith("bottleneck.channels=")), "8")
+    split = [
+        "split.at=layer2", "split.envelope=false", f"bottleneck.channels={channels}", "bottleneck.stride=4",
+        "bottleneck.width=48", "bottleneck.decoder_width=48", "training.channels_last=true",
+        "codec.bits=4", f"teacher.ckpt_path={teacher}",
+    ]  # fmt: skip
+    slow = [f"training.lr_scales.{layer}=0.3" for layer in ("layer3", "linear")]
+    first = folder / f"split_{channels}"
+    steps = [f"+steps.{step}.trainer.max_epochs=4" for step in ("head", "finetune")]
+    train(
+        first, args.threads, "experiment=bottlefit", "compare={layer2: 1.0, layer3: 1.0}", *common, *split, *steps,
+        f"base.ckpt_path={teacher}", "training.optimizer.lr=3e-3", "+steps.finetune.training.optimizer.lr=1e-3",
+        *(f"+steps.finetune.{each}" for each in slow),
+    )  # fmt: skip
+    base = next(iter(first.glob("checkpoints/**/finetune/best.ckpt")), first / "checkpoints/best.ckpt")
+    run = folder / f"{name}, seed {seed}"
+    cache = ["feature_cache.use=true", "feature_cache.views=3", f"feature_cache.directory={folder / 'cache'}"]
+    train(
+        run, args.threads, "method=knowledge_distillation", *common, *split, *(f"+{each}" for each in slow),
+        f"base.ckpt_path={base}", f"trainer.max_epochs={args.epochs}", "training.optimizer.lr=1e-3", *cache,
+        # The last weights, not the most accurate: those are of the epoch that hid the least.
+        "callbacks.checkpoint=null", f"seed={seed}", *own,
+    )  # fmt: skip
+    judged(run, run / "checkpoints/last.ckpt", args, seed)
+
+
+def judged(run: Path, checkpoint: Path, args: argparse.Namespace, seed: int) -> None:
+    attack(
+        run / "attack", args.threads, f"ckpt_path={checkpoint}", f"attack.images={args.attack_images}",
+        f"attack.epochs={args.attack_epochs}", "attack.strengths=[small]", "attack.releases=[1]",
+        "white_box.use=false", "controls=[]", f"seed={seed}", "data.num_workers=0",
+    )  # fmt: skip
+
+
+def prepared(data: Path, folder: Path, each: int) -> Path:
+    """Make a folder of links: the first training images of each class, and the halves of its test images."""
+    for place in sorted((data / "train").iterdir()):
+        tests = sorted((data / "test" / place.name).iterdir())
+        parts = {"train": sorted(place.iterdir())[:each], "val": tests[0::2], "test": tests[1::2]}
+        for part, files in parts.items():
+            (folder / part / place.name).mkdir(parents=True, exist_ok=True)
+            for file in files:
+                link = folder / part / place.name / file.name
+                if not link.exists():
+                    link.symlink_to(file)
+    return folder
+
+
+def found(run: Path) -> dict[str, Any] | None:
+    """Return the figures of a run, where it is there."""
+    files = [run / "results.json", run / "attack/attack.json"]
+    if not all(file.exists() for file in files):
+        return None
+    (point,) = json.loads(files[0].read_text())["points"] or [{}]
+    attacked = json.loads(files[1].read_text())
+    best = min((each for each in attacked["attacks"] if each["role"] == "attacker"), key=_mse)
+    return {
+        "accuracy": point.get("accuracy"), "bytes": point.get("payload_bytes"), "mse": _mse(best), "by": best["title"],
+        **{name: best["figures"][name]["value"] for name in ("explained", "ssim")},
+    }  # fmt: skip
+
+
+def _mse(attack: dict[str, Any]) -> float:
+    value: float = attack["figures"]["mse"]["value"]
+    return value
+
+
+def report(folder: Path, args: argparse.Namespace) -> None:
+    """Print what is there so far beside the same bottleneck without a defence; write it as Markdown if asked."""
+    runs = {f"raw {layer}": [found(folder / f"raw {layer}")] for layer in RAW}
+    runs |= {name: [found(folder / f"{name}, seed {seed}") for seed in args.seeds] for name in ROWS}
+    there = {name: [each for each in figures if each is not None] for name, figures in runs.items()}
+    base = there[BASE]
+    rows = [_cells(name, figures, base) for name, figures in there.items() if figures]
+    header = (
+        "what is sent", "seeds", "accuracy", "lowest MSE", "times no defence", "explained", "SSIM", "bytes", "by"
+    )  # fmt: skip
+    table("ResNet-20 on CIFAR-10 (JPEG), split at layer2", rows, header)
+    if args.report:
+        lines = [line(header), line(["---"] * len(header)), *map(line, rows)]
+        args.report.write_text("\n".join(lines) + "\n")
+
+
+def _cells(name: str, figures: list[dict[str, Any]], base: list[dict[str, Any]]) -> tuple[str, ...]:
+    def of(key: str, form: str, factor: float = 1.0) -> str:
+        values = [factor * each[key] for each in figures if each[key] is not None]
+        if not values:
+            return "–"
+        spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):{form}}{spread}"
+
+    mean = statistics.mean(each["mse"] for each in figures)
+    times = mean / statistics.mean(each["mse"] for each in base) if base else None
+    return (
+        name, str(len(figures)), of("accuracy", ".2f", 100), of("mse", ".4f"), "–" if times is None else f"{times:.2f}",
+        of("explained", ".3f"), of("ssim", ".3f"), of("bytes", ".0f"), figures[0]["by"],
+    )  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with train/<class>/*.jpg and test/<class>/*.jpg"
+    )
+    parser.add_argument("--weights", type=Path, required=True, help="pretrained weights of the CIFAR ResNet-20")
+    parser.add_argument("--output", type=Path, default=Path("logs/privacy"))
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--images", type=int, default=10_000, help="training images")
+    parser.add_argument("--epochs", type=int, default=3, help="of each row, behind the split network's")
+    parser.add_argument("--attack-images", type=int, default=4_000)
+    parser.add_argument("--attack-epochs", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--report", type=Path, help="write the table as Markdown to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
