@@ -14,6 +14,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def main() -> None:
         "+training.optimizer.momentum=0.9", "training.optimizer.weight_decay=1e-4",
     )  # fmt: skip
     for layer in RAW if args.only is None else ():
-        raw = folder / f"raw {layer}"
+        raw = place(folder, layer)
         still = ["split.form=none", f"split.at={layer}", "train=false", "method=cross_entropy"]
         train(raw, args.threads, *common, f"base.ckpt_path={teacher}", *still)
         judged(raw, raw / "checkpoints/best.ckpt", args, 0)
@@ -106,7 +107,7 @@ def defended(folder: Path, name: str, teacher: Path, common: list[str], args: ar
         *(f"+steps.finetune.{each}" for each in slow),
     )  # fmt: skip
     base = next(iter(first.glob("checkpoints/**/finetune/best.ckpt")), first / "checkpoints/best.ckpt")
-    run = folder / f"{name}, seed {seed}"
+    run = place(folder, name, seed)
     cache = ["feature_cache.use=true", "feature_cache.views=3", f"feature_cache.directory={folder / 'cache'}"]
     train(
         run, args.threads, "method=knowledge_distillation", *common, *split, *(f"+{each}" for each in slow),
@@ -123,6 +124,12 @@ def judged(run: Path, checkpoint: Path, args: argparse.Namespace, seed: int) -> 
         f"attack.epochs={args.attack_epochs}", "attack.strengths=[small]", "attack.releases=[1]",
         "white_box.use=false", "controls=[]", f"seed={seed}", "data.num_workers=0",
     )  # fmt: skip
+
+
+def place(folder: Path, name: str, seed: int | None = None) -> Path:
+    """Return where a row's run lies; a config's overrides know no commas and spaces."""
+    plain = re.sub(r"\W+", "_", name.replace("λ", "weight").replace("ε", "epsilon"))
+    return folder / (f"raw_{plain}" if seed is None else f"{plain}_seed_{seed}")
 
 
 def prepared(data: Path, folder: Path, each: int) -> Path:
@@ -160,8 +167,8 @@ def _mse(attack: dict[str, Any]) -> float:
 
 def report(folder: Path, args: argparse.Namespace) -> None:
     """Print what is there so far beside the same bottleneck without a defence; write it as Markdown if asked."""
-    runs = {f"raw {layer}": [found(folder / f"raw {layer}")] for layer in RAW}
-    runs |= {name: [found(folder / f"{name}, seed {seed}") for seed in args.seeds] for name in ROWS}
+    runs = {f"raw {layer}": [found(place(folder, layer))] for layer in RAW}
+    runs |= {name: [found(place(folder, name, seed)) for seed in args.seeds] for name in ROWS}
     there = {name: [each for each in figures if each is not None] for name, figures in runs.items()}
     base = there[BASE]
     rows = [_cells(name, figures, base) for name, figures in there.items() if figures]
