@@ -26,6 +26,7 @@ from cleave.scripts.assembly.attacking.victim import Victim
 from cleave.scripts.assembly.frontier.folder import FrontierFolder
 from cleave.scripts.assembly.frontier.grid import OWN, GridPoint, attack_config, attack_keys, run_config
 from cleave.scripts.assembly.given.resumed import run_of_another
+from cleave.scripts.assembly.starting.terminal import is_users_mistake, unwrapped
 from cleave.scripts.train import planned_run, train
 
 ATTACK, PICTURES = "attack", "pictures.safetensors"
@@ -49,8 +50,10 @@ def rehearse(cfg: DictConfig, points: list[GridPoint]) -> Victim:
             with hushed():
                 parts = planned_run(own, None)[0]
                 releases = NetworkReleases(parts.network, parts.data.input)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{point.place.words()}: {error}") from error
+        except Exception as error:
+            if not is_users_mistake(error):
+                raise
+            raise ValueError(f"{point.place.words()}: {unwrapped(error)}") from error
         if not victims:
             victims.append(Victim(point.name, releases, None, parts.data.input, parts.data, {}))
     return victims[0]
