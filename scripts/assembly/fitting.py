@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from cleave.lightning_modules import Task
 from cleave.lightning_modules.callbacks import CheckpointMetadata, FitRecord, ResumedSchedule, StepMarker, WandbTracking
 from cleave.lightning_modules.checkpoints.loading import load_strictly, network_state, read_checkpoint
+from cleave.lightning_modules.defending import check_batches
 from cleave.reports.terminal import console, number, say
 from cleave.scripts.assembly.building import Assembly, build_task, build_trainer, instantiate_each, plain
 from cleave.scripts.assembly.given.resumed import overrides
@@ -76,6 +77,7 @@ def prepare(step: Step, parts: Assembly, loggers: list[Any]) -> Fit:
         if step.name:
             callbacks.append(StepMarker(step.number))
         trainer = build_trainer(cfg, callbacks=callbacks, logger=loggers)
+        check_batches(dict(task.named_terms()), trainer, parts.data, last=False)
     return Fit(step, task, trainer, metadata, record)
 
 

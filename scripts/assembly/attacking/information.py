@@ -12,12 +12,11 @@ from torch import Tensor
 from cleave.architectures.attacking.critic import Critic
 from cleave.lightning_modules.attacking.critics import batches, bounds, ceiling, train_critic
 from cleave.losses import distance_correlation
+from cleave.losses.privacy.distance_correlation import LEAST
 from cleave.reports.attacks.information import ABOVE, BELOW, Bound, Information, bound_of, payload_bits
 from cleave.reports.terminal import say
 from cleave.scripts.assembly.attacking.images import AttackImages
 from cleave.scripts.assembly.attacking.victim import Victim
-
-LEAST = 4  # images of a bias-corrected distance correlation
 
 
 def information_of(settings: dict[str, Any], victim: Victim, images: AttackImages, draws: bool) -> Information:
@@ -85,7 +84,7 @@ def _below(
 
 def _correlation(targets: Tensor, payloads: Tensor, batch: int, seed: int) -> dict[str, Any] | None:
     """Return the bias-corrected distance correlation with its spread over batches."""
-    if len(targets) < LEAST:
+    if len(targets) < LEAST[True]:
         return None
     values = torch.stack(
         [
