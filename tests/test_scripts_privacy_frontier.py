@@ -269,6 +269,15 @@ def test_a_folder_of_another_frontier_is_refused(measured, composed, victim, tmp
         FrontierFolder(measured[0], shared(cfg, grid_points(cfg), victim))
 
 
+def test_the_steps_of_a_recipe_belong_to_a_frontier(networks, victim, tmp_path):
+    recipe = ["experiment=bottlefit", "compare={layer3: 1.0}", "split.at=layer2", networks[0]]
+    cfg = compose_config("privacy_frontier", recipe, tmp_path)
+    folder = FrontierFolder(tmp_path, shared(cfg, grid_points(cfg), victim)).folder
+    other = compose_config("privacy_frontier", [*recipe, "+steps.head.trainer.max_epochs=7"], tmp_path)
+    with pytest.raises(ValueError, match=r"is another frontier's: recipe\.head\.trainer\.max_epochs differs"):
+        FrontierFolder(folder, shared(other, grid_points(other), victim))
+
+
 @pytest.fixture(scope="module")
 def victim(composed):
     return rehearse(composed, grid_points(composed)[:1])

@@ -75,4 +75,6 @@ def shared(cfg: DictConfig, points: list[GridPoint], victim: Victim) -> dict[str
         digests = image_digests(own, ("train", "val"))
         kept["attack"] = {**kept["attack"], "data": {**plain_data(kept["attack"]["data"]), "images": digests}}
     told = identity(base, victim.data, splits=("train", "val", "test"))
+    if base.get("steps") is not None:
+        told["recipe"] = plain(base)["steps"]
     return {**told, "attack": kept, "chosen_by": cfg.optimized_metric}
