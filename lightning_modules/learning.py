@@ -12,6 +12,7 @@ from cleave.architectures import StagedNetwork
 from cleave.architectures.naming import did_you_mean
 from cleave.architectures.network.train_parts import part_names
 from cleave.lightning_modules import privates
+from cleave.lightning_modules.defending import check_batches, check_encoders, check_frozen
 from cleave.lightning_modules.term import STUDENT, Term
 
 TERMS = "terms"
@@ -46,8 +47,9 @@ def what_learns(
 
     Raises:
         ValueError: ``train`` names what is not there, a part that no term reaches, or nothing that learns; or a term
-            reads nothing trained and has no parameters to train.
+            reads nothing trained and has no parameters to train, or should hide images where nothing can learn it.
     """
+    check_encoders(network, terms)
     if isinstance(train, str):
         raise ValueError(f"train is a list of parts, got the string {train!r}; write train=[{train}]")
     reached = {name: network.needed(term.asks(STUDENT)) for name, term in terms.items()}
@@ -71,6 +73,7 @@ def what_learns(
                 f"the term {name!r} reads {', '.join(term.names)}, of which nothing is trained by train={list(parts)}, "
                 "and has no parameters of its own to train; leave it out, or train a part before what it reads"
             )
+    check_frozen(network, terms, parts, _with_parameters(network, parts))
     return Learning(parts, learning)
 
 
@@ -186,9 +189,10 @@ def check_run(trainer: pl.Trainer, network: StagedNetwork, terms: Mapping[str, T
     """Refuse a run that cannot train what it should.
 
     Raises:
-        ValueError: A loss follows a run without an end, or several processes would wait for gradients that a step of a
-            network of several widths does not give.
+        ValueError: A loss follows a run without an end, a batch is too small for a statistic, or several processes
+            would wait for gradients that a step of a network of several widths does not give.
     """
+    check_batches(terms, trainer, getattr(trainer, "datamodule", None))
     endless = trainer.max_epochs == -1 and trainer.max_steps == -1
     for name, term in terms.items():
         if endless and term.follows_progress():

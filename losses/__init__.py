@@ -11,6 +11,7 @@ from cleave.losses.knowledge_distillation import KnowledgeDistillationLoss
 from cleave.losses.privacy.adversarial_reconstruction import AdversarialReconstructionLoss
 from cleave.losses.privacy.constrained import BoundedLoss
 from cleave.losses.privacy.distance_correlation import DistanceCorrelationLoss, distance_correlation
+from cleave.losses.privacy.info_nce import InfoNCELoss, information_below
 from cleave.losses.privacy.noise_scale import NoiseScaleLoss
 from cleave.losses.privacy.ssim import structural_similarity
 from cleave.losses.rate import RateLoss
@@ -24,6 +25,7 @@ __all__ = [
     "GeneralizedHeadDistillationLoss",
     "GeometricEnsembleLoss",
     "HeadDistillationLoss",
+    "InfoNCELoss",
     "InformationBottleneckLoss",
     "JointExitLoss",
     "KnowledgeDistillationLoss",
@@ -33,5 +35,6 @@ __all__ = [
     "distance_correlation",
     "fit_geometric_ensemble",
     "geometric_ensemble",
+    "information_below",
     "structural_similarity",
 ]

@@ -50,6 +50,7 @@ from cleave.planning.paths.times import (
     read_block_times,
     write_block_times,
 )
+from cleave.planning.record_folder import RecordFolder, write_whole
 from cleave.planning.temperature import fit_temperatures
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "PathReward",
     "PathValue",
     "Placement",
+    "RecordFolder",
     "SearchFolder",
     "SearchResult",
     "SearchSettings",
@@ -106,4 +108,5 @@ __all__ = [
     "search_paths",
     "worse_than_exits",
     "write_block_times",
+    "write_whole",
 ]

@@ -35,9 +35,11 @@ from cleave.reports.paths.report import print_search, write_search
 from cleave.reports.paths.tables import Row, path_rows
 from cleave.reports.terminal import console, hushed, number, say
 from cleave.scripts.assembly.building import instantiate_each, plain
+from cleave.scripts.assembly.given.resumed import run_of_another
 from cleave.scripts.assembly.hints import next_command, vouching
+from cleave.scripts.assembly.identity import identity
 from cleave.scripts.assembly.idle import idle_of_search, say_what_is_idle
-from cleave.scripts.assembly.linking.pairs import Pair, cut_pair, identity, with_path
+from cleave.scripts.assembly.linking.pairs import Pair, cut_pair, with_path
 from cleave.scripts.assembly.linking.path_times import block_times, build_links, loads_of
 from cleave.scripts.assembly.linking.searching import check, find, worth
 from cleave.scripts.assembly.networks import keyed, plain_value
@@ -92,7 +94,7 @@ def described(cfg: DictConfig, pair: Pair) -> tuple[PathProblem, SearchFolder]:
         paths = candidate_paths(local, host, **limits, cross=settings.cross, skips=settings.skips)
     links = build_links(pair, paths)
     with keyed("search", settings):
-        folder = SearchFolder(settings.folder or cfg.paths.output_dir, identity(cfg, pair.data))
+        folder = SearchFolder(settings.folder or cfg.paths.output_dir, identity(cfg, pair.data, ["search"]))
     times = block_times(settings, folder.folder, pair, links)
     original, loads = loads_of(pair, times, links, paths, settings.bytes_per_second)
     accuracy = accuracy_of(pair.network, pair.data, settings.device)
@@ -163,7 +165,7 @@ def train_path(cfg: DictConfig, path: Path, folder: FilePath) -> PathRecord:
         own.paths.output_dir, own.logger = str(file.parent.parent), None
     shutil.rmtree(file.parent, ignore_errors=True)  # of a training that did not finish
     begin = time.perf_counter()
-    with hushed():
+    with hushed(), run_of_another(["search"], {"links.path": list(path)}):
         metrics = train(own)
     details: dict[str, Any] = {"seconds": time.perf_counter() - begin, "checkpoint": str(file.relative_to(folder))}
     if not file.exists():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
@@ -18,8 +19,15 @@ from .offline_run import offline_runs
 from .training_helpers import PLAIN
 
 BRIEF = ["attack.epochs=1", "attack.strengths=small", "targets.images=60", "white_box.steps=5", "resamples=300"]
-BRIEF += ["attack.images=200", "pictures=3", "white_box.tv=[0,0.1]"]
-CHEAP = ["attack.families=linear", "controls=[]", "white_box.use=false", "attack.images=60", "resamples=50"]
+BRIEF += ["attack.images=200", "pictures=3", "white_box.tv=[0,0.1]", "information.epochs=1", "information.batch=20"]
+CHEAP = [
+    "information.use=false",
+    "attack.families=linear",
+    "controls=[]",
+    "white_box.use=false",
+    "attack.images=60",
+    "resamples=50",
+]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +96,27 @@ def test_the_headline_is_the_lowest_of_attackers_and_validation_images_choose(re
     assert [each["releases"] for each in report["headlines"]] == [1, 4]
 
 
+def test_bounds_on_information_and_the_distance_correlation_with_its_spread_are_reported(reported):
+    report, files = reported
+    bounds = {each["key"]: each for each in report["information"]["bounds"]}
+    assert list(bounds) == ["payload_bits", "infonce_bits"]
+    above, below = bounds.values()
+    assert (above["side"], above["bits"]["value"], above["ceiling"]) == (
+        "at most",
+        8 * 64,
+        None,
+    )  # 4·4·4 codes of a byte
+    assert (below["side"], below["ceiling"]) == ("at least", pytest.approx(math.log2(20)))
+    assert below["bits"]["value"] <= below["ceiling"] < above["bits"]["value"]
+    found = report["information"]["distance_correlation"]
+    assert (found["batches"], found["batch"]) == (3, 20)
+    assert -1 <= found["value"] <= 1
+    assert found["spread"] > 0
+    (tracked,) = offline_runs(files["attack.json"].parent)
+    assert tracked.summary["attack/payload_bits"] == 8 * 64
+    assert tracked.summary["attack/infonce_bits"] == pytest.approx(below["bits"]["value"])
+
+
 def test_the_picture_is_drawn_and_w_and_b_gets_everything(reported):
     report, files = reported
     (tracked,) = offline_runs(files["attack.json"].parent)
@@ -104,9 +133,12 @@ def test_the_picture_is_drawn_and_w_and_b_gets_everything(reported):
 def test_a_bundle_is_attacked_as_its_checkpoint_within_the_intervals(split_file, bundle, tmp_path):
     more = ["attack.families=linear", "attack.strengths=large", "attack.releases=1", "controls=[logits]"]
     more += ["white_box.use=false", "attack.epochs=5", "attack.images=400", "pictures=2"]
+    more += ["information.epochs=1"]
     ours, _ = run(tmp_path / "ours", f"ckpt_path={split_file}", *more)
     theirs, _ = run(tmp_path / "theirs", f"bundle={bundle}", *more)
     assert (theirs["draws"], theirs["at"], theirs["images"]) == (True, "layer2", ours["images"])
+    bounds = [{each["key"]: each["bits"] for each in report["information"]["bounds"]} for report in (ours, theirs)]
+    assert bounds[0]["payload_bits"] == bounds[1]["payload_bits"]  # a bundle's envelope is not counted
     for one, other in zip(ours["attacks"], theirs["attacks"], strict=True):
         assert one["title"] == other["title"]
         for name in ("mse", "explained"):
@@ -120,6 +152,8 @@ def test_few_images_and_a_judge_of_ones_own(split_file, teacher_file, tmp_path, 
     report, files = run(tmp_path, f"ckpt_path={split_file}", *more)
     assert (report["images"]["train"], report["features"]) == (60, f"layer1 of {teacher_file}")
     assert "attack.png" not in files
+    assert report["information"]["bounds"] == []
+    assert report["information"]["distance_correlation"]["batch"] == 128
     told = capsys.readouterr().out
     assert "Lowest MSE behind one release" in told
     assert "Next: python scripts/export.py ckpt_path=" in told
@@ -195,6 +229,9 @@ def test_a_bundle_without_data_is_refused(bundle, tmp_path, monkeypatch):
         (["white_box.steps=0"], "white_box.steps must be a whole number of at least 1, got 0"),
         (["white_box.use=3"], "white_box.use must be true, false or null, got 3"),
         (["judge.layer=layer1"], "judge.layer=layer1 is a layer of judge.ckpt_path"),
+        (["information.batch=3"], "information.batch must be at least 4, .* got 3"),
+        (["information.epochs=0"], "information.epochs must be a whole number of at least 1, got 0"),
+        (["information.use=3"], "information.use must be true or false, got 3"),
         (["resamples=0"], "resamples must be a whole number of at least 1, got 0"),
         (["pictures=99"], "pictures must be a whole number from 0 to 32, got 99"),
         (["seed=-1"], "seed must be a whole number of at least 0, got -1"),

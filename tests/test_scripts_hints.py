@@ -219,6 +219,8 @@ NULLS = {
     "exits_report": "timing=null placement=NULL",
     "image_codecs": "data=null",
     "search_paths": "base=null search=null search.reward=null search.algorithm=null ~host",
+    "attack": "attack=null information=null",
+    "privacy_frontier": "frontier=null wanted=null frontier.strength=null attack=null ~information",
 }
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
 MAY_PASS = "~logger ~callbacks callbacks.progress=null training.scheduler=null exits.policy=null"

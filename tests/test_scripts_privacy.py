@@ -17,6 +17,9 @@ from cleave.scripts.train import train
 from .training_helpers import PLAIN
 
 EVALUATE = ["trainer=cpu", "logger=none", "+trainer.enable_progress_bar=false"]
+CONSTRAINED = ["privacy=constrained", "method=cross_entropy", "method.extra_terms.bound.loss.threshold=0.5"]
+TERM = "method.extra_terms.nopeek"
+CORRECTED = ["privacy=nopeek", f"{TERM}.loss.bias_corrected=true"]
 SHORT = [*PLAIN, "experiment=digits_hnd", "trainer.max_epochs=1", "+trainer.limit_train_batches=3", "export=true"]
 
 
@@ -97,8 +100,41 @@ def test_learned_noise_grows_and_is_exported(preset, tmp_path, teacher_file):
         (["noise=nullification", "noise.share=1"], r"noise\.share must be at least 0 and below 1, got 1"),
         (["privacy=nopeek", "method.train=[decoder]"], "'nopeek' reads .*layer2/z, of which nothing is trained"),
         (["privacy=nopeek", "split.at=null", "method=cross_entropy"], r"reads student/None/z.*set split\.at=LAYER"),
+        (
+            [
+                "privacy=nopeek",
+                "split.at=null",
+                "method=cross_entropy",
+                "method.extra_terms.nopeek.of=[images,student/layer2]",
+            ],
+            r"'nopeek' should hide images .* the network is not split; set split\.at=LAYER",
+        ),
+        (["privacy=nopeek", "split.form=none"], r"split\.form=none sends the feature of layer2 itself.*'nopeek'"),
+        (["privacy=ressfl", "split.form=none", "method=cross_entropy"], r"split\.form=none .*'attacker' is a defence"),
+        ([*CONSTRAINED, "split.form=none"], r"split\.form=none sends .* set split\.form=insert or replace"),
+        (
+            ["privacy=ressfl", "method.train=[decoder,tail]", "method=cross_entropy"],
+            "'attacker' .* leaves all before it frozen",
+        ),
+        ([*CONSTRAINED, "method.train=[tail]"], r"train=\['tail'\] leaves all before it frozen.* strength=0"),
+        (
+            ["privacy=nopeek", "data.batch_size=1"],
+            r"'nopeek' needs batches of at least 2 samples, got data",
+        ),
+        ([*CORRECTED, "data.batch_size=3"], r"'nopeek' needs batches of at least 4 samples, got data\.batch_size=3"),
+        (
+            [*CORRECTED, "data.batch_size=37", "data.drop_last=false", "~trainer.limit_train_batches"],
+            r"at least 4 samples, but the last of an epoch would have 1 .* data\.drop_last=true",
+        ),
     ],
 )
 def test_mistakes_are_told_before_training(overrides, told, tmp_path, teacher_file):
     with pytest.raises(ValueError, match=told):
         trained(tmp_path, teacher_file, *overrides)
+
+
+def test_an_attacker_of_strength_0_learns_beside_a_frozen_encoder(tmp_path, teacher_file):
+    more = ["privacy=ressfl", "method=cross_entropy", "method.extra_terms.attacker.loss.strength=0", "test=false"]
+    trained(tmp_path, teacher_file, *more, "method.train=[decoder,tail,terms]", "export=false")
+    state = torch.load(tmp_path / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    assert any(name.startswith("terms.attacker.loss.decoders.") for name in state)

@@ -20,10 +20,11 @@ from cleave.planning import PathCost, SearchFolder, path_name, read_block_times
 from cleave.reports.paths.tables import read_path_table
 from cleave.scripts import search_paths as search_script
 from cleave.scripts.assembly.building import compose_config
-from cleave.scripts.assembly.given.resumed import overrides
+from cleave.scripts.assembly.given.resumed import overrides, run_of_another
 from cleave.scripts.assembly.given.value_types import check_values
+from cleave.scripts.assembly.identity import identity
 from cleave.scripts.assembly.idle import idle_of_search, say_what_is_idle
-from cleave.scripts.assembly.linking.pairs import cut_pair, identity
+from cleave.scripts.assembly.linking.pairs import cut_pair
 from cleave.scripts.assembly.linking.searching import check
 from cleave.scripts.assembly.networks import link_builder
 from cleave.scripts.assembly.restoring import restore
@@ -183,13 +184,13 @@ def test_a_folder_of_another_search_is_refused(searched, pair, tmp_path, other, 
     (tmp_path / "other.ckpt").write_text("another network")
     cfg = changed(cfg, tmp_path, other.replace("OTHER", f"{tmp_path}/other.ckpt"))
     with pytest.raises(ValueError, match=rf"{folder.name} is another search's: {named}"):
-        SearchFolder(folder, identity(cfg, pair.data))
+        SearchFolder(folder, identity(cfg, pair.data, ["search"]))
 
 
 def test_what_changes_no_accuracy_is_the_same_search(searched, pair, tmp_path):
     folder, cfg, _ = searched
     others = ["search.strategy=exhaustive", "search.lin=null", "data.num_workers=1", "logger=null"]
-    SearchFolder(folder, identity(changed(cfg, tmp_path, *others), pair.data))
+    SearchFolder(folder, identity(changed(cfg, tmp_path, *others), pair.data, ["search"]))
 
 
 def test_other_images_are_another_search(searched, pair, tmp_path):
@@ -199,7 +200,7 @@ def test_other_images_are_another_search(searched, pair, tmp_path):
     labels = other.dataset("val").source.labels
     labels[0] = (labels[0] + 1) % 10
     with pytest.raises(ValueError, match=r"is another search's: data\.images\.val differs"):
-        SearchFolder(folder, identity(cfg, other))
+        SearchFolder(folder, identity(cfg, other, ["search"]))
 
 
 def test_times_are_measured_once_for_a_folder(composed, pair, tmp_path):
@@ -270,7 +271,9 @@ def test_the_run_of_a_path_is_resumed_by_train_py_without_what_is_the_searchs_ow
         cfg = compose("search_paths", given, return_hydra_config=True)
     try:
         HydraConfig.instance().set_config(cfg)
-        assert overrides([0, None, None, 2]) == ["method.distillation=null", "links.path=[0,null,null,2]"]
+        with run_of_another(["search"], {"links.path": [0, None, None, 2]}):
+            assert overrides() == ["method.distillation=null", "links.path=[0,null,null,2]"]
+        assert overrides() == given
     finally:
         HydraConfig.instance().cfg = None
 

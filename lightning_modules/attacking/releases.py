@@ -11,9 +11,10 @@ from torch import Tensor
 
 from cleave.architectures import StagedNetwork, UniformQuantizer
 from cleave.architectures.naming import did_you_mean
-from cleave.deployment import Bundle, Codec, ImageInput, Message, Pipeline, Side
+from cleave.deployment import ENVELOPE_BYTES, Bundle, Codec, ImageInput, Message, Pipeline, Side
 from cleave.deployment.runtime.each import decode_each
 from cleave.lightning_modules.testing import Bytes
+from cleave.losses import InformationBottleneckLoss
 
 BATCH = 256
 
@@ -46,9 +47,17 @@ class Releases(abc.ABC):
     def release(self, images: Tensor) -> Tensor:
         """Return what one release of a batch of images is decoded to."""
 
+    def payload_bytes(self, images: Tensor) -> list[int]:
+        """Return the length of what is sent of each image at :attr:`at`, in bytes, its envelope left out."""
+        return [length for some in images.split(BATCH) for length in self.lengths(some)]
+
     @abc.abstractmethod
     def answer(self, images: Tensor) -> Tensor:
         """Return what the network answers on a batch of images."""
+
+    @abc.abstractmethod
+    def lengths(self, images: Tensor) -> list[int]:
+        """Return the length of each payload of a batch of images, in bytes, its envelope left out."""
 
 
 class NetworkReleases(Releases):
@@ -94,6 +103,38 @@ class NetworkReleases(Releases):
         result = self.network.results[0]
         return self.network.outputs(self.image_input.normalize(images), [result], link=Bytes())[result]
 
+    def lengths(self, images: Tensor) -> list[int]:
+        """Return the length of each payload."""
+        return [len(payload) for payload in self._sent(images).payloads[self.at]]
+
+    def rate(self, images: Tensor) -> Tensor | None:
+        """Return the bits that the learned prior predicts for each image's codes; ``None`` where there is no prior."""
+        if not self.bottleneck.has_prior:
+            return None
+        estimated: Callable[[Tensor], Tensor] = self.bottleneck.quantizer.estimated_bits  # type: ignore[assignment]
+        with torch.no_grad():
+            codes = (self._sent(some).sent[self.at]["codes"] for some in images.split(BATCH))
+            return torch.cat([estimated(some) for some in codes])
+
+    @torch.no_grad()
+    def divergence(self, images: Tensor) -> Tensor | None:
+        """Return each image's KL of the encoder's Gaussian to a standard normal, in nats; ``None`` without one."""
+        if not self.bottleneck.stochastic:
+            return None
+        names, loss = [f"{self.at}/mean", f"{self.at}/log_variance"], InformationBottleneckLoss()
+        found = []
+        for some in images.split(BATCH):
+            outputs = self.network.outputs(self.image_input.normalize(some), names)
+            mean, log_variance = (outputs[name] for name in names)
+            found += [loss(mean[[i]], log_variance[[i]]) for i in range(len(mean))]
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def _sent(self, images: Tensor) -> Bytes:
+        link = Bytes()
+        self.network.outputs(self.image_input.normalize(images), [f"{self.at}/sent"], link=link)
+        return link
+
 
 class BundleReleases(Releases):
     """The path of a bundle: the device's side runs, and what leaves it is decoded as the other side does.
@@ -125,10 +166,7 @@ class BundleReleases(Releases):
 
     def release(self, images: Tensor) -> Tensor:
         """Return what is decoded behind the bytes."""
-        request = object()
-        with torch.inference_mode():
-            sent: Message = self.device.run(images.cpu(), request).messages[self.crossing.target]
-        self.device.forget(request)
+        sent = self._sent(images)
         envelope = self.server.envelopes.get((self.at, self.crossing.target))
         tensors, errors = decode_each(self.crossing.codec, envelope, sent.payloads[self.at], sent.rows)
         for error in errors.values():
@@ -139,6 +177,18 @@ class BundleReleases(Releases):
         """Return the first of the bundle's answers."""
         outputs = self.pipeline.run(images.cpu()).outputs
         return next(iter(outputs.values())).float().clone().to(images.device)
+
+    def lengths(self, images: Tensor) -> list[int]:
+        """Return the length of each payload."""
+        around = ENVELOPE_BYTES if (self.at, self.crossing.target) in self.device.envelopes else 0
+        return [len(payload) - around for payload in self._sent(images).payloads[self.at]]
+
+    def _sent(self, images: Tensor) -> Message:
+        request = object()
+        with torch.inference_mode():
+            sent = self.device.run(images.cpu(), request).messages[self.crossing.target]
+        self.device.forget(request)
+        return sent
 
 
 def dequantised(codec: Codec, tensors: dict[str, Tensor]) -> Tensor:

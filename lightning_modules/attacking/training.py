@@ -96,7 +96,7 @@ class _Pupil:
     def __init__(self, decoder: InversionDecoder, steps: int, how: Schooling, val_mse: float) -> None:
         self.decoder, self.how = decoder, how
         self.optimizer = torch.optim.AdamW(decoder.parameters(), lr=how.lr, weight_decay=1e-4)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _rate(step, steps))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate(step, steps))
         self.generator = torch.Generator().manual_seed(how.seed)
         self.best = Schooled(copy.deepcopy(decoder).eval(), 0, val_mse)
 
@@ -131,7 +131,8 @@ def error_of(decoder: InversionDecoder, payloads: Tensor, images: Tensor) -> flo
     return (rebuilt(decoder, payloads) - images).double().square().mean().item()
 
 
-def _rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int) -> float:
+    """Return the share of the highest learning rate at a step: a warm-up over a tenth of all, then half a cosine."""
     warm = max(1, steps // 10)
     if step < warm:
         return (step + 1) / warm

@@ -93,6 +93,11 @@ class AdversarialReconstructionLoss(nn.Module):
         """Whether it changes along the training, which must then have an end."""
         return self.restarts > 0
 
+    @property
+    def defends(self) -> bool:
+        """Whether it teaches the encoder, so that there must be one that learns."""
+        return self.strength > 0
+
     def build(self, shapes: Sequence[Sequence[int]]) -> None:
         """Build the decoders for the shapes of a sample's image and representation, in the order of the arguments.
 

@@ -10,6 +10,8 @@ from torch.distributed.nn.functional import all_gather
 
 # Centred distances below this many roundings of the largest distance are nothing but rounding.
 ROUNDINGS = 64
+LEAST = {False: 2, True: 4}
+"""Samples that each statistic needs, by whether it is bias-corrected."""
 
 
 def distance_correlation(x: Tensor, z: Tensor, *, bias_corrected: bool = False) -> Tensor:
@@ -54,7 +56,7 @@ def distance_correlation(x: Tensor, z: Tensor, *, bias_corrected: bool = False) 
         >>> distance_correlation(x, 3 - 2 * x)
         tensor(1.)
     """
-    n, least = len(x), 4 if bias_corrected else 2
+    n, least = len(x), LEAST[bias_corrected]
     if len(z) != n:
         raise ValueError(f"x has {n} samples and z {len(z)}; both must be of one batch")
     if n < least:
@@ -98,10 +100,18 @@ class DistanceCorrelationLoss(nn.Module):
         tensor(0.)
     """
 
+    defends = True
+    """It teaches the encoder to hide images, so there must be one that learns."""
+
     def __init__(self, bias_corrected: bool = False, gather: bool = True) -> None:
         super().__init__()
         self.bias_corrected = bias_corrected
         self.gather = gather
+
+    @property
+    def least_batch(self) -> int:
+        """Samples that the statistic needs."""
+        return LEAST[self.bias_corrected]
 
     def forward(self, images: Tensor, representation: Tensor) -> Tensor:
         """Return the statistic of a batch."""

@@ -10,9 +10,7 @@ from typing import Any
 from cleave.architectures.linking.path import Path
 from cleave.deployment.bundle.canonical_json import dump, parse
 from cleave.planning.paths.rewards import check_fraction
-
-IDENTITY, RECORDS = "search.json", "paths"
-SCHEMA = 1
+from cleave.planning.record_folder import RecordFolder, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,7 @@ def path_name(path: Path) -> str:
     return "-".join("x" if block is None else str(block) for block in path)
 
 
-class SearchFolder:
+class SearchFolder(RecordFolder):
     """A folder with ``search.json``, which says what is searched, and ``paths/0-1-4-5.json`` for each trained path.
 
     Args:
@@ -52,19 +50,7 @@ class SearchFolder:
         ValueError: The folder is another search's, or not one at all.
     """
 
-    def __init__(self, folder: pathlib.Path | str, identity: Mapping[str, Any]) -> None:
-        self.folder = pathlib.Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"folder={self.folder} is a file; give a folder, a new one or that of an earlier search")
-        own = parse(dump({"schema": SCHEMA, **identity}))
-        file = self.folder / IDENTITY
-        if file.exists():
-            self._check(file, own)
-        elif self.folder.exists() and any(self.folder.glob(f"{RECORDS}/*.json")):
-            raise ValueError(f"{self.folder} holds records of paths, but no {IDENTITY} that says of what; take another")
-        (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            _write(file, dump(own))
+    whose, identity_file, records_folder = "search", "search.json", "paths"
 
     def records(self) -> list[PathRecord]:
         """Return the records there are, by path.
@@ -72,7 +58,7 @@ class SearchFolder:
         Raises:
             ValueError: A record is damaged.
         """
-        return [_read(file) for file in sorted((self.folder / RECORDS).glob("*.json"))]
+        return [_read(file) for file in self.files()]
 
     def find(self, path: Path) -> PathRecord | None:
         """Return the record of a path, if there is one.
@@ -91,11 +77,11 @@ class SearchFolder:
         """
         accuracy = check_fraction(f"what training the path {record.path} gave", record.accuracy)
         content = {**record.path._asdict(), "accuracy": accuracy, "details": dict(record.details)}
-        _write(self.file(record.path), dump(content))
+        write_whole(self.file(record.path), dump(content))
 
     def file(self, path: Path) -> pathlib.Path:
         """Return the file of a path's record."""
-        return self.folder / RECORDS / f"{path_name(path)}.json"
+        return self.record_file(path_name(path))
 
     def recorded(self, train: Callable[[Path], PathRecord]) -> Callable[[Path], float]:
         """Wrap training for a search: a path that has a record is not trained again.
@@ -115,36 +101,6 @@ class SearchFolder:
 
         return known
 
-    def _check(self, file: pathlib.Path, own: dict[str, Any]) -> None:
-        try:
-            there = parse(file.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged: {error}; take another folder") from error
-        there, here = _flat(there), _flat(own)
-        if other := [name for name in {**here, **there} if there.get(name, _NONE) != here.get(name, _NONE)]:
-            values = " and ".join(_said(values.get(other[0], _NONE)) for values in (there, here))
-            raise ValueError(
-                f"{self.folder} is another search's: {', '.join(other)} differ"
-                f"{'s' if len(other) == 1 else ''}; {other[0]} there and here: {values}. Take another folder, or the "
-                "same networks, data and settings"
-            )
-
-
-_NONE = object()
-
-
-def _said(value: Any) -> str:
-    return "none" if value is _NONE else f"{value!r:.200}"
-
-
-def _flat(values: Any, name: str = "") -> dict[str, Any]:
-    """Return the leaves of nested values by their names with dots."""
-    if not isinstance(values, dict) or not values:
-        return {name: values}
-    return {
-        key: leaf for own, value in values.items() for key, leaf in _flat(value, f"{name}.{own}".strip(".")).items()
-    }
-
 
 def _read(file: pathlib.Path) -> PathRecord:
     try:
@@ -161,9 +117,3 @@ def _read(file: pathlib.Path) -> PathRecord:
         return PathRecord(Path(*blocks), check_fraction("its accuracy", values["accuracy"]), values["details"])
     except ValueError as error:
         raise ValueError(f"the record {file} is damaged: {error}; delete it, and the path is trained again") from error
-
-
-def _write(file: pathlib.Path, content: bytes) -> None:
-    half = file.with_suffix(".half")
-    half.write_bytes(content)
-    half.replace(file)

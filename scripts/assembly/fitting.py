@@ -22,10 +22,10 @@ from cleave.lightning_modules.callbacks import (
     WandbTracking,
 )
 from cleave.lightning_modules.checkpoints.loading import load_strictly, network_state, read_checkpoint
+from cleave.lightning_modules.defending import check_batches
 from cleave.reports.terminal import console, number, say
 from cleave.scripts.assembly.building import Assembly, build_task, build_trainer, instantiate_each, plain
 from cleave.scripts.assembly.given.resumed import overrides
-from cleave.scripts.assembly.networks import plain_value
 from cleave.scripts.assembly.recipe import Step
 from cleave.scripts.assembly.starting.stopping import forwarding, used_up
 
@@ -80,13 +80,13 @@ def prepare(step: Step, parts: Assembly, loggers: list[Any]) -> Fit:
         if parts.host is not None:
             cfg.host = parts.host  # so that the network can be built again without the host's file
         cfg.cuts, cfg.trained = list(parts.network.cuts), list(task.trained_parts)
-        given = overrides(plain_value(cfg.links.path))
-        metadata = CheckpointMetadata(plain(cfg), parts.data.class_names, parts.data.input, given)
+        metadata = CheckpointMetadata(plain(cfg), parts.data.class_names, parts.data.input, overrides())
         record = FitRecord(plain(cfg)["trainer"].get("max_time"))
         callbacks += [record, metadata, ResumedSchedule(), WandbTracking(step=step.name)]
         if step.name:
             callbacks.append(StepMarker(step.number))
         trainer = build_trainer(cfg, callbacks=callbacks, logger=loggers)
+        check_batches(dict(task.named_terms()), trainer, parts.data, last=False)
     return Fit(step, task, trainer, metadata, record)
 
 

@@ -39,7 +39,7 @@ def images_of(cfg: DictConfig, settings: dict[str, Any], victim: Victim) -> Atta
     Raises:
         ValueError: There are no images, or some are both target and known to the adversary or the network.
     """
-    own = _own_images(cfg, victim)
+    own = own_images(cfg, victim)
     known = victim.data or own
     if own is None or known is None:
         raise ValueError(
@@ -59,7 +59,7 @@ def images_of(cfg: DictConfig, settings: dict[str, Any], victim: Victim) -> Atta
     return _disjoint(train, val, targets, known, where, settings["targets"]["leave_out_seen"])
 
 
-def _own_images(cfg: DictConfig, victim: Victim) -> ImageDataModule | None:
+def own_images(cfg: DictConfig, victim: Victim) -> ImageDataModule | None:
     """Return the data of the adversary, in the input of the network; the network's where it has no other."""
     described = cfg.attack.get("data")
     if described is None:

@@ -16,7 +16,14 @@ from cleave.scripts.assembly.networks import keyed
 
 RAW, LOGITS, UNAWARE = "raw", "logits", "unaware"
 CONTROLS = (RAW, LOGITS, UNAWARE)
-_WHOLE = {"targets.images": True, "attack.images": True, "white_box.steps": False, "resamples": False}
+_WHOLE = {
+    "targets.images": True,
+    "attack.images": True,
+    "white_box.steps": False,
+    "resamples": False,
+    "information.epochs": False,
+    "information.batch": False,
+}
 
 
 def checked(cfg: DictConfig) -> dict[str, Any]:
@@ -67,6 +74,13 @@ def _check_choices(settings: dict[str, Any]) -> None:
         )
     if not isinstance(settings["targets"]["leave_out_seen"], bool):
         raise ValueError(f"targets.leave_out_seen must be true or false, got {settings['targets']['leave_out_seen']!r}")
+    if not isinstance(settings["information"]["use"], bool):
+        raise ValueError(f"information.use must be true or false, got {settings['information']['use']!r}")
+    if settings["information"]["batch"] < 4:
+        raise ValueError(
+            f"information.batch must be at least 4, which a bias-corrected distance correlation needs, got "
+            f"{settings['information']['batch']}"
+        )
     if isinstance(pictures, bool) or not isinstance(pictures, int) or not 0 <= pictures <= 32:
         raise ValueError(f"pictures must be a whole number from 0 to 32, got {pictures!r}")
     if isinstance(settings["seed"], bool) or not isinstance(settings["seed"], int) or settings["seed"] < 0:

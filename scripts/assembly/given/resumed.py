@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
@@ -26,8 +27,7 @@ _APART = re.compile(
     r"|callbacks\.(progress|learning_rate|last|guard)\b|callbacks\.\w+\.dirpath"
     r"|data\.(num_workers|pin_memory|cache|eval_batch_size)$|feature_cache\.directory|links\.placements"
 )
-SEARCH = "search_paths"
-"""The script that trains runs of other paths than its own command names."""
+_WITHIN: ContextVar[tuple[tuple[str, ...], Mapping[str, Any]] | None] = ContextVar("within", default=None)
 _OPTIMIZER = "ignored, as the optimizer goes on in the state that the checkpoint holds"
 _SCHEDULE = "ignored, as the schedule goes on as the checkpoint holds it"
 _WEIGHTS = "ignored, as the weights are the checkpoint's"
@@ -173,17 +173,31 @@ def whole_command(cfg: DictConfig, checkpoint: Mapping[str, Any], *, changed: bo
     return resume_command(started("train"), [*project_options(), *kept], str(cfg.ckpt_path))
 
 
-def overrides(path: Sequence[Any] | None = None) -> list[str]:
-    """Return what the command was given on its line.
+@contextmanager
+def run_of_another(own: Sequence[str], settings: Mapping[str, Any]) -> Iterator[None]:
+    """Say of the runs within that another script than ``train.py`` trains them, which its command could not repeat.
 
     Args:
-        path: The path of the run; where it is one of a search, ``train.py`` would be given that in the search's place.
+        own: Keys and groups that are the script's own.
+        settings: What it sets in its command's place, by key.
     """
+    token = _WITHIN.set((tuple(own), settings))
+    try:
+        yield
+    finally:
+        _WITHIN.reset(token)
+
+
+def overrides() -> list[str]:
+    """Return what the command was given on its line; of a run that another script trains, what train.py would be."""
     given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    if not HydraConfig.initialized() or HydraConfig.get().job.config_name != SEARCH or path is None:
+    within = _WITHIN.get()
+    if not HydraConfig.initialized() or within is None:
         return given
-    kept = [each for each in given if not _key(each).startswith(("search.", "links.path"))]
-    return [*kept, f"links.path={in_hydra(list(path))}"]
+    own, settings = within
+    keys = (*own, *settings)
+    kept = [each for each in given if not any(f"{_key(each).lstrip('~')}.".startswith(f"{key}.") for key in keys)]
+    return [*kept, *(f"{key}={in_hydra(value)}" for key, value in settings.items())]
 
 
 def _key(override: str) -> str:

@@ -22,6 +22,8 @@ _NO_TEXT = (torch.Tensor, datetime.timedelta)
 STANDS_FOR_STEPS = "total_steps"
 OWN_SETTINGS = ("extras", "host")
 """Groups without a ``_target_`` whose defaults say what their values are."""
+SHARED = "attacking"
+"""Settings of several scripts, which stand beside each one's own."""
 
 
 def check_values(cfg: DictConfig, conf: str) -> None:
@@ -129,11 +131,13 @@ def _settings(values: Mapping[str, Any], conf: Path) -> Iterator[tuple[str, Any,
 
 
 def _of_script(file: Path) -> Iterator[Path]:
-    """Yield a script's config, and those of scripts that it builds on."""
+    """Yield a script's config, and those of scripts and shared settings that it builds on."""
     if file.is_file():
         yield file
         defaults = cast(DictConfig, OmegaConf.load(file)).get("defaults") or []
         yield from (each for name in defaults if isinstance(name, str) for each in _of_script(file.with_stem(name)))
+        if {SHARED: "default"} in defaults:
+            yield file.parent / SHARED / "default.yaml"
 
 
 def _fits(value: Any, allowed: tuple[type, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Two networks cut into blocks, from a config, and what the accuracy of a path through them depends on."""
+"""Two networks cut into blocks, from a config."""
 
 from __future__ import annotations
 
@@ -13,16 +13,11 @@ from cleave.architectures.described import sample_of
 from cleave.architectures.linking.described import HOST_DEFAULTS
 from cleave.architectures.linking.link import HOST, LOCAL
 from cleave.datamodules import ImageDataModule
-from cleave.datamodules.caching.precompute import fingerprint
 from cleave.lightning_modules.checkpoints.loading import file_sha256
-from cleave.scripts.assembly.building import assemble, plain
-from cleave.scripts.assembly.given.resumed import weighty
+from cleave.scripts.assembly.building import assemble
 from cleave.scripts.assembly.idle import defaults
 from cleave.scripts.assembly.linking.lending import lend
 from cleave.scripts.assembly.networks import link_builder, plain_value
-
-FILES = ("base", "host", "teacher")
-"""Groups whose ``ckpt_path`` names a network."""
 
 
 class Pair(NamedTuple):
@@ -96,20 +91,3 @@ def _host(cfg: DictConfig) -> Blocks | None:
         return None
     blocks = plain_value(cfg.links.host_blocks)
     return cut_blocks(lent.host.network, lent.host.sample, blocks, HOST, prefix=cfg.links.host_prefix)
-
-
-def identity(cfg: DictConfig, data: ImageDataModule) -> dict[str, Any]:
-    """Return all that the accuracy of a path depends on: the networks, the images, and how links are trained."""
-    values = weighty({name: value for name, value in plain(cfg).items() if name != "search"})
-    networks = {}
-    for group in FILES:
-        own = values.pop(group, {})
-        path = own.pop("ckpt_path", None)
-        own.pop("trust_checkpoint", None)
-        networks[group] = {**own, "file": None if path is None else file_sha256(path)}
-    networks["backbone"] = values.pop("backbone")
-    data.prepare_data()
-    sets = {split: data.dataset(split) for split in ("train", "val")}
-    images = {split: fingerprint(dataset.source, dataset.further) for split, dataset in sets.items()}
-    described = {key: value for key, value in values.pop("data").items() if key != "root"}  # it may be moved
-    return {"networks": networks, "data": {**described, "images": images}, "settings": values}
