@@ -220,6 +220,6 @@ class ImageDataset(Dataset[Batch]):
         return cache
 
 
-def _none_of(batch: Batch) -> Batch:
+def _none_of(batch: Mapping[str, Any]) -> Batch:
     """Return a batch of the same parts without a sample."""
     return {name: _none_of(part) if isinstance(part, Mapping) else part[:0] for name, part in batch.items()}

@@ -90,9 +90,9 @@ class EpochSampler(DistributedSampler):
 
 
 class PoissonSampler(EpochSampler):
-    """Yields batches of keys, each image in each batch with the same probability, as DP-SGD draws them.
+    """Yields batches of keys, each image in each batch with the same probability, as DP-SGD draws.
 
-    A batch has ``batch_size`` images on average, now and then none. What is drawn depends on (seed, epoch, batch) alone.
+    A batch has ``batch_size`` images on average, now and then none. It depends on (seed, epoch, batch) alone.
 
     Attributes:
         rate: The probability.

@@ -181,9 +181,7 @@ def conv_block(inputs: int, outputs: int, kernel: int, stride: int = 1, norm: st
     return [convolution, norm_of(norm, outputs), nn.ReLU(inplace=True)]
 
 
-def _encoder(
-    inputs: int, outputs: int, stride: int, kernel: int, width: int, depth: int, norm: str
-) -> nn.Sequential:
+def _encoder(inputs: int, outputs: int, stride: int, kernel: int, width: int, depth: int, norm: str) -> nn.Sequential:
     layers: list[nn.Module] = []
     for factor in _prime_factors(stride):
         # A kernel narrower than its stride would skip pixels.

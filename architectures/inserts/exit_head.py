@@ -184,9 +184,7 @@ def _linear(inputs: int, outputs: int) -> list[nn.Module]:
     return [nn.Linear(inputs, outputs), nn.GELU()]
 
 
-def _check(
-    pooling: str, grid: int, size: int | None, convs: int, width: int | None, kernel: int, norm: str
-) -> None:
+def _check(pooling: str, grid: int, size: int | None, convs: int, width: int | None, kernel: int, norm: str) -> None:
     norm_of(norm, 1)
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
