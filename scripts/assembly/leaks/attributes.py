@@ -111,6 +111,8 @@ def labelled_images(cfg: DictConfig, settings: dict[str, Any], victim: Victim) -
     """
     data = own_data(cfg, victim)
     data.prepare_data()
+    if "labels" not in data.parts:
+        raise ValueError("these images have no labels that an attribute follows from; give others by data@attack.data")
     names, places = attributes_of(data.class_names, settings["attribute"]["of_class"])
     limits = {"train": settings["attack"]["images"], "val": settings["attack"]["images"]}
     limits["test"] = settings["targets"]["images"]

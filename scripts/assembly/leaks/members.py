@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from cleave.architectures.network.outputs import LOGITS
 from cleave.datamodules import ImageDataModule
 from cleave.datamodules.contents import contents, contents_of
 from cleave.datamodules.parts import REST
@@ -98,6 +99,8 @@ def party_of(cfg: DictConfig, settings: dict[str, Any]) -> Party:
     network = restore(cfg.ckpt_path, trusted=cfg.trust_checkpoint)
     data = restore_data(network, cfg.data)
     data.prepare_data()
+    if network.network.results != (LOGITS,) or "labels" not in data.parts:
+        raise ValueError(f"{cfg.ckpt_path} is no classifier: members are told by what it answers to labelled images")
     source = settings["non_members"]["source"] or (REST if data.part else "test")
     if source == REST and not data.part:
         raise ValueError(
