@@ -128,9 +128,11 @@ def rebuilt(decoder: nn.Module, payloads: Tensor, batch_size: int = 256) -> Tens
 
 
 def error_of(decoder: nn.Module, payloads: Tensor, images: Tensor, loss: Loss = F.mse_loss) -> float:
-    """Return a decoder's error, in eval mode and double precision."""
-    wanted = images.double() if images.is_floating_point() else images
-    return loss(rebuilt(decoder, payloads).double(), wanted).item()
+    """Return a decoder's error, in eval mode and double precision: mean squared of images, the loss of classes."""
+    made = rebuilt(decoder, payloads)
+    if images.is_floating_point():
+        return (made - images).double().square().mean().item()
+    return loss(made.double(), images).item()
 
 
 def _rate(step: int, steps: int) -> float:
