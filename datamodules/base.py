@@ -15,7 +15,7 @@ from .caching.feature_cache import FeatureCache
 from .caching.precompute import Precomputation, check_dtype, check_views
 from .dataset import Batch
 from .extras import Described
-from .sampling import EpochSampler, Loaders
+from .sampling import POISSON, SAMPLINGS, SHUFFLED, EpochSampler, Loaders, PoissonSampler
 from .splits import SPLITS, ImageSplits
 
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",), None: SPLITS}
@@ -58,6 +58,10 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
             descriptions with ``_target_``.
         mixup: Alpha of mixup, 0 for none. Mixed images have labels (B, classes), the share of each class.
         cutmix: Alpha of CutMix, 0 for none.
+        sampling: ``shuffled``: every image once an epoch; ``poisson``: each image in each batch with the probability
+            ``batch_size`` / images, as differentially private training draws them.
+        part: One of several even, random parts of the training images, such as ``1/2``; ``None`` takes all.
+        part_seed: Seed of that division.
 
     Raises:
         ValueError: An argument is out of range; the message names it, its value and what is allowed.
@@ -84,7 +88,13 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
         transforms: Sequence[Described] | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        sampling: str = SHUFFLED,
+        part: str | None = None,
+        part_seed: int = 0,
     ) -> None:
+        if sampling not in SAMPLINGS:
+            raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
+        self.sampling = sampling
         super().__init__(
             seed=seed,
             augment=augment,
@@ -99,6 +109,8 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
             transforms=transforms,
             mixup=mixup,
             cutmix=cutmix,
+            part=part,
+            part_seed=part_seed,
         )
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -221,7 +233,8 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
         Raises:
             ValueError: ``drop_last`` leaves no batch.
         """
-        return self._loaders.training(self.dataset("train"), self.batch_size, self.drop_last)
+        poisson = self.sampling == POISSON
+        return self._loaders.training(self.dataset("train"), self.batch_size, self.drop_last, poisson)
 
     def training_indices(self, batch: int) -> list[int] | None:
         """Return which images of the split this rank's training batch of some number holds, in the present epoch.
@@ -232,6 +245,8 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
         sampler = getattr(loader, "sampler", None)
         if not isinstance(sampler, EpochSampler | SequentialSampler):
             return None
+        if isinstance(sampler, PoissonSampler):
+            return sampler.batch(batch)
         order = sampler.order() if isinstance(sampler, EpochSampler) else list(sampler)
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
@@ -251,7 +266,7 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
         """Return a loader of uint8 batches over a whole split in order, without augmentation.
 
         Args:
-            split: ``train``, ``val`` or ``test``.
+            split: ``train``, ``val``, ``test``, or ``rest``.
             persistent: Keep the workers between epochs.
         """
         dataset = self.dataset(split).without_augmentation()

@@ -102,8 +102,13 @@ class ImageDataset(Dataset[Batch]):
         how = f"{self.spec.color_mode} picture" if self._takes_pictures else repr(self.spec)
         return corrupt_pictures(self.source, load, how, title)
 
-    def __getitem__(self, key: int | Key) -> Batch:
-        """Return the parts of one sample: a uint8 image (C, H, W), its label, a scalar int64 tensor, and others."""
+    def __getitem__(self, key: int | Key | list[Key]) -> Batch:
+        """Return the parts of one sample: a uint8 image (C, H, W), its label, a scalar int64 tensor, and others.
+
+        Of a list of keys, as samplers of whole batches yield them, the batch; without keys one of no samples.
+        """
+        if isinstance(key, list):
+            return self.__getitems__(key) if key else _none_of(self.__getitems__([(0, 0)]))
         return {name: values[0] for name, values in self.batch([key]).items()}
 
     def __getitems__(self, keys: Sequence[int | Key]) -> Batch:
@@ -213,3 +218,8 @@ class ImageDataset(Dataset[Batch]):
         cache = PixelCache(shapes)
         cache.fill(self._load_picture if self._takes_pictures else self._load_input)
         return cache
+
+
+def _none_of(batch: Mapping[str, Any]) -> Batch:
+    """Return a batch of the same parts without a sample."""
+    return {name: _none_of(part) if isinstance(part, Mapping) else part[:0] for name, part in batch.items()}

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 if TYPE_CHECKING:
     from .dataset import ImageDataset
 
+SHUFFLED, POISSON = "shuffled", "poisson"
+SAMPLINGS = (SHUFFLED, POISSON)
 Key = tuple[int, int]
 """What a training sampler yields: (epoch, index)."""
 
@@ -87,6 +89,43 @@ class EpochSampler(DistributedSampler):
         return iter([(self.epoch, index) for index in self.order()[self.start :]])
 
 
+class PoissonSampler(EpochSampler):
+    """Yields batches of keys, each image in each batch with the same probability, as DP-SGD draws.
+
+    A batch has ``batch_size`` images on average, now and then none. It depends on (seed, epoch, batch) alone.
+
+    Attributes:
+        rate: The probability.
+        salt: What is drawn hangs on it as well; nobody who knows the seed alone can repeat it.
+        start: How many batches the next iteration leaves out.
+    """
+
+    def __init__(self, dataset: Dataset, *, seed: int, batch_size: int, drop_last: bool) -> None:
+        super().__init__(dataset, seed=seed, drop_last=drop_last)
+        length = len(dataset)  # type: ignore[arg-type]
+        if not 1 <= batch_size <= length:
+            raise ValueError(
+                f"sampling=poisson draws batch_size={batch_size} of {length} training images on average; use a "
+                f"batch_size of at most {length}"
+            )
+        self.rate = batch_size / length
+        self.batches = length // batch_size if drop_last else -(-length // batch_size)
+        self.salt = ""
+
+    def batch(self, number: int) -> list[int]:
+        """Return the indices of a batch of the epoch."""
+        place = stream_seed(self.seed, f"poisson{self.salt}", self.epoch, number)
+        drawn = torch.rand(len(self.dataset), generator=torch.Generator().manual_seed(place), dtype=torch.float64)  # type: ignore[arg-type]
+        return torch.nonzero(drawn < self.rate).flatten().tolist()
+
+    def __iter__(self) -> Iterator[list[Key]]:  # type: ignore[override]
+        for number in range(self.start, self.batches):
+            yield [(self.epoch, index) for index in self.batch(number)]
+
+    def __len__(self) -> int:
+        return self.batches
+
+
 class ShardSampler(DistributedSampler):
     """Yields this rank's share of the indices in order, none twice: shares may differ by one image.
 
@@ -134,9 +173,8 @@ class EpochLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator, so that nothing is prefetched before Lightning has set the epoch.
-        sampler, batch_size = self.sampler, self.batch_size
+        sampler = self.sampler
         assert isinstance(sampler, EpochSampler)
-        assert batch_size is not None
         batches = 0
         if self._restored:
             # Restarted by `max_steps` from an epoch's end, Lightning 2.6 calls `set_epoch` with one epoch too many.
@@ -145,7 +183,7 @@ class EpochLoader(DataLoader):
             if self._saved is not None:
                 batches = consumed
                 self._check_order(batches)
-        sampler.start = batches * batch_size
+        sampler.start = batches * (self.batch_size or 1)  # a sampler of whole batches counts these
         yield from super().__iter__()
 
     def _check_order(self, batches: int) -> None:
@@ -167,7 +205,7 @@ class EpochLoader(DataLoader):
             "drop_last": self.drop_last,
             "seed": sampler.seed,
             "ranks": sampler.num_replicas,
-        }
+        } | ({"rate": sampler.rate} if isinstance(sampler, PoissonSampler) else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make the next iteration continue the epoch that ``state`` was saved in."""
@@ -191,16 +229,27 @@ class Loaders:
     seed: int
     trainer: pl.Trainer | None
 
-    def training(self, dataset: ImageDataset, batch_size: int, drop_last: bool) -> DataLoader:
+    def training(self, dataset: ImageDataset, batch_size: int, drop_last: bool, poisson: bool = False) -> DataLoader:
         """Return the loader of this rank's training batches.
 
+        Args:
+            dataset: The images.
+            batch_size: Images in a batch; on average where batches are drawn at random.
+            drop_last: Whether a last, smaller batch is left out.
+            poisson: Whether batches are drawn by a :class:`PoissonSampler`.
+
         Raises:
-            ValueError: ``drop_last`` leaves no batch.
+            ValueError: ``drop_last`` leaves no batch, or batches are to be drawn on several devices.
         """
         if self._overfits:
             # Lightning's switch for debugging replaces any sampler but this one: the same images in every epoch.
             return self.batches(dataset, SequentialSampler(dataset), batch_size, persistent=True)
         ranks, rank = self._ranks
+        if poisson:
+            if ranks > 1:
+                raise ValueError(f"sampling=poisson draws batches on one device, this run has {ranks}; set devices=1")
+            drawn = PoissonSampler(dataset, seed=self.seed, batch_size=batch_size, drop_last=drop_last)
+            return self.batches(dataset, drawn, None, persistent=True, kind=EpochLoader, progress=self._progress)
         sampler = EpochSampler(dataset, seed=self.seed, drop_last=drop_last, num_replicas=ranks, rank=rank)
         if drop_last and len(sampler) < batch_size:
             raise ValueError(
@@ -228,7 +277,7 @@ class Loaders:
         self,
         dataset: ImageDataset,
         sampler: Iterable[Any],
-        batch_size: int,
+        batch_size: int | None,
         *,
         persistent: bool = False,
         kind: type[DataLoader] = DataLoader,
@@ -239,7 +288,7 @@ class Loaders:
         Args:
             dataset: The images.
             sampler: Their keys, an index or (epoch, index) each.
-            batch_size: Images in a batch.
+            batch_size: Images in a batch; ``None`` where the sampler yields the keys of whole batches.
             persistent: Keep the workers between epochs.
             kind: Class of the loader.
             **options: Further arguments of that class.

@@ -18,6 +18,7 @@ from .dataset import Batch, ImageDataset, Values
 from .extras import Described, further_transforms
 from .look import corrupt_pictures
 from .mixing import Mixing, check_alphas
+from .parts import REST, check_part, part_of
 from .sources import CorruptImageError, FileSource, ImageSource
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ class ImageSplits(ABC):
         transforms: As there.
         mixup: As of :class:`~cleave.datamodules.mixing.Mixing`.
         cutmix: As there.
+        part: One of several even, random parts of the training images, such as ``1/2``; ``None`` takes all. What it
+            leaves out is the split ``rest``.
+        part_seed: Seed of that division.
 
     Attributes:
         parts: Names of the parts of a batch: ``images``, maybe ``labels``, and what :meth:`further_parts` gives.
@@ -81,8 +85,11 @@ class ImageSplits(ABC):
         transforms: Sequence[Described] | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        part: str | None = None,
+        part_seed: int = 0,
     ) -> None:
         super().__init__()
+        check_part(part, part_seed)
         check_preset(augment)
         check_whole("seed", seed, 0)
         check_cache(cache)
@@ -90,6 +97,7 @@ class ImageSplits(ABC):
         self.seed = seed
         self.augment = augment
         self.mixup, self.cutmix = mixup, cutmix
+        self.part, self.part_seed = part, part_seed
         self.further, self._further_words = further_transforms(color_jitter, random_erasing, transforms)
         self.cache = cache
         self.skip_corrupt = skip_corrupt
@@ -169,19 +177,24 @@ class ImageSplits(ABC):
     # --- the pictures -----------------------------------------------------------------------------------------------
 
     def split(self, name: str) -> ImageSource:
-        """Return the pictures of ``train``, ``val`` or ``test``.
+        """Return the pictures of ``train``, ``val`` or ``test``, or the ``rest`` that a part of ``train`` leaves out.
 
         Raises:
             ValueError: The data are missing or laid out otherwise than the class describes, or the split is unknown.
         """
-        if name not in SPLITS:
+        if name == REST and self.part is None:
+            raise ValueError("without part, such as part='1/2', training takes every image and leaves no rest")
+        if name not in (*SPLITS, REST):
             raise ValueError(f"unknown split {name!r}; known are {list(SPLITS)}")
         if self._found is None:
             self._found = self.load_splits()
         if name not in self._splits:
-            if name not in self._found:
-                raise ValueError(f"there are no {name} images: {', '.join(sorted(self._found))} alone were found")
-            source = self._found[name]
+            whole = "train" if name == REST else name
+            if whole not in self._found:
+                raise ValueError(f"there are no {whole} images: {', '.join(sorted(self._found))} alone were found")
+            source = self._found[whole]
+            if whole == "train" and self.part is not None:
+                source = part_of(source, self.part, self.part_seed, rest=name == REST)
             if self.skip_corrupt:
                 bad = corrupt_pictures(source, source.picture, "decoded", f"looking at {name}")
                 source = self._without(name, source, bad)

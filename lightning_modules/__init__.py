@@ -20,10 +20,12 @@ from cleave.lightning_modules.methods import (
     ZeroTimeWaste,
 )
 from cleave.lightning_modules.optimization.training import Training
+from cleave.lightning_modules.private_training.settings import DPSGD
 from cleave.lightning_modules.task import Task
 from cleave.lightning_modules.term import Term
 
 __all__ = [
+    "DPSGD",
     "Classification",
     "CrossEntropy",
     "Crossing",

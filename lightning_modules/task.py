@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,8 +28,10 @@ from cleave.lightning_modules.learning import (
     what_learns,
 )
 from cleave.lightning_modules.measuring import Batch, MeasuredModule
-from cleave.lightning_modules.optimization.optimizers import check_rates, clip_apart, parameter_groups, scheduler_of
+from cleave.lightning_modules.optimization.optimizers import check_rates, clip_apart, optimizers_of, parameter_groups
 from cleave.lightning_modules.optimization.training import DEFAULT, Training, prepare
+from cleave.lightning_modules.private_training.checks import check_parts, count_of
+from cleave.lightning_modules.private_training.training import PrivateTraining
 from cleave.lightning_modules.term import PROGRESS, STUDENT, TEACHER, Term, asked_outputs, take_over, together
 
 
@@ -57,6 +60,7 @@ class Task(MeasuredModule):
     Attributes:
         losses: The weighted values of the terms in the last training step.
         own_terms: Names of the terms that are the method's own, without ``extra_terms``.
+        private: What makes the training differentially private, ``None`` where nothing does.
 
     Raises:
         CutError: A term reads an output that its network lacks.
@@ -101,16 +105,13 @@ class Task(MeasuredModule):
         self.terms = nn.ModuleDict({child_name(name): term for name, term in named.items()})
         self.others = asked_for(others or {}, list(named.values()), network)
         self.asked = asked_outputs(named.values())
-        self.save_hyperparameters(
-            {
-                "seed": training.seed,
-                "lr_scales": dict(training.lr_scales),
-                "layer_decay": training.layer_decay,
-                "decay_norms_and_biases": training.decay_norms_and_biases,
-            },
-            logger=False,
-        )
+        rates = {"lr_scales": dict(training.lr_scales), "layer_decay": training.layer_decay}
+        decays = {"decay_norms_and_biases": training.decay_norms_and_biases}
+        self.save_hyperparameters({"seed": training.seed} | rates | decays, logger=False)
         freeze(network, frozen_modules(network, learning.parts), self.terms, learning.terms)
+        self.private = None if training.dp is None else PrivateTraining(training.dp)
+        if self.private is not None:
+            check_parts(network, learning.parts, {name: named[name] for name in learning.terms}, training.compile)
         prepare([network, *(cast(StagedNetwork, frozen.network) for frozen in self.others.values())], training)
 
     @classmethod
@@ -249,6 +250,8 @@ class Task(MeasuredModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the sum of the terms and log each of them."""
+        if not count_of(batch):  # as Poisson sampling may draw it: a step without a loss
+            return torch.stack([0.0 * weight.sum() for weight in self.parameters() if weight.requires_grad]).sum()
         losses = self.training_loss(batch)
         self.losses = {name: value.detach() for name, value in losses.items()}
         total = torch.stack(list(losses.values())).sum()
@@ -261,17 +264,13 @@ class Task(MeasuredModule):
         """Group trainable parameters by their rate and by whether they decay."""
         return parameter_groups(self.network, self.terms, self.settings)
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Bring along what makes the training private, if it is."""
+        return [] if self.private is None else [self.private]
+
     def configure_optimizers(self) -> Any:
         """Build the optimizer over what is trainable, and its scheduler."""
-        optimizer = self.settings.optimizer(self.parameter_groups())
-        if self.settings.scheduler is None:
-            return optimizer
-        scheduler = {
-            "scheduler": scheduler_of(self.settings.scheduler, optimizer, self.trainer),
-            "interval": self.settings.scheduler_interval,
-            "monitor": self.monitor,
-        }
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return optimizers_of(self.settings, self.parameter_groups(), self.trainer, self.monitor)
 
     def configure_gradient_clipping(
         self,
@@ -330,13 +329,11 @@ class Task(MeasuredModule):
 
     def frozen_digest(self) -> str:
         """Return the digest of all that stored outputs depend on."""
-        return caching.digest_of(self.stored(), self._networks(), self.trained_parts)
-
-    def _networks(self) -> dict[str, StagedNetwork]:
-        return {owner: self.network_of(owner) for owner in self.asked}
+        networks = {owner: self.network_of(owner) for owner in self.asked}
+        return caching.digest_of(self.stored(), networks, self.trained_parts)
 
     def _cache_frozen(self) -> None:
-        stored, networks = self.stored(), self._networks()
+        stored, networks = self.stored(), {owner: self.network_of(owner) for owner in self.asked}
         if not stored.outputs:
             return
         data: Any = getattr(self.trainer, "datamodule", None)

@@ -42,19 +42,29 @@ class InversionDecoder(nn.Module):
     def __init__(self, network: nn.Module, payloads: Tensor, mean_image: Tensor) -> None:
         super().__init__()
         self.network = network
-        payloads = payloads.float()
-        self.register_buffer("center", payloads.mean(0))
-        squares = (payloads - self.center).square().mean(0)
-        if squares.ndim == 3:
-            squares = squares.mean((1, 2), keepdim=True)
-        # What never changes says nothing, and is left at 0.
-        self.register_buffer("scale", torch.where(squares > 1e-12, squares.clamp_min(1e-12).rsqrt(), 0.0))
+        center, scale = standards(payloads)
+        self.register_buffer("center", center)
+        self.register_buffer("scale", scale)
         self.register_buffer("mean_image", mean_image.float())
 
     def forward(self, payloads: Tensor) -> Tensor:
         """Return the images that payloads were made of, as far as it knows."""
         images = self.mean_image + self.network((payloads.float() - self.center) * self.scale)
         return images if self.training else images.clamp(0, 1)
+
+
+def standards(payloads: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what centres payloads (N, ...) and what scales them: an element's mean, and 1 / deviation.
+
+    The deviation is that of an element's channel, or its own where there are no maps.
+    """
+    payloads = payloads.float()
+    center = payloads.mean(0)
+    squares = (payloads - center).square().mean(0)
+    if squares.ndim == 3:
+        squares = squares.mean((1, 2), keepdim=True)
+    # What never changes says nothing, and is left at 0.
+    return center, torch.where(squares > 1e-12, squares.clamp_min(1e-12).rsqrt(), 0.0)
 
 
 def inversion_decoder(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cleave.architectures.inserts.gaussian import make_gaussian
 from cleave.architectures.naming import whole_number
+from cleave.architectures.norms import norm_of
 
 MAP_LAYOUTS = ("NCHW", "NHWC")
 VECTOR_LAYOUTS = ("NLC", "NC")
@@ -73,10 +74,11 @@ def build_bottleneck(
     decoder_width: int | None = None,
     variance: str | float | None = None,
     sampled: bool = False,
+    norm: str = "batch",
 ) -> Coders:
     """Generate the encoder and decoder of a bottleneck.
 
-    The encoder is a chain of convolution, BatchNorm and ReLU that halves (or divides by a larger prime) the map until
+    The encoder is a chain of convolution, norm and ReLU that halves (or divides by a larger prime) the map until
     ``stride`` is reached, then ``depth`` convolutions there, then a projection to ``channels``. The decoder brings the
     representation to the size of the cut and refines it to the cut's channels, as in the bottlenecks of
     Matsubara et al. ("Neural Compression and Filtering for Edge-assisted Real-time Object Detection", 2020). Token
@@ -96,6 +98,7 @@ def build_bottleneck(
         decoder_width: Channels of the decoder's hidden layers, which the server runs; ``None`` takes ``width``.
         variance: ``learned`` or a number makes the encoder stochastic, see :func:`make_gaussian`.
         sampled: Whether a stochastic encoder's representation is drawn in inference too.
+        norm: ``batch``, or ``group`` for GroupNorm, which DP-SGD needs.
 
     Raises:
         ValueError: An argument is out of range, or does not apply at a cut of this layout.
@@ -106,10 +109,10 @@ def build_bottleneck(
     """
     _check(form, channels, stride, kernel, width, depth, decoder_width)
     if layout in VECTOR_LAYOUTS:
-        if (kernel, width, depth, decoder_width) != (3, 64, 1, None):
+        if (kernel, width, depth, decoder_width, norm) != (3, 64, 1, None, "batch"):
             raise ValueError(
-                f"kernel, width, depth and decoder_width have no meaning for {layout} features, which take "
-                f"a linear one; got {kernel}, {width}, {depth}, {decoder_width}: leave them out"
+                f"kernel, width, depth, decoder_width and norm have no meaning for {layout} features, which take "
+                f"a linear one; got {kernel}, {width}, {depth}, {decoder_width}, {norm}: leave them out"
             )
         return _stochastic(_linear(target, layout, form, channels, stride), variance, sampled)
     if layout not in MAP_LAYOUTS:
@@ -128,13 +131,13 @@ def build_bottleneck(
             f"stride={stride} exceeds the encoder's input of {in_rows}x{in_columns} pixels; "
             f"use at most {min(in_rows, in_columns)}"
         )
-    encoder = _encoder(in_channels, channels, stride, kernel, width, depth)
+    encoder = _encoder(in_channels, channels, stride, kernel, width, depth, norm)
     if last and inserted:
         encoder.insert(0, Permute(0, 3, 1, 2))
     shape = _shape_after(
         encoder, (rows, columns, features) if last and inserted else (in_channels, in_rows, in_columns)
     )
-    decoder = _decoder(channels, (rows, columns), shape[1:], features, kernel, decoder_width or width)
+    decoder = _decoder(channels, (rows, columns), shape[1:], features, kernel, decoder_width or width, norm)
     if last:
         decoder.append(Permute(0, 2, 3, 1))
     return _stochastic(Coders(encoder, decoder, shape), variance, sampled)
@@ -178,31 +181,31 @@ def _linear(target: tuple[int, ...], layout: str, form: str, channels: int, stri
     return Coders(nn.Linear(features, channels), nn.Linear(channels, features), (*target[:-1], channels))
 
 
-def conv_block(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-    """Return convolution, BatchNorm and ReLU."""
+def conv_block(inputs: int, outputs: int, kernel: int, stride: int = 1, norm: str = "batch") -> list[nn.Module]:
+    """Return convolution, norm and ReLU."""
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    return [convolution, norm_of(norm, outputs), nn.ReLU(inplace=True)]
 
 
-def _encoder(inputs: int, outputs: int, stride: int, kernel: int, width: int, depth: int) -> nn.Sequential:
+def _encoder(inputs: int, outputs: int, stride: int, kernel: int, width: int, depth: int, norm: str) -> nn.Sequential:
     layers: list[nn.Module] = []
     for factor in _prime_factors(stride):
         # A kernel narrower than its stride would skip pixels.
-        layers += conv_block(inputs, width, max(kernel, factor + 1 - factor % 2), factor)
+        layers += conv_block(inputs, width, max(kernel, factor + 1 - factor % 2), factor, norm)
         inputs = width
     for _ in range(depth):
-        layers += conv_block(inputs, width, kernel)
+        layers += conv_block(inputs, width, kernel, norm=norm)
         inputs = width
     return nn.Sequential(*layers, nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2))
 
 
 def _decoder(
-    inputs: int, size: tuple[int, int], coded: tuple[int, ...], outputs: int, kernel: int, width: int
+    inputs: int, size: tuple[int, int], coded: tuple[int, ...], outputs: int, kernel: int, width: int, norm: str
 ) -> nn.Sequential:
-    layers = conv_block(inputs, width, kernel)
+    layers = conv_block(inputs, width, kernel, norm=norm)
     if coded != size:
         layers.append(Resize(*size))
-    layers += conv_block(width, width, kernel)
+    layers += conv_block(width, width, kernel, norm=norm)
     return nn.Sequential(*layers, nn.Conv2d(width, outputs, kernel, padding=kernel // 2))
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from cleave.architectures.inserts.coders import MAP_LAYOUTS, VECTOR_LAYOUTS, Permute, conv_block
 from cleave.architectures.inserts.insert import IN, Half, Halves, Insert, Step
 from cleave.architectures.naming import whole_number
+from cleave.architectures.norms import norm_of
 
 POOLINGS = ("average", "max", "mix")
 
@@ -65,7 +66,7 @@ class ExitHead(Insert):
     """An early exit's classifier: reduce → hidden layers → pooling → linear layer.
 
     ``reduce`` has no parameters, so that of a frozen backbone its output can be computed once and stored. Convolutions
-    come with BatchNorm and ReLU; tokens and flat vectors take linear layers with GELU in their place, and a LayerNorm
+    come with a norm and ReLU; tokens and flat vectors take linear layers with GELU in their place, and a LayerNorm
     before the classifier, which their features lack inside a network.
 
     Args:
@@ -78,6 +79,7 @@ class ExitHead(Insert):
         convs: Hidden layers, 0 to 2.
         width: Their channels; ``None`` takes those of the feature.
         kernel: Odd kernel size of the convolutions.
+        norm: ``batch``, or ``group`` for GroupNorm, which DP-SGD needs.
         cascade: Whether the linear layer also reads the class probabilities of the exit before (B, classes), which
             learn nothing from it (Wołczyk et al. 2021, "Zero Time Waste", cascade connections).
 
@@ -109,10 +111,11 @@ class ExitHead(Insert):
         convs: int = 1,
         width: int | None = None,
         kernel: int = 3,
+        norm: str = "batch",
         cascade: bool = False,
     ) -> None:
         super().__init__()
-        _check(pooling, grid, size, convs, width, kernel)
+        _check(pooling, grid, size, convs, width, kernel, norm)
         self.cascade = cascade
         self.before: str | None = None
         vectors = layout in VECTOR_LAYOUTS
@@ -129,7 +132,7 @@ class ExitHead(Insert):
         hidden: list[nn.Module] = []
         for _ in range(convs):
             outputs = width or channels
-            hidden += _linear(channels, outputs) if vectors else conv_block(channels, outputs, kernel)
+            hidden += _linear(channels, outputs) if vectors else conv_block(channels, outputs, kernel, norm=norm)
             channels = outputs
         self.hidden = nn.Sequential(*hidden)
         rows, columns = shape[1:] if layout == "NCHW" else shape[:2] if layout == "NHWC" else (1, 1)
@@ -181,7 +184,8 @@ def _linear(inputs: int, outputs: int) -> list[nn.Module]:
     return [nn.Linear(inputs, outputs), nn.GELU()]
 
 
-def _check(pooling: str, grid: int, size: int | None, convs: int, width: int | None, kernel: int) -> None:
+def _check(pooling: str, grid: int, size: int | None, convs: int, width: int | None, kernel: int, norm: str) -> None:
+    norm_of(norm, 1)
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     for name, value, least in (("grid", grid, 1), ("size", size, 1), ("convs", convs, 0), ("width", width, 1)):

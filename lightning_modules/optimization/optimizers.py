@@ -107,6 +107,19 @@ def base_rate(optimizer: Callable[..., Optimizer]) -> float:
     return float(rate)
 
 
+def optimizers_of(settings: Training, groups: list[dict[str, Any]], trainer: pl.Trainer, monitor: str) -> Any:
+    """Return the optimizer over some groups, with its scheduler where there is one, as Lightning takes them."""
+    optimizer = settings.optimizer(groups)
+    if settings.scheduler is None:
+        return optimizer
+    scheduler = {
+        "scheduler": scheduler_of(settings.scheduler, optimizer, trainer),
+        "interval": settings.scheduler_interval,
+        "monitor": monitor,
+    }
+    return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
 def scheduler_of(factory: Callable[..., Any], optimizer: Optimizer, trainer: pl.Trainer) -> Any:
     """Build a scheduler; ``"total_steps"`` among its arguments becomes the optimizer steps of the run.
 

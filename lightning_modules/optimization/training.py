@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cleave.architectures import StagedNetwork
+from cleave.lightning_modules.private_training.settings import DPSGD
 
 Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.05)
@@ -39,6 +40,7 @@ class Training:
             tensor cores in half precision run faster.
         seed: Seed of the randomness inside a training step (dropout, drop-path, noise), which depends on
             (seed, epoch, batch, rank) alone, so that a resumed run repeats it.
+        dp: Differentially private training; ``None``: none.
 
     Raises:
         ValueError: ``scheduler_interval`` is unknown, a factor of ``lr_scales`` is not positive, or ``layer_decay``
@@ -55,6 +57,7 @@ class Training:
     compile: bool = False
     channels_last: bool = False
     seed: int = 0
+    dp: DPSGD | None = None
 
     def __post_init__(self) -> None:
         if self.scheduler_interval not in INTERVALS:

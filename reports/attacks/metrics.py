@@ -90,10 +90,22 @@ def intervals(figures: Mapping[str, Tensor], mean_mse: Tensor, resamples: int, s
     names = [*figures, "mean"]
     values = torch.stack([*(figures[name].double().cpu() for name in figures), mean_mse.double().cpu()])
     drawn = resampled_means(values, resamples, seed)
-    found = {name: _interval(values[i].mean(), drawn[i]) for i, name in enumerate(names[:-1])}
+    found = {name: interval(values[i].mean(), drawn[i]) for i, name in enumerate(names[:-1])}
     place = names.index("mse")
     ratio = values[place].mean() / values[-1].mean()
-    return found | {"explained": _interval(1 - ratio, 1 - drawn[place] / drawn[-1])}
+    return found | {"explained": interval(1 - ratio, 1 - drawn[place] / drawn[-1])}
+
+
+def mean_interval(values: Tensor, resamples: int, seed: int = 0) -> Interval:
+    """Return the mean of values (N,) with its interval.
+
+    Raises:
+        ValueError: There are none, or ``resamples`` is below 1.
+    """
+    if resamples < 1 or not len(values):
+        raise ValueError(f"an interval needs values and resamples, got {len(values)} and {resamples}")
+    values = values.double().cpu()
+    return interval(values.mean(), resampled_means(values[None], resamples, seed)[0])
 
 
 def resampled_means(values: Tensor, resamples: int, seed: int) -> Tensor:
@@ -106,6 +118,7 @@ def resampled_means(values: Tensor, resamples: int, seed: int) -> Tensor:
     return torch.stack(means, 1)
 
 
-def _interval(value: Tensor, drawn: Tensor) -> Interval:
+def interval(value: Tensor, drawn: Tensor) -> Interval:
+    """Return a figure with the middle 95 % of what it was of resampled images."""
     low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
     return Interval(value.item(), low, high)

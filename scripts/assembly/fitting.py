@@ -169,6 +169,8 @@ def say_verdicts(task: Task) -> None:
     for name, term in task.named_terms():
         if (verdict := getattr(term.loss, "verdict", None)) is not None:
             say(f"Term {name}: {verdict}")
+    if task.private is not None:
+        say(f"DP-SGD: {task.private.verdict}. Of this training alone: what a base or teacher learned is not covered")
 
 
 def only_tested(planned: Fit) -> Fitted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -74,6 +75,8 @@ def finish(
         epochs=total(each.epochs for each in fitted),
         seconds=total(each.seconds for each in fitted),
     )
+    if (epsilon := outcome.metrics.get("train/epsilon")) is not None:
+        run = dataclasses.replace(run, words=(*run.words, f"DP-SGD of ε = {float(epsilon):.3g}"))
     if found := measured_points(run, outcome.measured, parts.network):
         file = Path(cfg.paths.output_dir) / RESULTS
         write_results(file, found, found[0].kind, path)

@@ -59,7 +59,7 @@ def all_steps(cfg: DictConfig) -> list[Step]:
     """Return the steps of a run.
 
     Raises:
-        ValueError: A recipe has no step, or a step's name or setting is unknown.
+        ValueError: A recipe has no step, a step's name or setting is unknown, or several are to be private.
     """
     if cfg.get("steps") is None:
         if cfg.get("method") is None or "_target_" not in cfg.method:
@@ -70,7 +70,13 @@ def all_steps(cfg: DictConfig) -> list[Step]:
             f"steps={cfg.steps} names no step; use a recipe such as experiment=bottlefit, or add one or more by "
             "+method@steps.NAME.method=knowledge_distillation"
         )
-    return [Step(name, step_config(cfg, name), None) for name in map(str, cfg.steps)]
+    steps = [Step(name, step_config(cfg, name), None) for name in map(str, cfg.steps)]
+    if len(steps) > 1 and any(step.config.training.get("dp") for step in steps):
+        raise ValueError(
+            f"training.dp keeps account of one training, and the recipe {', '.join(map(str, cfg.steps))} trains on the "
+            "same images several times; train what must be private in one run, base.ckpt_path=FILE for what came before"
+        )
+    return steps
 
 
 def steps_to_go(cfg: DictConfig, steps: list[Step], checkpoint: Mapping[str, Any] | None) -> list[Step]:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cleave.architectures.norms import norm_of
+
 
 class SubsampleShortcut(nn.Module):
     """Option-A shortcut: every second row and column, with zero channels padded evenly before and after.
@@ -25,15 +27,15 @@ class SubsampleShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch normalisation beside a shortcut: ``relu(F(x) + shortcut(x))``."""
+    """Two 3×3 convolutions with a norm behind each beside a shortcut: ``relu(F(x) + shortcut(x))``."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: str) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = norm_of(norm, channels)
         self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = norm_of(norm, channels)
         self.shortcut = SubsampleShortcut(channels - in_channels) if stride != 1 else nn.Identity()
         self.relu2 = nn.ReLU()
 
@@ -54,26 +56,27 @@ class CifarResNet(nn.Module):
         depth: Weighted layers: 6n + 2 with n blocks a stage, such as 20, 32, 44, 56 or 110.
         num_classes: Size of the output.
         in_channels: Channels of the input image.
+        norm: ``batch``, or ``group`` for GroupNorm under the same names, which DP-SGD needs.
 
     Raises:
-        ValueError: ``depth`` is not 6n + 2.
+        ValueError: ``depth`` is not 6n + 2, or there is no such norm.
 
     Example:
         >>> CifarResNet(20)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
 
-    def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3, norm: str = "batch") -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6 != 0:
             raise ValueError(f"depth must be 6n + 2 (8, 14, 20, 26, 32, …), got {depth}")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.bn1 = norm_of(norm, 16)
         self.relu = nn.ReLU()
-        self.layer1 = self._stage(16, 16, blocks, stride=1)
-        self.layer2 = self._stage(16, 32, blocks, stride=2)
-        self.layer3 = self._stage(32, 64, blocks, stride=2)
+        self.layer1 = self._stage(16, 16, blocks, 1, norm)
+        self.layer2 = self._stage(16, 32, blocks, 2, norm)
+        self.layer3 = self._stage(32, 64, blocks, 2, norm)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(64, num_classes)
         for module in self.modules():
@@ -81,9 +84,9 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     @staticmethod
-    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(in_channels, channels, stride)
-        return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+    def _stage(in_channels: int, channels: int, blocks: int, stride: int, norm: str) -> nn.Sequential:
+        first = BasicBlock(in_channels, channels, stride, norm)
+        return nn.Sequential(first, *(BasicBlock(channels, channels, 1, norm) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images (B, in_channels, H, W) to logits (B, num_classes)."""

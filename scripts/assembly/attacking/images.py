@@ -39,13 +39,8 @@ def images_of(cfg: DictConfig, settings: dict[str, Any], victim: Victim) -> Atta
     Raises:
         ValueError: There are no images, or some are both target and known to the adversary or the network.
     """
-    own = own_images(cfg, victim)
+    own = own_data(cfg, victim)
     known = victim.data or own
-    if own is None or known is None:
-        raise ValueError(
-            f"bundle={victim.name} does not say which images it was trained on, so there is nothing to attack with; "
-            f"give {_OWN}=GROUP: its test images are then the targets"
-        )
     for data in dict.fromkeys([own, known]):
         data.prepare_data()
     limit = settings["attack"]["images"] or EVERY
@@ -56,14 +51,24 @@ def images_of(cfg: DictConfig, settings: dict[str, Any], victim: Victim) -> Atta
         )
     targets = known.sample_batch("test", settings["targets"]["images"] or EVERY)["images"]
     where = _OWN if victim.data is not None and own is not victim.data else "data"
-    return _disjoint(train, val, targets, known, where, settings["targets"]["leave_out_seen"])
+    fresh = unseen(train, val, targets, known, where, settings["targets"]["leave_out_seen"])
+    return AttackImages(train, val, targets[fresh], len(targets) - len(fresh))
 
 
-def own_images(cfg: DictConfig, victim: Victim) -> ImageDataModule | None:
-    """Return the data of the adversary, in the input of the network; the network's where it has no other."""
+def own_data(cfg: DictConfig, victim: Victim) -> ImageDataModule:
+    """Return the data of the adversary, in the input of the network; the network's where it has no other.
+
+    Raises:
+        ValueError: There are none, or they make another input.
+    """
     described = cfg.attack.get("data")
-    if described is None:
+    if described is None and victim.data is not None:
         return victim.data
+    if described is None:
+        raise ValueError(
+            f"bundle={victim.name} does not say which images it was trained on, so there is nothing to attack with; "
+            f"give {_OWN}=GROUP: its test images are then the targets"
+        )
     data: ImageDataModule = instantiate(described)
     data.configure_input(victim.image_input)
     if data.input != victim.image_input:
@@ -74,10 +79,14 @@ def own_images(cfg: DictConfig, victim: Victim) -> ImageDataModule | None:
     return data
 
 
-def _disjoint(
+def unseen(
     train: Tensor, val: Tensor, targets: Tensor, known: ImageDataModule, where: str, leave_out: bool
-) -> AttackImages:
-    """Refuse targets that somebody has seen, or leave them out."""
+) -> list[int]:
+    """Return which targets nobody has seen.
+
+    Raises:
+        ValueError: Somebody has seen some, and they are not to be left out; or none is left.
+    """
     digests = contents(targets)
     attackers, networks = {*contents(train), *contents(val)}, contents_of(known, "train")
     by = {"the adversary's": attackers, "the network's training": networks}
@@ -93,4 +102,4 @@ def _disjoint(
         raise ValueError(f"{where}: every target was seen in training, so none is left; give other images")
     if left_out := len(digests) - len(fresh):
         say(f"{left_out:,} of {len(digests):,} targets left out: they were seen in training")
-    return AttackImages(train, val, targets[fresh], left_out)
+    return fresh

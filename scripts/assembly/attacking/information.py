@@ -49,7 +49,8 @@ def _above(victim: Victim, targets: Tensor, bootstrap: dict[str, int]) -> list[B
     if (rate := network.rate(targets)) is not None:
         found.append(bound_of("rate_bits", "mean rate under the learned prior", ABOVE, rate, **bootstrap))
     if (divergence := network.divergence(targets)) is not None:
-        name, drawn = "mean KL from a standard normal", "of z as training draws it; the device sends its mean"
+        name = "mean KL from a standard normal"
+        drawn = None if network.bottleneck.sampled else "of z as training draws it; the device sends its mean"
         found.append(bound_of("kl_bits", name, ABOVE, divergence / math.log(2), holds_of=drawn, **bootstrap))
     return found
 

@@ -11,7 +11,7 @@ from cleave.deployment.bundle.canonical_json import dump, parse
 from cleave.lightning_modules.checkpoints.loading import file_sha256
 from cleave.planning import RecordFolder, write_whole
 from cleave.reports.frontier.points import FrontierPoint
-from cleave.scripts.assembly.attacking.images import own_images
+from cleave.scripts.assembly.attacking.images import own_data
 from cleave.scripts.assembly.attacking.victim import Victim
 from cleave.scripts.assembly.building import plain
 from cleave.scripts.assembly.frontier.grid import GridPoint, attack_config, run_config
@@ -70,8 +70,7 @@ def shared(cfg: DictConfig, points: list[GridPoint], victim: Victim) -> dict[str
     judge = kept["judge"]
     kept["judge"] = {"layer": judge["layer"], "file": judge["ckpt_path"] and file_sha256(judge["ckpt_path"])}
     if kept["attack"].get("data"):
-        own = own_images(cfg, victim)
-        assert own is not None
+        own = own_data(cfg, victim)
         digests = image_digests(own, ("train", "val"))
         kept["attack"] = {**kept["attack"], "data": {**plain_data(kept["attack"]["data"]), "images": digests}}
     told = identity(base, victim.data, splits=("train", "val", "test"))

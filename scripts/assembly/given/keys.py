@@ -16,7 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 OPEN = ("inserts", "steps", "callbacks", "logger", "hydra", "bottleneck.at", "codec.at", "exits.policy")
 """Groups whose keys are the user's own; what has a ``_target_`` says by itself which arguments it takes."""
-CHECKED_ELSEWHERE = dict.fromkeys(("attack", "evaluate", "export", "exits_report", "image_codecs"), ("data",))
+CHECKED_ELSEWHERE = dict.fromkeys(
+    ("attack", "attribute_inference", "evaluate", "export", "exits_report", "image_codecs", "membership_inference"),
+    ("data",),
+)
 """Groups that stand for those of a checkpoint, which alone knows their keys."""
 _UNKNOWN = re.compile(r"Could not override '([^']+)'|Key '([^']+)' is not in struct")
 

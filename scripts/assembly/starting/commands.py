@@ -13,6 +13,7 @@ def run(name: str) -> None:
 
 
 attack = functools.partial(run, "attack")
+attribute_inference = functools.partial(run, "attribute_inference")
 compare = functools.partial(run, "compare")
 cut_points = functools.partial(run, "cut_points")
 demo = functools.partial(run, "demo")
@@ -21,6 +22,7 @@ exits_report = functools.partial(run, "exits_report")
 export = functools.partial(run, "export")
 image_codecs = functools.partial(run, "image_codecs")
 infer = functools.partial(run, "infer")
+membership_inference = functools.partial(run, "membership_inference")
 privacy_frontier = functools.partial(run, "privacy_frontier")
 search_paths = functools.partial(run, "search_paths")
 train = functools.partial(run, "train")

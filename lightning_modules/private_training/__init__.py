@@ -1,0 +1,1 @@
+"""Differentially private training: what a step adds of each sample is clipped, and noise is added to the sum."""
