@@ -29,7 +29,10 @@ train = functools.partial(run_until, "train", done="results.json")
 attack = functools.partial(run_until, "attack", done="attack.json")
 
 NOPEEK = ["privacy=nopeek", "method.extra_terms.nopeek.weight={}"]
-RESSFL = ["privacy=ressfl", "method.extra_terms.attacker.loss.strength={}"]
+# Without restarts: in so few epochs a decoder that begins anew never learns enough to teach the encoder.
+RESSFL = [
+    "privacy=ressfl", "method.extra_terms.attacker.loss.strength={}", "method.extra_terms.attacker.loss.restarts=0",
+]  # fmt: skip
 CLOAK = ["privacy=cloak", "method.extra_terms.noise.weight={}"]
 SHREDDER = ["privacy=shredder", "method.extra_terms.noise.weight={}"]
 
@@ -43,6 +46,7 @@ ROWS: dict[str, list[str]] = {
     BASE: [],
     "ResSFL, λ = 3": _with(RESSFL, 3),
     "ResSFL, λ = 10": _with(RESSFL, 10),
+    "ResSFL, λ = 30": _with(RESSFL, 30),
     "NoPeek, λ = 3": _with(NOPEEK, 3),
     "2 channels": ["bottleneck.channels=2"],
     "2 bits": ["codec.bits=2"],
@@ -52,7 +56,7 @@ ROWS: dict[str, list[str]] = {
     "Shredder, λ = 0.001": _with(SHREDDER, 1e-3),
     "constrained": [
         "privacy=constrained", "method.extra_terms.bound.loss.threshold=0.6",
-        "method.extra_terms.attacker.loss.strength=10",
+        "method.extra_terms.attacker.loss.strength=10", "method.extra_terms.attacker.loss.restarts=0",
     ],
     "2 bits, ResSFL, λ = 3": ["codec.bits=2", *_with(RESSFL, 3)],
     "NoPeek, λ = 10": _with(NOPEEK, 10),
@@ -121,8 +125,8 @@ def defended(folder: Path, name: str, teacher: Path, common: list[str], args: ar
 def judged(run: Path, checkpoint: Path, args: argparse.Namespace, seed: int) -> None:
     attack(
         run / "attack", args.threads, f"ckpt_path={checkpoint}", f"attack.images={args.attack_images}",
-        f"attack.epochs={args.attack_epochs}", "attack.strengths=[small]", "attack.releases=[1]",
-        "white_box.use=false", "controls=[]", f"seed={seed}", "data.num_workers=0",
+        f"attack.epochs={args.attack_epochs}", "attack.families=[linear,residual]", "attack.strengths=[small]",
+        "attack.releases=[1]", "white_box.use=false", "controls=[]", "information.epochs=1", f"seed={seed}", "data.num_workers=0",
     )  # fmt: skip
 
 

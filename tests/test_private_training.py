@@ -341,8 +341,10 @@ def test_batchnorm_that_would_train_is_refused_by_name(kind):
 
 
 def test_noise_that_follows_training_images_priors_and_compiled_layers_are_refused():
-    from cleave.architectures import GaussianMechanism, entropy_codec
+    from cleave.architectures import Cloak, GaussianMechanism, entropy_codec
 
+    with pytest.raises(ValueError, match=r"trains no noise or mask that is learned, which stem has"):
+        private(split(noise=Cloak()))
     with pytest.raises(ValueError, match=r"noise at stem follows the norms of training images.*noise\.bound a number"):
         private(split(noise=GaussianMechanism(epsilon=10)))
     with pytest.raises(ValueError, match=r"no learned prior, which stem has; take codec=uniform"):

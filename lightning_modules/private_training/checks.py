@@ -62,7 +62,8 @@ def check_parts(network: StagedNetwork, parts: Sequence[str], terms: Mapping[str
                 f"the noise at {cut} follows the norms of training images, which DP-SGD would not cover; give "
                 "noise.bound a number"
             )
-        if bottleneck.noise is not None and f"noise/{cut}" in parts and any(True for _ in bottleneck.noise.parameters()):
+        noise = [] if bottleneck.noise is None else list(bottleneck.noise.parameters())
+        if noise and f"noise/{cut}" in parts:
             raise ValueError(f"DP-SGD trains no noise or mask that is learned, which {cut} has; freeze or leave it out")
     for name, term in terms.items():
         if any(weight.requires_grad for weight in term.parameters()):
