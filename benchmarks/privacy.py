@@ -126,7 +126,8 @@ def judged(run: Path, checkpoint: Path, args: argparse.Namespace, seed: int) -> 
     attack(
         run / "attack", args.threads, f"ckpt_path={checkpoint}", f"attack.images={args.attack_images}",
         f"attack.epochs={args.attack_epochs}", "attack.families=[linear,residual]", "attack.strengths=[small]",
-        "attack.releases=[1]", "white_box.use=false", "controls=[]", "information.epochs=1", f"seed={seed}", "data.num_workers=0",
+        "attack.releases=[1]", "white_box.use=false", "controls=[]", "information.epochs=1",
+        f"seed={seed}", "data.num_workers=0",
     )  # fmt: skip
 
 
