@@ -218,7 +218,10 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
             self.drop_features()
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Normalise a batch on its device, in the trainer's precision, to which cached features are brought as well."""
+        """Normalise a batch on its device, in the trainer's precision, to which cached features are brought as well.
+
+        The uint8 images stay beside the normalised ones, as ``pixels``.
+        """
         batch = self._normalized(batch)
         labels = batch.get("labels")
         if isinstance(labels, Tensor) and labels.is_floating_point():  # shares of classes: double where the rest is
@@ -279,7 +282,8 @@ class ImageDataModule(ImageSplits, pl.LightningDataModule):
     def _normalized(self, batch: Batch) -> Batch:
         if "images" not in batch:
             return dict(batch)
-        return {**batch, "images": self._in_precision(self.input.normalize(batch["images"]))}
+        pixels = batch["images"]
+        return {**batch, "images": self._in_precision(self.input.normalize(pixels)), "pixels": pixels}
 
     def _in_precision(self, values: Tensor) -> Tensor:
         return values if self.trainer is None else self.trainer.precision_plugin.convert_input(values)

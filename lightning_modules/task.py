@@ -32,7 +32,7 @@ from cleave.lightning_modules.optimization.optimizers import check_rates, clip_a
 from cleave.lightning_modules.optimization.training import DEFAULT, Training, prepare
 from cleave.lightning_modules.private_training.checks import check_parts, count_of
 from cleave.lightning_modules.private_training.training import PrivateTraining
-from cleave.lightning_modules.term import PROGRESS, STUDENT, TEACHER, Term, asked_outputs, take_over, together
+from cleave.lightning_modules.term import PIXELS, PROGRESS, STUDENT, TEACHER, Term, asked_outputs, take_over, together
 
 
 class Task(MeasuredModule):
@@ -316,7 +316,8 @@ class Task(MeasuredModule):
         Raises:
             ValueError: Nothing frozen stands before what is trained.
         """
-        stored = caching.what_is_stored(self.network, self.trained_parts, self.asked, self._reads(self.reads))
+        inputs = self._reads(self.reads) or self._reads(PIXELS)
+        stored = caching.what_is_stored(self.network, self.trained_parts, self.asked, inputs)
         if not stored.outputs:
             method = f"{type(self).__name__} with train={list(self.trained_parts)}"
             fix = "freeze what comes first, or leave the cache out"

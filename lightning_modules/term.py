@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cleave.architectures import StagedNetwork
 
 STUDENT, TEACHER, PROGRESS = "student", "teacher", "progress"
+PIXELS = "pixels"
 
 
 class Term(nn.Module):
@@ -19,7 +20,8 @@ class Term(nn.Module):
 
     The names stand in the order of the loss's arguments:
 
-    - ``images``, ``labels`` or any other part of the batch;
+    - ``images`` as the network takes them, normalised; ``pixels``, the same as uint8; ``labels`` or any other part of
+      the batch;
     - ``progress``, how much of the training has passed, a float from 0 to 1;
     - ``student/NAME``, an output of the network that is trained; ``teacher/NAME`` of the teacher, ``OTHER/NAME`` of any
       other frozen network;
@@ -83,7 +85,7 @@ class Term(nn.Module):
             if whose == owner and (members := network.group(output)) != (output,):
                 self._groups[name] = tuple(f"{owner}/{member}" for member in members)
         if owner == STUDENT and hasattr(self.loss, "build"):
-            shapes = {"images": network.input_shape}
+            shapes = {"images": network.input_shape, PIXELS: network.input_shape}
             shapes |= {f"{STUDENT}/{name}": shape for name, shape in network.shapes.items()}
             self.loss.build([shapes.get(name) if isinstance(name, str) else None for name in self.of])  # type: ignore[operator]
         if owner == STUDENT and hasattr(self.loss, "bind"):

@@ -154,7 +154,8 @@ def test_lightnings_epoch_reaches_the_sampler() -> None:
     network, module = Recorder(), Digits(batch_size=400)
     pl.Trainer(max_epochs=2, limit_val_batches=0, **QUIET).fit(network, datamodule=module)
     module.trainer = None
-    expected = [b | {"images": module.input.normalize(b["images"])} for e in (0, 1) for b in batches(module, e)]
+    before = [b for e in (0, 1) for b in batches(module, e)]
+    expected = [b | {"images": module.input.normalize(b["images"]), "pixels": b["images"]} for b in before]
     assert equal(network.batches["train"], expected)
 
 

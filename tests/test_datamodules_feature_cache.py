@@ -625,7 +625,7 @@ def fit(root: Path, resume: Path | None = None, workers: int = 0, **options: Any
 def test_a_run_resumed_inside_an_epoch_sees_the_same_features(tmp_path: Path, workers: int) -> None:
     whole = fit(tmp_path)
     assert len(whole.seen) == 3 * 5
-    assert whole.names == {"images", "labels"}
+    assert whole.names == {"images", "labels", "pixels"}
     assert [content for epoch, _, content in whole.seen if epoch == 0] != [c for e, _, c in whole.seen if e == 2]
     for step in (2, 4, 7):
         resumed = fit(tmp_path, tmp_path / f"checkpoints/step={step}.ckpt", workers)

@@ -123,7 +123,7 @@ def task_of(strength=None, **terms):
     )
     if strength is not None:
         loss = AdversarialReconstructionLoss({"linear": linear, "deep": deep}, strength=strength)
-        terms["attacker"] = Term(loss, of=["images", "student/layer1/z"])
+        terms["attacker"] = Term(loss, of=["pixels", "student/layer1/z"])
     training = Training(optimizer=functools.partial(torch.optim.Adam, lr=1e-3))
     return CrossEntropy(network, loss=nn.CrossEntropyLoss(), extra_terms=terms, training=training)
 
@@ -138,6 +138,32 @@ def test_without_strength_the_network_learns_what_it_learns_without_the_term():
     alone, watched, fought = (fitted(task_of(strength)).network.state_dict() for strength in (None, 0.0, 50.0))
     assert all(torch.equal(value, watched[name]) for name, value in alone.items())
     assert not all(torch.equal(value, fought[name]) for name, value in alone.items())
+
+
+def test_the_attackers_restore_the_images_as_the_device_takes_them_and_nothing_else():
+    """Before they have learned anything, decoders that begin at 0 are wrong by the images' own mean square."""
+    from cleave.architectures import decoder
+
+    data, task = Digits(image_size=8, batch_size=16), task_of()
+    loss = AdversarialReconstructionLoss({"conv": functools.partial(decoder, family="conv")})
+    task = CrossEntropy(
+        task.network,
+        loss=nn.CrossEntropyLoss(),
+        extra_terms={"attacker": Term(loss, of=["pixels", "student/layer1/z"])},
+        training=Training(optimizer=functools.partial(torch.optim.SGD, lr=0.0)),
+    )
+    seen = []
+    task.on_train_batch_end = lambda outputs, batch, batch_idx: seen.append(
+        (float(task.losses["attacker/conv"]), float((batch["pixels"].double() / 255).square().mean()))
+    )
+    quiet_trainer(max_steps=2, limit_val_batches=0).fit(task, datamodule=data)
+    assert [each for each, _ in seen] == pytest.approx([own for _, own in seen], rel=1e-5)
+    assert min(own for _, own in seen) > 0.05
+
+
+def test_what_is_normalised_is_refused():
+    with pytest.raises(ValueError, match=r"images of uint8, from 0 to 255, got torch\.float32; read pixels"):
+        loss_of()(torch.zeros(2, *IMAGE), torch.zeros(2, *Z))
 
 
 def test_the_attackers_learn():

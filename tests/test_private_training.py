@@ -387,7 +387,7 @@ def test_terms_that_learn_or_remember_are_refused():
 
     adversary = AdversarialReconstructionLoss({"one": decoder})
     with pytest.raises(ValueError, match=r"the term 'foe' has parameters of its own"):
-        private(split(), {"ce": cross_entropy(), "foe": Term(adversary, of=["images", "student/stem/z"])})
+        private(split(), {"ce": cross_entropy(), "foe": Term(adversary, of=["pixels", "student/stem/z"])})
     bound = Term(BoundedLoss(nn.CrossEntropyLoss(), threshold=0.5), of=["student/logits", "labels"])
     with pytest.raises(ValueError, match=r"the term 'bound' keeps what it measures of training images in loss\."):
         fitted(private(network(), {"bound": bound}), max_steps=1)

@@ -1,5 +1,6 @@
 """Privacy from the command line: a term or noise over any objective, from training to a bundle."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -67,6 +68,9 @@ def test_attackers_and_bounds_go_over_any_objective(overrides, terms, tmp_path, 
     trained(tmp_path, teacher_file, *overrides, *logged)
     (file,) = tmp_path.rglob("metrics.csv")
     assert {f"train/{term}" for term in terms} <= set(file.read_text().splitlines()[0].split(","))
+    with file.open() as opened:
+        first = next(row for row in csv.DictReader(opened) if row.get("train/attacker/conv"))
+    assert float(first["train/attacker/conv"]) > 0.05  # of images from 0 to 1, and decoders that know nothing
     state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     weights = {name for name in state if name.startswith("terms.attacker.loss.decoders.")}
     assert weights

@@ -41,13 +41,14 @@ class AdversarialReconstructionLoss(nn.Module):
         seed: Of the initial weights of the decoders: they draw nothing from torch's global generator.
 
     Shape:
-        - images: (B, C, H, W), 0 to 255.
+        - images: uint8 (B, C, H, W), the ``pixels`` of a batch.
         - representation: (B, ...).
         - progress: a float from 0 to 1, where there are restarts.
         - output: a scalar by decoder, in squared units of an image from 0 to 1, or 1 − SSIM.
 
     Raises:
-        ValueError: An argument is out of its range, a decoder does not give images, or the loss was never built.
+        ValueError: An argument is out of its range, a decoder gives no images, the images are no uint8, or the loss was
+            never built.
 
     Example:
         >>> def linear(z, image):
@@ -55,7 +56,7 @@ class AdversarialReconstructionLoss(nn.Module):
         ...     return nn.Sequential(nn.Flatten(), layer, nn.Unflatten(1, tuple(image)))
         >>> loss = AdversarialReconstructionLoss({"linear": linear}, strength=0.5)
         >>> loss.build([(3, 2, 2), (4,)])
-        >>> list(loss(torch.zeros(2, 3, 2, 2), torch.zeros(2, 4)))
+        >>> list(loss(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.zeros(2, 4)))
         ['linear']
     """
 
@@ -121,6 +122,11 @@ class AdversarialReconstructionLoss(nn.Module):
         """Return the loss of each decoder, by name."""
         if not self.decoders:
             raise ValueError("the decoders are not built yet: call build with the shapes of an image and of z")
+        if images.dtype != torch.uint8:
+            raise ValueError(
+                f"the decoders restore images of uint8, from 0 to 255, got {images.dtype}; read pixels, not images: "
+                "of=[pixels, student/LAYER/z]"
+            )
         if self.restarts and self.training:
             self._restart(progress)
         targets = images.detach().to(torch.float32) / 255
