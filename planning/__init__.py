@@ -20,6 +20,8 @@ from cleave.planning.exit_statistics import (
     measure,
     overthinking,
 )
+from cleave.planning.graphs.closed_sets import TooManySetsError, closed_sets
+from cleave.planning.graphs.layer_graph import Layer, LayerGraph, Value, graph_digest, layer_graph
 from cleave.planning.paths.candidates import candidate_paths, path_counts, path_features
 from cleave.planning.paths.prediction import GaussianProcess
 from cleave.planning.paths.problem import (
@@ -50,15 +52,40 @@ from cleave.planning.paths.times import (
     read_block_times,
     write_block_times,
 )
+from cleave.planning.planners.dads import dads_heavy, dads_light
+from cleave.planning.planners.every import PLANNERS, Planner, every_plan
+from cleave.planning.planners.jps import jps
+from cleave.planning.planners.local import local
+from cleave.planning.planners.neurosurgeon import neurosurgeon
+from cleave.planning.planners.optimum import optima, optimum
+from cleave.planning.planners.options import PlanOptions
+from cleave.planning.planners.pareto import pareto
+from cleave.planning.planners.plan import Plan, Sent, Stages, write_plan
+from cleave.planning.planners.server import server
+from cleave.planning.profiles.link import Link, RateTrace, read_trace
+from cleave.planning.profiles.machine import Machine, Power
+from cleave.planning.profiles.profile import Profile, read_profile, write_profile
+from cleave.planning.profiles.roofline import roofline
+from cleave.planning.simulation.arrivals import every, poisson, read_arrivals
+from cleave.planning.simulation.flow_shop import completions, johnson_order, makespan
+from cleave.planning.simulation.report import Simulation, Span
+from cleave.planning.simulation.simulate import simulate
+from cleave.planning.simulation.work import Operation, Task, Work, plan_work, stage_work
 from cleave.planning.temperature import fit_temperatures
 
 __all__ = [
+    "PLANNERS",
     "BlockTimes",
     "Calibrated",
     "CurvePoint",
     "Excess",
     "GaussianProcess",
+    "Layer",
+    "LayerGraph",
+    "Link",
     "Logistic",
+    "Machine",
+    "Operation",
     "Overthinking",
     "PathCost",
     "PathLoad",
@@ -68,30 +95,60 @@ __all__ = [
     "PathReward",
     "PathValue",
     "Placement",
+    "Plan",
+    "PlanOptions",
+    "Planner",
+    "Power",
+    "Profile",
+    "RateTrace",
     "SearchFolder",
     "SearchResult",
     "SearchSettings",
+    "Sent",
+    "Simulation",
+    "Span",
+    "Stages",
+    "Task",
     "Throughput",
+    "TooManySetsError",
     "TrainedPath",
+    "Value",
+    "Work",
     "accuracy_at",
     "budgeted_batch",
     "calibrate_accuracy_drop",
     "calibrate_budget",
     "calibration_error",
     "candidate_paths",
+    "closed_sets",
+    "completions",
     "cost_curve",
     "cost_value",
     "crossings",
+    "dads_heavy",
+    "dads_light",
+    "every",
+    "every_plan",
     "exhaustive_search",
     "exit_accuracy",
     "exit_bits",
     "expected_excess",
     "fit_ensemble",
     "fit_temperatures",
+    "graph_digest",
+    "johnson_order",
+    "jps",
+    "layer_graph",
+    "local",
+    "makespan",
     "measure",
     "measure_chain",
+    "neurosurgeon",
+    "optima",
+    "optimum",
     "original_throughput",
     "overthinking",
+    "pareto",
     "path_counts",
     "path_features",
     "path_loads",
@@ -99,11 +156,22 @@ __all__ = [
     "path_problem",
     "path_throughput",
     "place_exits",
+    "plan_work",
+    "poisson",
     "printed_algorithm",
     "random_search",
+    "read_arrivals",
     "read_block_times",
+    "read_profile",
+    "read_trace",
     "reward_value",
+    "roofline",
     "search_paths",
+    "server",
+    "simulate",
+    "stage_work",
     "worse_than_exits",
     "write_block_times",
+    "write_plan",
+    "write_profile",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
@@ -29,6 +30,10 @@ class GraphNode:
         bytes: Bytes of its value for one sample in float32; 0 where it is no tensor.
         macs: Its own multiply-accumulates for one sample.
         params: Its own parameters; shared ones count where they are used first.
+        kind: What it is: the class of a layer (``Conv2d``) or the name of an operation (``add``).
+        crosses: How its value gets from one part to another: ``tensor``, it is sent; ``folded``, each part has it
+            without (a number that follows from the input's size, or the batch size); ``never``, it is a tuple, a list
+            or a whole shape, which is neither, so that what reads it runs in the same part.
     """
 
     name: str
@@ -37,6 +42,8 @@ class GraphNode:
     bytes: int
     macs: int
     params: int
+    kind: str = ""
+    crosses: Literal["tensor", "folded", "never"] = "tensor"
 
 
 @dataclass(frozen=True)
@@ -46,15 +53,22 @@ class NodeGraph:
     Attributes:
         nodes: All nodes; every part of a partition is a set of their names.
         outputs: Names of the nodes that the backbone returns.
+        input_shape: Per-sample shape of the images.
     """
 
     nodes: tuple[GraphNode, ...]
     outputs: tuple[str, ...]
+    input_shape: tuple[int, ...] = ()
+
+    @property
+    def input_values(self) -> int:
+        """Numbers in one sample of the input; 0 where its shape is not known."""
+        return math.prod(self.input_shape) if self.input_shape else 0
 
     def edges(self) -> list[tuple[str, str, int]]:
-        """List (producer, consumer, bytes of one sample's value); the batch comes from ``input`` with 0 bytes."""
-        size = {node.name: node.bytes for node in self.nodes}
-        return [(source, node.name, size.get(source, 0)) for node in self.nodes for source in node.inputs]
+        """List (producer, consumer, bytes of one sample's value in float32); the images come from ``input``."""
+        size = {INPUT: 4 * self.input_values} | {node.name: node.bytes for node in self.nodes}
+        return [(source, node.name, size[source]) for node in self.nodes for source in node.inputs]
 
 
 class Partition(nn.Module):
@@ -119,11 +133,19 @@ def trace_graph(backbone: nn.Module, sample: Tensor, depth: int | None = None) -
     for node in _movable(traced):
         now = found[node]
         inputs = tuple(traced.names[source] for source in node.all_input_nodes if source not in traced.constant)
-        own = (now.macs - macs, now.params - params)
-        nodes.append(GraphNode(traced.names[node], inputs, now.shape, 4 * now.numel, *own))
+        own = (now.macs - macs, now.params - params, kind_of(backbone, node))
+        nodes.append(GraphNode(traced.names[node], inputs, now.shape, 4 * now.numel, *own, _crosses(traced, node, now)))
         macs, params = now.macs, now.params
     end = next(reversed(traced.graph.nodes))
-    return NodeGraph(tuple(nodes), tuple(traced.names[node] for node in end.all_input_nodes))
+    outputs = tuple(traced.names[node] for node in end.all_input_nodes)
+    return NodeGraph(tuple(nodes), outputs, tuple(sample.shape[1:]))
+
+
+def kind_of(backbone: nn.Module, node: fx.Node) -> str:
+    """Return the class of a node's layer, or the name of its operation."""
+    if node.op == "call_module":
+        return type(backbone.get_submodule(str(node.target))).__name__
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def partition(
@@ -169,6 +191,12 @@ def partition(
             reference.check(network, lambda x: network.run(x, isolated=True), training)
     follow_modes(network, backbone)
     return network
+
+
+def _crosses(traced: Trace, node: fx.Node, measured: Measurement) -> Literal["tensor", "folded", "never"]:
+    if measured.shape is not None:
+        return "tensor"
+    return "folded" if node in traced.folds else "never"
 
 
 def _movable(traced: Trace) -> list[fx.Node]:
