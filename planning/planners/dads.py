@@ -24,8 +24,8 @@ def dads_light(graph: LayerGraph, device: Profile, link: Link, server: Profile, 
     Inference Acceleration on the Edge", INFOCOM 2019, section IV (DSL). A value that several nodes read is sent once,
     the images are on the device, and no edge leads back from the server.
 
-    Limits: it is the optimum of the sum, one stage after the other; what is sent while the device still computes shortens
-    that.
+    Limits: it is the optimum of the sum, one stage after the other; what is sent while the device still computes
+    shortens that.
 
     Args:
         graph: The network, see :func:`layer_graph`.
@@ -48,8 +48,8 @@ def dads_heavy(graph: LayerGraph, device: Profile, link: Link, server: Profile, 
     .. math:: \min_S \max\{T_e(S), T_t(S), T_c(S)\} \quad\text{(NP-hard)}
 
     The paper's DSH promises at most three times the optimum. That is what the minimum cut of the sum keeps: with the
-    best S* of the maximum, max(S) ≤ sum(S) ≤ sum(S*) ≤ 3 max(S*). This is that cut, or one of its two ends, device-only and
-    server-only, where they are better; the proof is ours, as the paper gives the ratio and we had not its full text.
+    best S* of the maximum, max(S) ≤ sum(S) ≤ sum(S*) ≤ 3 max(S*). This is that cut, or device-only or server-only where
+    one of them is better. The abstract of INFOCOM 2019 states the ratio; the steps are ours.
 
     ``why`` tells the gap to the true optimum, where the closed sets can be enumerated.
     """

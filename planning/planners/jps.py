@@ -25,8 +25,8 @@ def jps(graph: LayerGraph, device: Profile, link: Link, server: Profile, options
 
     .. math:: \min_{0 \le m \le n} C_{\max}\bigl(m \times (f_{l-1}, g_{l-1}),\; (n - m) \times (f_l, g_l)\bigr)
 
-    in a flow shop of two machines. After Duan and Wu, "Joint Optimization of DNN Partition and Scheduling for Mobile Cloud
-    Computing", ICPP 2021, section 4. The server's time is ignored in the choice, as in the paper, and counts in the
+    in a flow shop of two machines. After Duan and Wu, "Joint Optimization of DNN Partition and Scheduling for Mobile
+    Cloud Computing", ICPP 2021. The server's time is ignored in the choice, as in the paper, and counts in the
     makespan that is reported; so does the answer.
 
     Limits: single tensors alone; and mixing two adjacent cuts is not always the best of all mixtures.

@@ -18,8 +18,8 @@ def neurosurgeon(graph: LayerGraph, device: Profile, link: Link, server: Profile
     .. math:: j^* = \arg\min_j \sum_{i \le j} t^d_i + \frac{b_j}{R} + \sum_{i > j} t^s_i
 
     with the energy of the device in place of the time where ``options.objective`` is ``energy``; ``throughput`` and
-    ``bytes`` go beyond the paper. After Kang, Hauswald, Gao, Rovinski, Mudge, Mars and Tang, "Neurosurgeon: Collaborative
-    Intelligence Between the Cloud and Mobile Edge", ASPLOS 2017, algorithm 1.
+    ``bytes`` go beyond the paper. After Kang, Hauswald, Gao, Rovinski, Mudge, Mars and Tang, "Neurosurgeon:
+    Collaborative Intelligence Between the Cloud and Mobile Edge", ASPLOS 2017, algorithm 1.
 
     Limits: where several tensors pass everywhere but at the ends, nothing lies between device-only and server-only; and
     it chooses for one task alone, not for a stream.

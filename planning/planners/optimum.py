@@ -63,9 +63,10 @@ def _without_enumeration(problem: Problem, name: str) -> Plan:
         why = f"a minimum cut, which is exact for {objective}; there are more than {limit:,} closed sets"
         return problem.plan(members, name, why, exact=True)
     sets = candidate_sets(problem)
-    best = int(np.lexsort(((costs := problem.costs(sets)).latency, costs.bottleneck))[0])
-    why = f"the best of {sets.shape[1]:,} cuts that were looked at; there are more than {limit:,} closed sets, so that it "
-    return problem.plan(sets[:, best], name, f"{why}may not be optimal", exact=False)
+    costs = problem.costs(sets)
+    best = int(np.lexsort((costs.latency, costs.bottleneck))[0])
+    why = f"the best of {sets.shape[1]:,} cuts that were looked at, of more than {limit:,}: it may not be optimal"
+    return problem.plan(sets[:, best], name, why, exact=False)
 
 
 def candidate_sets(problem: Problem) -> np.ndarray:

@@ -106,7 +106,7 @@ class Problem:
         delay = self.link.delay * (1.0 * (tensors > 0) + (down > 0))
         stages = np.stack([device, self.link.up_seconds(1) * up, server, self.link.down_seconds(1) * down])
         power = self.device.power
-        energy = None if power is None else power.energy(stages[0], stages[1], stages[2] + stages[3] + delay)  # type: ignore[arg-type]
+        energy = None if power is None else power.energy(stages[0], stages[1], stages[2] + stages[3] + delay)
         return Costs(stages, delay, up, tensors, energy)  # type: ignore[arg-type]
 
     def plan(self, members: np.ndarray, planner: str, why: str, *, exact: bool) -> Plan:

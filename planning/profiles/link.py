@@ -37,8 +37,8 @@ class RateTrace:
     def __post_init__(self) -> None:
         if len(self.times) != len(self.rates) + 1 or len(self.times) < 2:
             raise ValueError(
-                f"a trace has a rate from each time to the next, and ends at its last time; got {len(self.times)} times "
-                f"and {len(self.rates)} rates"
+                "a trace has a rate from each time to the next, and ends at its last time; got "
+                f"{len(self.times)} times and {len(self.rates)} rates"
             )
         if self.times[0] != 0 or any(not a < b for a, b in zip(self.times, self.times[1:], strict=False)):
             raise ValueError("the times of a trace must begin at 0 and ascend, in seconds")
@@ -71,8 +71,8 @@ class RateTrace:
             left -= rate * (end - now)
             now = end
         raise ValueError(
-            f"the trace ends at {self.times[-1]:g} s, before the stream: a transfer of {size:,.0f} bytes that begins at "
-            f"{start:.6g} s is not done by then; give a longer trace, or fewer tasks"
+            f"the trace ends at {self.times[-1]:g} s, before the stream: a transfer of {size:,.0f} bytes that begins "
+            f"at {start:.6g} s is not done by then; give a longer trace, or fewer tasks"
         )
 
 

@@ -26,7 +26,8 @@ class Profile:
 
     Attributes:
         machine: The machine's name.
-        digest: SHA-256 of the network's graph, see :func:`graph_digest`: of another network or input size it is refused.
+        digest: SHA-256 of the network's graph, see :func:`graph_digest`; of another network or input size the profile
+            is refused.
         seconds: Of each node by its name.
         how: Where they come from: ``roofline``, ``regression``, ``measured`` or ``given``.
         power: What the machine draws, for the energy of a device.
@@ -72,8 +73,8 @@ class Profile:
             missing = [node.name for node in nodes if node.name not in self.seconds]
             why = f"it has no {missing[0]!r}" if missing else "its layers have other sizes, as for another image size"
             raise ValueError(
-                f"the profile of {self.machine} is of another network: {why} (its graph is {self.digest[:12]}…, this one "
-                f"{own[:12]}…); measure or compute it again for this network and input size"
+                f"the profile of {self.machine} is of another network or input size: {why} (its graph is "
+                f"{self.digest[:12]}…, this one {own[:12]}…); make it again for this network and input size"
             )
         if missing := [node.name for node in nodes if node.name not in self.seconds]:
             near = did_you_mean(missing[0], self.seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import random
 from pathlib import Path
 
@@ -53,6 +54,6 @@ def read_arrivals(file: Path | str) -> list[float]:
         found = [float(cell) for cell in rows[not rows[0][:1].isdigit() :]] if rows else []
     except ValueError as error:
         raise ValueError(f"{file}: each row must be a time in seconds: {error}") from error
-    if not found or any(b < a for a, b in zip(found, found[1:], strict=False)) or found[0] < 0:
+    if not found or any(b < a for a, b in itertools.pairwise(found)) or found[0] < 0:
         raise ValueError(f"{file} must hold times of tasks in seconds, from 0 on and ascending")
     return found

@@ -13,28 +13,28 @@ from cleave.planning.profiles.link import Link
 from cleave.planning.simulation.report import Simulation, Span
 from cleave.planning.simulation.work import DOWNLINK, UPLINK, Operation, Task
 
-ARRIVE, FINISH, DELIVER = range(3)
+FINISH, DELIVER, ARRIVE = range(3)
 
 
 def simulate(tasks: Sequence[Task], link: Link, queues: Mapping[str, int] | None = None) -> Simulation:
     """Let tasks pass through the four stations.
 
     A station is one machine and works on one operation at a time, to its end. When it is free it takes, of the
-    operations whose inputs are there, the first of the earliest task. The link's way takes half its round trip, in which
-    nobody is busy.
+    operations whose inputs are there, the first of the earliest task. A message is under way for half the link's round
+    trip, in which nobody is busy.
 
-    A task waits at a station from when it could begin there until it does. Where the queue is bounded and full, the station
-    before keeps what it has done and stands still; a new task is turned away.
+    A task waits at a station from when it could begin there until it does. Where the queue is bounded and full, the
+    station before keeps what it has done and stands still; a new task is turned away.
 
     Args:
         tasks: In the order in which they come.
         link: What lies between; a trace must last until the last transfer is done.
-        queues: The most tasks that wait at a station, by its name: device, uplink, server, downlink; without bound where
-            it is not named.
+        queues: The most tasks that wait at a station, by its name: device, uplink, server, downlink; without bound
+            where it is not named.
 
     Raises:
-        ValueError: There are no tasks, they do not come in order, a queue is unknown or negative, or the link's trace ends
-            before the stream.
+        ValueError: There are no tasks, they do not come in order, a queue is unknown or negative, or the link's trace
+            ends before the stream.
 
     Example:
         >>> from cleave.planning.simulation.work import stage_work
@@ -75,11 +75,14 @@ class _Run:
     def result(self) -> Simulation:
         while self.events:
             now = self.events[0][0]
-            # All that happens at one time is known before any station chooses.
-            while self.events and self.events[0][0] == now:
+            # What is done at one time is known before any station chooses; then tasks come, one by one.
+            while self.events and self.events[0][:2] in ((now, FINISH), (now, DELIVER)):
                 _, kind, task, operation = heapq.heappop(self.events)
-                (self.arrive, self.finish, self.deliver)[kind](now, task, operation)
+                (self.finish, self.deliver)[kind](now, task, operation)
             self.settle(now)
+            while self.events and self.events[0][:2] == (now, ARRIVE):
+                self.arrive(now, heapq.heappop(self.events)[2])
+                self.settle(now)
         arrivals = tuple(task.arrival for task in self.tasks)
         blocked = tuple(self.blocked_seconds)
         return Simulation(arrivals, tuple(self.done), tuple(self.spans), blocked, *self.sent)  # type: ignore[arg-type]
@@ -87,7 +90,7 @@ class _Run:
     def operation(self, task: int, number: int) -> Operation:
         return self.tasks[task].work.operations[number]
 
-    def arrive(self, now: float, task: int, _: int) -> None:
+    def arrive(self, now: float, task: int) -> None:
         operations = self.tasks[task].work.operations
         if not operations:
             self.done[task] = now
@@ -147,7 +150,9 @@ class _Run:
         """Let every free station begin, and hand on what was kept, until nothing changes."""
         changed = True
         while changed:
-            changed = any([self.begin(now, station) for station in range(len(STAGES))])
+            changed = False
+            for station in range(len(STAGES)):
+                changed = self.begin(now, station) or changed
             for kept in sorted(self.blocked):
                 since, task, number = kept
                 if self.hand_on(now, task, number):
