@@ -169,7 +169,7 @@ def test_random_arrivals_and_mixed_plans_equal_an_independent_run_in_simpy(round
 def test_a_full_queue_holds_up_the_station_before_and_turns_tasks_away_at_the_device():
     tasks = [Task(0.0, stage_work((1, 4, 1)))] * 4
     found = simulate(tasks, LINK, {"uplink": 1})
-    # The third is computed at 3, has no place before the second begins to be sent at 5, and holds the device until then.
+    # The third is done at 3, has no place before the second begins to be sent at 5, and holds the device until then.
     assert found.done == (6, 10, 14, 18)
     assert [span.start for span in found.spans if span.station == 0] == [0, 1, 2, 5]
     assert found.blocked[0] == (5 - 3) + (9 - 6)

@@ -31,6 +31,7 @@ class GraphNode:
         macs: Its own multiply-accumulates for one sample.
         params: Its own parameters; shared ones count where they are used first.
         kind: What it is: the class of a layer (``Conv2d``) or the name of an operation (``add``).
+        layer: Outermost layer that ends with its value, by which ``cut`` calls it; empty where none does.
         crosses: How its value gets from one part to another: ``tensor``, it is sent; ``folded``, each part has it
             without (a number that follows from the input's size, or the batch size); ``never``, it is a tuple, a list
             or a whole shape, which is neither, so that what reads it runs in the same part.
@@ -43,6 +44,7 @@ class GraphNode:
     macs: int
     params: int
     kind: str = ""
+    layer: str = ""
     crosses: Literal["tensor", "folded", "never"] = "tensor"
 
 
@@ -130,10 +132,11 @@ def trace_graph(backbone: nn.Module, sample: Tensor, depth: int | None = None) -
         rewind()
         found = measure(backbone, traced, sample)
     nodes, macs, params = [], 0, 0
+    ends = _layer_ends(backbone, traced)
     for node in _movable(traced):
         now = found[node]
         inputs = tuple(traced.names[source] for source in node.all_input_nodes if source not in traced.constant)
-        own = (now.macs - macs, now.params - params, kind_of(backbone, node))
+        own = (now.macs - macs, now.params - params, kind_of(backbone, node), ends.get(node, ""))
         nodes.append(GraphNode(traced.names[node], inputs, now.shape, 4 * now.numel, *own, _crosses(traced, node, now)))
         macs, params = now.macs, now.params
     end = next(reversed(traced.graph.nodes))
@@ -191,6 +194,15 @@ def partition(
             reference.check(network, lambda x: network.run(x, isolated=True), training)
     follow_modes(network, backbone)
     return network
+
+
+def _layer_ends(backbone: nn.Module, traced: Trace) -> dict[fx.Node, str]:
+    """Return the outermost layer that ends with each node; an identity ends with what stands before it."""
+    found: dict[fx.Node, str] = {}
+    for name, node in traced.outputs.items():
+        if not isinstance(backbone.get_submodule(name), nn.Identity):
+            found[node] = min(found.get(node, name), name, key=lambda each: each.count("."))
+    return found
 
 
 def _crosses(traced: Trace, node: fx.Node, measured: Measurement) -> Literal["tensor", "folded", "never"]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from cleave.architectures import NodeGraph
-from cleave.architectures.cutting.node_graph import GraphNode
+from cleave.architectures import GraphNode, NodeGraph
 from cleave.planning.graphs.layer_graph import INPUT, graph_digest
 from cleave.planning.profiles.machine import Machine
 from cleave.planning.profiles.profile import Profile

@@ -21,6 +21,7 @@ exits_report = functools.partial(run, "exits_report")
 export = functools.partial(run, "export")
 image_codecs = functools.partial(run, "image_codecs")
 infer = functools.partial(run, "infer")
+plan = functools.partial(run, "plan")
 search_paths = functools.partial(run, "search_paths")
 train = functools.partial(run, "train")
 
