@@ -112,8 +112,12 @@ def of_bundle(folder: Path) -> list[Candidate]:
     shares = {each.name: metrics.get(f"test/policy/share/{each.name}") for each in manifest.exits}
     known = {name: float(share) for name, share in shares.items() if share is not None}
     device, server, sent = _bundle_macs(manifest, known, folder)
+    payload = metrics.get("test/policy/payload_bytes", metrics.get("test/payload_bytes"))
+    if payload is None and sent:
+        raise ValueError(f"{folder} was not tested, so that nobody knows what it sends; export it with its test")
+    accuracy = metrics.get("test/policy/acc", metrics.get("test/acc"))
     points: Sequence[Mapping[str, Any]] = metrics.get("points") or [
-        {"payload_bytes": metrics.get("test/payload_bytes", 0.0), "accuracy": metrics.get("test/acc")}
+        {"payload_bytes": payload or 0, "accuracy": accuracy}
     ]
     return [
         Candidate(
