@@ -1,5 +1,6 @@
 """Where to leave, cut and place: pure functions over what was measured. Never Lightning, never Hydra."""
 
+from cleave.planning.candidates import Candidate, candidate_plan
 from cleave.planning.ensemble_fit import fit_ensemble, worse_than_exits
 from cleave.planning.exit_calibration import (
     Calibrated,
@@ -20,6 +21,7 @@ from cleave.planning.exit_statistics import (
     measure,
     overthinking,
 )
+from cleave.planning.graphs.chain import chain_graph
 from cleave.planning.graphs.closed_sets import TooManySetsError, closed_sets
 from cleave.planning.graphs.layer_graph import Layer, LayerGraph, Value, graph_digest, layer_graph
 from cleave.planning.paths.candidates import candidate_paths, path_counts, path_features
@@ -64,7 +66,9 @@ from cleave.planning.planners.plan import Plan, Sent, Stages, write_plan
 from cleave.planning.planners.server import server
 from cleave.planning.profiles.link import Link, RateTrace, read_trace
 from cleave.planning.profiles.machine import Machine, Power
+from cleave.planning.profiles.measured import measure_profile
 from cleave.planning.profiles.profile import Profile, read_profile, write_profile
+from cleave.planning.profiles.regression import HeldOut, LayerRegression, fit_regression, held_out_error
 from cleave.planning.profiles.roofline import roofline
 from cleave.planning.simulation.arrivals import every, poisson, read_arrivals
 from cleave.planning.simulation.flow_shop import completions, johnson_order, makespan
@@ -77,11 +81,14 @@ __all__ = [
     "PLANNERS",
     "BlockTimes",
     "Calibrated",
+    "Candidate",
     "CurvePoint",
     "Excess",
     "GaussianProcess",
+    "HeldOut",
     "Layer",
     "LayerGraph",
+    "LayerRegression",
     "Link",
     "Logistic",
     "Machine",
@@ -120,6 +127,8 @@ __all__ = [
     "calibrate_budget",
     "calibration_error",
     "candidate_paths",
+    "candidate_plan",
+    "chain_graph",
     "closed_sets",
     "completions",
     "cost_curve",
@@ -134,8 +143,10 @@ __all__ = [
     "exit_bits",
     "expected_excess",
     "fit_ensemble",
+    "fit_regression",
     "fit_temperatures",
     "graph_digest",
+    "held_out_error",
     "johnson_order",
     "jps",
     "layer_graph",
@@ -143,6 +154,7 @@ __all__ = [
     "makespan",
     "measure",
     "measure_chain",
+    "measure_profile",
     "neurosurgeon",
     "optima",
     "optimum",
