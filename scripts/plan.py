@@ -9,7 +9,9 @@ if __name__ == "__main__":  # the config comes first: --help and a misspelt key 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -21,6 +23,8 @@ from cleave.planning import (
     Plan,
     PlanOptions,
     Profile,
+    RateTrace,
+    Simulation,
     Task,
     every,
     every_plan,
@@ -49,6 +53,7 @@ def plan(cfg: DictConfig) -> dict[str, Plan]:
     check_output(output)
     settings = read_settings(cfg)
     arrivals = every(not_negative("every", cfg.every, "seconds between tasks"), whole_number("tasks", cfg.tasks))
+    check_trace(settings.link, arrivals)
     candidates = read_candidates(cfg.candidates or [], cfg.backbone.name, cfg.trust_checkpoint)
     planned = plan_problem(cfg, settings, output)
     loggers = instantiate_each(cfg.get("logger"))
@@ -67,13 +72,9 @@ def plan(cfg: DictConfig) -> dict[str, Plan]:
     for rate in settings.rates:
         link = dataclasses.replace(settings.link, up=rate, down=None, trace=None)
         rows += plan_rows(plans_at(link, settings, planned, candidates), rate)
-    pictures = {"gantt.png": gantt_plot(simulated, f"{len(tasks)} tasks under {best.planner}")}
-    if rows:
-        pictures["rates.png"] = rates_plot(
-            rows, f"{cfg.backbone.name}, {planned.device.machine} to {planned.server.machine}"
-        )
     own = plan_rows(plans | front, float(settings.link.up or math.nan))
-    files = write_report(output, best, {"plans.csv": own, "rates.csv": rows}, pictures)
+    files = write_report(output, {"plans.csv": own, "rates.csv": rows}, pictures(planned, best, simulated, rows))
+    write_plan(files["plan.json"], best, **described(cfg, settings, planned))
     for logger in loggers:
         logger.log_metrics({f"latency/{name}": each.latency for name, each in plans.items()})
         log_report(logger, "plans", list(own[0]), [list(row.values()) for row in own], files)
@@ -81,6 +82,15 @@ def plan(cfg: DictConfig) -> dict[str, Plan]:
         say(f"Written: {file}")
     say_what_follows(cfg, settings, planned, best, planned.graph.nodes.input_shape)
     return plans
+
+
+def check_trace(link: Link, arrivals: list[float]) -> None:
+    """Refuse a trace that ends before the last task comes; ValueError names both."""
+    if isinstance(link.trace, RateTrace) and link.trace.times[-1] <= arrivals[-1]:
+        raise ValueError(
+            f"link.trace ends at {link.trace.times[-1]:g} s, before the stream: the last of tasks={len(arrivals)} "
+            f"comes at {arrivals[-1]:g} s; give a longer trace, fewer tasks, or a smaller every"
+        )
 
 
 def announce(cfg: DictConfig, settings: Settings, planned: Planned) -> None:
@@ -112,18 +122,31 @@ def plans_at(link: Link, settings: Settings, planned: Planned, candidates: list[
     return found
 
 
-def write_report(output: Path, best: Plan, tables: dict[str, list[Row]], pictures: dict[str, bytes]) -> dict[str, Path]:
-    """Write the best plan as JSON, the tables as CSV and the pictures, and return the files by their names."""
+def described(cfg: DictConfig, settings: Settings, planned: Planned) -> dict[str, Any]:
+    """Return what the plan is one of: network and graph, machines, and the rate up."""
+    machines = {"device": planned.device.machine, "server": planned.server.machine}
+    return {"network": cfg.backbone.name, "digest": planned.graph.digest, **machines, "up": settings.link.up}
+
+
+def pictures(planned: Planned, best: Plan, simulated: Simulation, rows: Sequence[Row]) -> dict[str, bytes]:
+    """Return the Gantt chart of the best plan and, where there are rates, the plot over them."""
+    found = {"gantt.png": gantt_plot(simulated, f"{len(simulated.done)} tasks under {best.planner}")}
+    if rows:
+        found["rates.png"] = rates_plot(rows, f"{planned.device.machine} to {planned.server.machine}")
+    return found
+
+
+def write_report(output: Path, tables: dict[str, list[Row]], drawn: dict[str, bytes]) -> dict[str, Path]:
+    """Write the tables that are not empty as CSV, and the pictures; return all files of the report by their names."""
     output.mkdir(parents=True, exist_ok=True)
     for name in ("rates.csv", "rates.png"):  # those of an earlier plan would contradict this one
         (output / name).unlink(missing_ok=True)
-    write_plan(output / "plan.json", best)
     tables = {name: rows for name, rows in tables.items() if rows}
     for name, rows in tables.items():
         write_csv(output / name, rows)
-    for name, picture in pictures.items():
+    for name, picture in drawn.items():
         (output / name).write_bytes(picture)
-    return {name: output / name for name in sorted({"plan.json", *tables, *pictures})}
+    return {name: output / name for name in sorted({"plan.json", *tables, *drawn})}
 
 
 def main(cfg: DictConfig) -> None:

@@ -137,6 +137,16 @@ def test_a_smaller_limit_holds_after_a_larger_one():
         graph.closed_sets(2)
 
 
+def test_too_many_sets_are_counted_once(monkeypatch):
+    graph = random_case(3).graph
+    with pytest.raises(TooManySetsError) as first:
+        graph.closed_sets(2)
+    monkeypatch.setattr("cleave.planning.graphs.layer_graph.closed_sets", lambda *_: pytest.fail("counted again"))
+    with pytest.raises(TooManySetsError) as second:
+        graph.closed_sets(2)
+    assert str(first.value) == str(second.value)
+
+
 def test_the_digest_tells_networks_and_input_sizes_apart(sized):
     network, sample = sized
     nodes = trace_graph(network, sample)

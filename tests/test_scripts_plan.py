@@ -49,6 +49,7 @@ def test_all_planners_stand_in_one_table_and_are_written(tmp_path, capsys):
     assert "jpeg_cifar10: 1,790 bytes; features at 8 bits" in text
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["latency"] == found["optimum (latency)"].latency
+    assert (written["network"], written["device"], len(written["digest"])) == ("resnet20", "Jetson Xavier NX", 64)
     rows = list(csv.DictReader((tmp_path / "rates.csv").read_text().splitlines()))
     assert {row["rate"] for row in rows} == {"1.0", "100.0"}
     assert {row["plan"] for row in rows} == set(found)
@@ -156,6 +157,7 @@ def unwrapping(tmp_path: Path, *overrides: str) -> None:
         (["options.objective=speed"], "options.objective must be one of"),
         (["options.image=jpg"], "options.image must be a number of bytes or one of"),
         (["options.objective=energy", "device.power=null"], "options.objective=energy needs the watts of the device"),
+        (["link=trace", "link.trace=FOLDER/short.csv", "every=1.0"], "link.trace ends at 5 s, before the stream"),
         (["candidates=[none]"], "there is no none"),
         (["tasks=0"], "tasks must be a whole number"),
         (["every=-1"], "every must be at least 0"),
@@ -163,6 +165,7 @@ def unwrapping(tmp_path: Path, *overrides: str) -> None:
 )
 def test_mistakes_are_told_before_the_network_is_built(tmp_path, monkeypatch, overrides, words):
     monkeypatch.setattr(planning_problem, "build_backbone", lambda *_: pytest.fail("the network was built"))
+    (tmp_path / "short.csv").write_text("0,8\n5,8\n")
     given = [each.replace("FOLDER", str(tmp_path)) for each in overrides]
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(words)):
         unwrapping(tmp_path, *given)

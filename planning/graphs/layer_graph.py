@@ -11,7 +11,7 @@ import numpy as np
 
 from cleave.architectures import NodeGraph
 from cleave.deployment.bundle.canonical_json import digest
-from cleave.planning.graphs.closed_sets import closed_sets
+from cleave.planning.graphs.closed_sets import TooManySetsError, closed_sets
 
 INPUT = "input"
 LIMIT = 200_000
@@ -77,6 +77,7 @@ class LayerGraph:
     nodes: NodeGraph
     digest: str
     _cache: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _refused: dict[int, str] = field(default_factory=dict, repr=False)
 
     @property
     def images(self) -> Value:
@@ -97,9 +98,15 @@ class LayerGraph:
         Raises:
             TooManySetsError: There are more; the message says what can be done without them.
         """
+        if limit in self._refused:
+            raise TooManySetsError(self._refused[limit])  # known, and it took its time
         found = self._cache.get("closed")
         if found is None or found.shape[1] > limit:
-            found = self._cache["closed"] = closed_sets([layer.needs for layer in self.layers], limit)
+            try:
+                found = self._cache["closed"] = closed_sets([layer.needs for layer in self.layers], limit)
+            except TooManySetsError as error:
+                self._refused[limit] = str(error)
+                raise
         return found
 
     def sent(self, members: np.ndarray) -> list[Value]:

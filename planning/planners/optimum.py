@@ -16,7 +16,7 @@ from cleave.planning.planners.problem import Problem
 from cleave.planning.profiles.link import Link
 from cleave.planning.profiles.profile import Profile
 
-WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
+WEIGHTS = (0.1, 1.0, 10.0)  # of sending, or of the device's work, in the sums whose minimum cuts are looked at
 
 
 def optimum(graph: LayerGraph, device: Profile, link: Link, server: Profile, options: PlanOptions) -> Plan:
@@ -74,7 +74,7 @@ def candidate_sets(problem: Problem) -> np.ndarray:
     count = len(problem.graph.layers)
     prefixes = np.triu(np.ones((count, count + 1), dtype=bool), 1)
     cuts = [min_cut(problem.graph, additive(problem, "latency", sending=weight)) for weight in WEIGHTS]
-    cuts += [min_cut(problem.graph, additive(problem, "latency", device=weight)) for weight in WEIGHTS]
+    cuts += [min_cut(problem.graph, additive(problem, "latency", device=weight)) for weight in WEIGHTS if weight != 1]
     return np.concatenate([prefixes, problem.single_cuts(), np.stack(cuts, axis=1)], axis=1)
 
 

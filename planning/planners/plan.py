@@ -126,6 +126,12 @@ class Plan:
         return values | {name: getattr(self, name) for name in follows}
 
 
-def write_plan(file: Path | str, plan: Plan) -> None:
-    """Write a plan as JSON."""
-    Path(file).write_bytes(dump(plan.to_dict()))
+def write_plan(file: Path | str, plan: Plan, **more: Any) -> None:
+    """Write a plan as JSON.
+
+    Args:
+        file: The file.
+        plan: The plan.
+        **more: What it is a plan of, as JSON values: the network and its graph's digest, machines, a link.
+    """
+    Path(file).write_bytes(dump({**more, **plan.to_dict()}))

@@ -67,5 +67,6 @@ def measure_profile(
     with evaluating(backbone), torch.no_grad():
         visit_nodes(backbone, images, visit, depth)
         whole = median(lambda: backbone(images))
-    own = {node.name: seconds[node.name] if node.shape is not None or node.macs else 0.0 for node in graph.nodes}
+    # Numbers that follow from the input's size are no work of the network.
+    own = {node.name: 0.0 if node.crosses == "folded" else seconds[node.name] for node in graph.nodes}
     return Profile(machine, graph_digest(graph), own, "measured", power, threads, batch, whole)
