@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from cleave.architectures import NodeGraph, visit_nodes
 from cleave.architectures.modes import evaluating
@@ -55,6 +54,8 @@ def measure_profile(
         raise ValueError(
             f"images are {tuple(images.shape[1:])}, the graph is one of {graph.input_shape}; trace it anew"
         )
+    from torch.utils.benchmark import Timer  # which looks for compilers, and is needed here alone
+
     batch, seconds = len(images), dict[str, float]()
 
     def median(call: Callable[[], Any]) -> float:
