@@ -1,17 +1,20 @@
-"""The general form of a cut: a backbone as a graph for planners, and as parts that pass several named tensors."""
+"""The general form of a cut: a backbone as a graph for planners, node by node, and as parts that pass named tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
+from cleave.architectures.cutting.contexts import within
 from cleave.architectures.cutting.cut_points import Measurement, checked_trace, measure
 from cleave.architectures.cutting.reference import Reference
-from cleave.architectures.cutting.slicing import Slice, Stage, check_size, follow_modes, slice_graph
+from cleave.architectures.cutting.slicing import Run, Slice, Stage, check_size, follow_modes, slice_graph
 from cleave.architectures.cutting.tracing import CutError, Trace, preserved
 from cleave.architectures.naming import did_you_mean
 
@@ -151,6 +154,30 @@ def kind_of(backbone: nn.Module, node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+def visit_nodes(
+    backbone: nn.Module, sample: Tensor, visit: Callable[[str, Callable[[], Any]], None], depth: int | None = None
+) -> None:
+    """Run a backbone's graph in eval mode and show each of its nodes as a call that can be repeated.
+
+    Args:
+        backbone: Network whose ``forward`` takes one tensor, a batch.
+        sample: A batch (B, …) on the backbone's device.
+        visit: Takes a node's name as :func:`trace_graph` lists it, and a call that computes it from its inputs. What a
+            call alters in place is a copy.
+        depth: As given to :func:`trace_graph`.
+
+    Raises:
+        CutError: The backbone cannot be traced at this depth, or does not run on the sample.
+    """
+    with preserved(backbone) as rewind:
+        traced = checked_trace(backbone, Reference(backbone, sample[:1], rewind), depth)[False]
+        rewind()
+        for module in backbone.modules():
+            module.training = False
+        with torch.no_grad():
+            _Visiting(backbone, traced, visit).run(sample.clone())
+
+
 def partition(
     backbone: nn.Module, node_sets: Sequence[Collection[str]], sample: Tensor, depth: int | None = None
 ) -> Partition:
@@ -269,3 +296,28 @@ def _interface(
         differing ^= {n for side in names(False) for part in side for n in part}
         raise CutError(f"parts would pass other values in training than in eval mode: {', '.join(sorted(differing))}.")
     return names(False)
+
+
+class _Visiting(Run):
+    """Runs a graph and shows each node before its value goes on."""
+
+    def __init__(self, backbone: nn.Module, traced: Trace, visit: Callable[[str, Callable[[], Any]], None]) -> None:
+        super().__init__(backbone, graph=traced.graph)
+        self.traced, self.visit = traced, visit
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Show a node, then run it."""
+        if n.op.startswith("call") and n not in self.traced.constant:
+            args, kwargs = tree_map(_copied, self.fetch_args_kwargs_from_env(n))
+            call = getattr(self, n.op)
+
+            def compute() -> Any:
+                with within(n.meta.get("context", ())):
+                    return call(n.target, args, kwargs)
+
+            self.visit(self.traced.names[n], compute)
+        return super().run_node(n)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
