@@ -2,9 +2,10 @@
 
 Three ways to know a node's time stand beside each other: a roofline of this machine, whose rates are measured by one
 large matrix product and one large copy; a regression by layer type, fitted to other networks measured here; and the
-measured profile of the network itself. The error is predicted over measured seconds of each side, less 1.
+measured profile of the network itself. All seconds are those that the CPU spent on this process (one thread), so that
+others on the machine count less. The error is predicted over measured seconds of each side, less 1.
 
-    python benchmarks/planning/predictions.py [--rounds 60] [--threads 1]
+    python benchmarks/planning/predictions.py [--rounds 60]
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from cleave.architectures import create_backbone, network_partitions, staged_network, trace_graph
-from cleave.deployment import OutputSpec, Pipeline, TensorInput, export_bundle
+from cleave.architectures import create_backbone, staged_network, trace_graph
+from cleave.architectures.partitions import network_partitions
+from cleave.deployment import OutputSpec, TensorInput, export_bundle
 from cleave.planning import Machine, Profile, layer_graph, roofline
 from cleave.planning.profiles.measured import measure_profile
 from cleave.planning.profiles.regression import fit_regression, held_out_error
@@ -30,21 +33,21 @@ CUTS = ("layer1", "layer2", "layer3")
 NETWORKS = {"resnet20": ("cifar", "resnet20"), "resnet18": ("torchvision", "resnet18")}
 FITTED_TO = (("cifar", "resnet32"), ("cifar", "vgg11_bn"), ("torchvision", "resnet34"))
 SHAPE = (3, 32, 32)
+CLOCK = time.process_time
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     quiet()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     machine = this_machine()
     fitted = []
     for source, name in FITTED_TO:
         network = backbone(source, name)
         graph = trace_graph(network, torch.zeros(1, *SHAPE))
-        fitted.append((graph, measure_profile(network, graph, torch.rand(1, *SHAPE))))
+        fitted.append((graph, measure_profile(network, graph, torch.rand(1, *SHAPE), threads=1, clock=CLOCK)))
     held = held_out_error(fitted)
     say(
         f"Regression: {held.layers} layers held out; median relative error {held.median:.3f}, "
@@ -55,7 +58,7 @@ def main() -> None:
     for label, (source, name) in NETWORKS.items():
         network = backbone(source, name)
         graph = trace_graph(network, torch.zeros(1, *SHAPE))
-        own = measure_profile(network, graph, torch.rand(1, *SHAPE))
+        own = measure_profile(network, graph, torch.rand(1, *SHAPE), threads=1, clock=CLOCK)
         assert own.whole is not None
         say(f"{label}: nodes alone take {own.total / own.whole:.3f} of the whole network's time")
         ways = {"roofline": roofline(graph, machine), "regression": regression.predict(graph), "measured": own}
@@ -90,19 +93,17 @@ def sum_of(profile: Profile, names: tuple[str, ...]) -> float:
 def this_machine() -> Machine:
     """What one matrix product, one copy and one tiny operation say of this machine."""
     a = torch.rand(1024, 1024)
-    product = (
-        Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.5).median
-    )
-    big, target = torch.rand(2**24), torch.empty(2**24)
-    copy = Timer("t.copy_(b)", globals={"t": target, "b": big}).blocked_autorange(min_run_time=0.5).median
-    tiny = Timer("r(x)", globals={"r": torch.relu, "x": torch.rand(1)}).blocked_autorange(min_run_time=0.2).median
+    product = Timer("a @ a", globals={"a": a}, timer=CLOCK).blocked_autorange(min_run_time=0.5).median
+    big, target, one = torch.rand(2**24), torch.empty(2**24), torch.rand(1)
+    copy = Timer("t.copy_(b)", globals={"t": target, "b": big}, timer=CLOCK).blocked_autorange(min_run_time=0.5).median
+    tiny = Timer("r(x)", globals={"r": torch.relu, "x": one}, timer=CLOCK).blocked_autorange(min_run_time=0.2).median
     machine = Machine("this machine", 2 * 1024**3 / product, 1.0, 2 * 4 * 2**24 / copy, tiny)
     say(f"This machine: {machine.rate:.3g} FLOP/s, {machine.bandwidth:.3g} bytes/s, {1e6 * tiny:.2f} µs an operation")
     return machine
 
 
 def as_deployed(network: nn.Module, cut: str, rounds: int) -> tuple[float, float]:
-    """Median seconds of both partitions of a bundle, an image at a time."""
+    """Median seconds of both partitions of a bundle, loaded as deployment loads them, an image at a time."""
     images = torch.rand(8, *SHAPE)
     split = staged_network(network, images, split=cut, form="none", codec={"bits": 8}).train()
     with torch.no_grad():
@@ -115,9 +116,20 @@ def as_deployed(network: nn.Module, cut: str, rounds: int) -> tuple[float, float
             outputs=[OutputSpec("logits", "logits", (10,), tuple(map(str, range(10))))], images=images,
             draws=found.draws,
         )  # fmt: skip
-        pipeline = Pipeline(bundle)
-        runs = [pipeline.run(images[:1]).part_seconds for _ in range(rounds)]
-    device, server = (statistics.median(run[part.name] for run in runs) for part in found.parts)
+        route, rows = bundle.manifest.route, []
+        for _ in range(rounds):
+            known, row = {**route.settings, route.input: images[:1]}, []
+            with torch.inference_mode():
+                for name in route.order:
+                    partition = bundle.partitions[name]
+                    inputs = [known[item.name] for item in partition.spec.inputs]
+                    begin = CLOCK()
+                    result = partition.module(*inputs)
+                    row.append(CLOCK() - begin)
+                    results = result if isinstance(result, tuple) else (result,)
+                    known.update(zip([item.name for item in partition.spec.outputs], results, strict=True))
+            rows.append(row)
+    device, server = (statistics.median(column) for column in zip(*rows[5:], strict=True))
     return device, server
 
 

@@ -17,6 +17,8 @@ from cleave.planning.profiles.roofline import bytes_moved
 
 LEAST = 6
 """Layers of a type below which they share the regression of all that compute, or of all that only move values."""
+ROUNDS = 10
+"""Steps of weighing the errors by what was predicted before."""
 Row = tuple[str, int, int, float]  # the type, MACs, bytes moved, seconds
 
 
@@ -41,9 +43,9 @@ class LayerRegression:
 
     .. math:: t_v = \alpha_k + \beta_k \cdot \mathrm{MACs}_v + \gamma_k \cdot b_v, \qquad \alpha, \beta, \gamma \ge 0
 
-    with the type k of the layer and the bytes b that it reads and writes. The relative error is least in the squares.
-    After Kang et al., "Neurosurgeon", ASPLOS 2017, section 5.1, who fit a regression to each type of layer; they choose
-    the variables by type, and linear or logarithmic functions.
+    with the type k of the layer and the bytes b that it reads and writes; the squared errors over the predicted times
+    are least. After Kang et al., "Neurosurgeon", ASPLOS 2017, section 5.1, who fit a regression to each type of layer;
+    they choose the variables by type, and linear or logarithmic functions.
 
     Attributes:
         machine: The machine that was measured.
@@ -141,14 +143,21 @@ def _fit(rows: Sequence[Row]) -> dict[str, tuple[float, float, float]]:
 
 
 def _least_squares(rows: Sequence[Row]) -> tuple[float, float, float]:
-    """Return the coefficients, none negative, of least squared relative error: the best of all choices of them."""
+    """Return the coefficients, none negative, of least squares over the predicted times: the best choice of them.
+
+    A square over what is predicted, ``(t - p)² / p``, lets short layers count beside long ones, and keeps the sum of
+    all as it was measured.
+    """
     values = np.array([[1.0, macs, moved, seconds] for _, macs, moved, seconds in rows])
-    scale = np.maximum(values[:, :3].max(0), 1e-300)
-    design, wanted = values[:, :3] / scale / values[:, 3:], np.ones(len(rows))
+    scale, wanted = np.maximum(values[:, :3].max(0), 1e-300), values[:, 3]
     best, least = np.zeros(3), float("inf")
     for chosen in itertools.chain.from_iterable(itertools.combinations(range(3), n) for n in (1, 2, 3)):
-        solution = np.linalg.lstsq(design[:, chosen], wanted, rcond=None)[0]
-        error = float(((design[:, chosen] @ solution - wanted) ** 2).sum())
+        design, predicted = (values[:, :3] / scale)[:, chosen], wanted
+        for _ in range(ROUNDS):
+            weights = 1 / np.sqrt(predicted)
+            solution = np.linalg.lstsq(design * weights[:, None], wanted * weights, rcond=None)[0]
+            predicted = np.maximum(design @ solution, 1e-3 * wanted)
+        error = float(((wanted - predicted) ** 2 / predicted).sum())
         if (solution >= 0).all() and error < least:
             best, least = np.zeros(3), error
             best[list(chosen)] = solution
