@@ -86,6 +86,7 @@ def test_where_nothing_is_cut_the_whole_network_is_trained_and_exported(tmp_path
         assert [words[1] for words in commands] == ["scripts/train.py", "scripts/export.py"]
 
 
+@pytest.mark.slow
 def test_trained_networks_stand_in_the_same_table(tmp_path, capsys):
     quick = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.limit_val_batches=1"]
     quick += [*PLAIN, "data.image_size=16", "data.batch_size=8", "backbone.in_channels=1", "backbone.name=resnet20"]
