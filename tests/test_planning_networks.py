@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 
 import pytest
 import torch
@@ -51,15 +50,13 @@ def machine(name: str) -> Machine:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_the_sets_that_a_device_can_hold_are_few_and_all_planners_are_quick(name):
+def test_the_sets_that_a_device_can_hold_are_few_and_all_are_looked_at(name):
     graph = graph_of(name)
     assert graph.closed_sets().shape[1] == SETS[name]
     device, away = roofline(graph.nodes, machine("jetson_xavier_nx")), roofline(graph.nodes, machine("rtx_a6000"))
     taken = (graph, device, Link(up=20, round_trip=0.005), away, PlanOptions(bits=8))
-    begin = time.process_time()
     plans = every_plan(*taken)
-    pareto(*taken)
-    assert time.process_time() - begin < 20  # a wide bound: the search of the literature would take years
+    assert pareto(*taken)[0].latency == plans["optimum (latency)"].latency
     assert plans["dads_light"].latency == pytest.approx(plans["optimum (latency)"].latency, rel=1e-9)
 
 
