@@ -8,15 +8,20 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from cleave.architectures import CutError
-from cleave.planning import read_profile
+from cleave.architectures import CutError, trace_graph
+from cleave.planning import layer_graph, read_profile, roofline
+from cleave.planning.planners.problem import Problem
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.assembly.planning import problem as planning_problem
+from cleave.scripts.assembly.planning.following import chosen_backbone, trainable_split
 from cleave.scripts.assembly.starting.terminal import quiet, unwrapped
 from cleave.scripts.plan import plan
 from cleave.scripts.train import train
@@ -75,6 +80,33 @@ def test_the_printed_training_command_runs(tmp_path, capsys):
     train(compose_config("train", run, tmp_path / "run"))
     assert list((tmp_path / "run/checkpoints").glob("*.ckpt"))
     assert layer
+
+
+def test_the_command_names_a_form_in_which_a_bottleneck_fits(tmp_path):
+    sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 8, "num_classes": 3}
+    network = torchvision.models.VisionTransformer(image_size=32, patch_size=8, **sizes).eval()
+    shape = (3, 32, 32)
+    graph = layer_graph(trace_graph(network, torch.zeros(1, *shape)))
+    settings = planning_problem.read_settings(compose_config("plan", [], tmp_path))
+    profiles = roofline(graph.nodes, settings.device), roofline(graph.nodes, settings.server)
+    planned = planning_problem.Planned(network, graph, *profiles)
+    problem = Problem(graph, profiles[0], settings.link, profiles[1], settings.options)
+    layers = {node.name: node.layer for node in graph.nodes.nodes}
+    for wanted, form in (("conv_proj", "replace"), ("encoder.layers.encoder_layer_0", "insert")):
+        members = next(m for m in graph.single_cuts().T if layers[graph.sent(m)[0].name] == wanted)
+        best = problem.plan(members, "any", "", exact=False)
+        assert trainable_split(settings, planned, best, shape) == (wanted, form)
+
+
+def test_the_network_is_chosen_again_by_the_words_that_chose_it(tmp_path, monkeypatch):
+    cfg = compose_config("plan", SMALL, tmp_path)
+    assert chosen_backbone(cfg) == "backbone=custom backbone.network._target_=tests.training_helpers.PlainNet"
+    assert chosen_backbone(compose_config("plan", RESNET, tmp_path)) == "backbone=cifar backbone.name=resnet20"
+    words = ["backbone=timm", "link.up=3", "backbone.in_channels=1", "+backbone.kwargs={drop_path_rate: 0.1}"]
+    config = SimpleNamespace(overrides=SimpleNamespace(task=words))
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: config)
+    assert shlex.split(chosen_backbone(cfg)) == [words[0], *words[2:]]
 
 
 def test_where_nothing_is_cut_the_whole_network_is_trained_and_exported(tmp_path, capsys):

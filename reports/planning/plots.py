@@ -69,7 +69,7 @@ def gantt_plot(found: Simulation, title: str) -> bytes:
             color = COLORS[span.task % len(COLORS)]
             axes.barh(span.station, 1e3 * (span.end - span.start), left=1e3 * span.start, color=color, height=0.7)
         axes.set_yticks(range(len(STAGES)), STAGES)
-        axes.invert_yaxis()
+        axes.set_ylim(len(STAGES) - 0.5, -0.5)
         axes.set_xlabel("Time (ms); one colour a task")
         axes.set_title(title, fontsize=11, parse_math=False)
         _bare(axes)
