@@ -52,7 +52,7 @@ def say_what_follows(cfg: DictConfig, settings: Settings, planned: Planned, best
 
 
 def trainable_split(settings: Settings, planned: Planned, best: Plan, shape: Iterable[int]) -> tuple[str, str] | None:
-    """Return the layer that alone passes on at the plan's cut, or at the best cut where a bottleneck fits, and its form.
+    """Return the layer that alone passes on at the plan's cut, or at the best where a bottleneck fits, and its form.
 
     Maps take one in place of the head, tokens one behind it.
     """
