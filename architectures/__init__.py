@@ -7,6 +7,7 @@ from cleave.architectures.costs import Cost
 from cleave.architectures.cutting import (
     CutError,
     CutPoint,
+    GraphNode,
     NodeGraph,
     Partition,
     Stages,
@@ -15,6 +16,7 @@ from cleave.architectures.cutting import (
     partition,
     spread,
     trace_graph,
+    visit_nodes,
 )
 from cleave.architectures.inserts.bottleneck import Bottleneck
 from cleave.architectures.inserts.calibrating.calibration import calibrate_range
@@ -63,6 +65,7 @@ __all__ = [
     "GaussianMechanism",
     "GaussianNoise",
     "GeometricEnsemble",
+    "GraphNode",
     "Half",
     "Halves",
     "Insert",
@@ -114,4 +117,5 @@ __all__ = [
     "switchable",
     "trace_graph",
     "uniform_codec",
+    "visit_nodes",
 ]

@@ -68,7 +68,10 @@ def test_the_graph_names_layers_and_operations_and_states_what_they_cost():
     assert graph.outputs == ("fc",)
     edges = graph.edges()
     assert ("maxpool", "layer1.0/add", 65536) in edges
-    assert ("input", "conv1", 0) in edges
+    assert ("input", "conv1", 4 * 3 * 64 * 64) in edges
+    assert graph.input_shape == (3, 64, 64)
+    assert (nodes["conv1"].kind, add.kind) == ("Conv2d", "add")
+    assert {node.crosses for node in graph.nodes} == {"tensor"}
     order = {name: i for i, name in enumerate(["input", *nodes])}
     assert all(order[source] < order[target] for source, target, _ in edges)
 

@@ -218,11 +218,13 @@ NULLS = {
     "compare": "backbone=null",
     "exits_report": "timing=null placement=NULL",
     "image_codecs": "data=null",
+    "plan": "device=null server=null options=null",
     "search_paths": "base=null search=null search.reward=null search.algorithm=null ~host",
     "attack": "attack=null information=null",
     "privacy_frontier": "frontier=null wanted=null frontier.strength=null attack=null ~information",
 }
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
+PLAN_MAY_PASS = "device.power=null device_profile=null"
 MAY_PASS = "~logger ~callbacks callbacks.progress=null training.scheduler=null exits.policy=null"
 
 
@@ -248,3 +250,8 @@ def choices(group: str) -> list[str]:
 @pytest.mark.parametrize("override", MAY_PASS.split())
 def test_a_group_that_may_be_null_passes(override):
     assert refused("train", override) == ""
+
+
+@pytest.mark.parametrize("override", PLAN_MAY_PASS.split())
+def test_what_a_plan_may_do_without_passes(override):
+    assert refused("plan", override) == ""

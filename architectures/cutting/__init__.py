@@ -1,7 +1,7 @@
 """The one place where a network is taken apart: stages, cut points, and partitions of its graph."""
 
 from cleave.architectures.cutting.cut_points import CutPoint, cut_points, spread
-from cleave.architectures.cutting.node_graph import GraphNode, NodeGraph, Partition, partition, trace_graph
+from cleave.architectures.cutting.node_graph import GraphNode, NodeGraph, Partition, partition, trace_graph, visit_nodes
 from cleave.architectures.cutting.refusals import CutError
 from cleave.architectures.cutting.stages import LOGITS, Stages, cut
 
@@ -18,4 +18,5 @@ __all__ = [
     "partition",
     "spread",
     "trace_graph",
+    "visit_nodes",
 ]

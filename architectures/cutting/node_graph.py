@@ -1,16 +1,20 @@
-"""The general form of a cut: a backbone as a graph for planners, and as parts that pass several named tensors."""
+"""The general form of a cut: a backbone as a graph for planners, node by node, and as parts that pass named tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
+from cleave.architectures.cutting.contexts import within
 from cleave.architectures.cutting.cut_points import Measurement, checked_trace, measure
 from cleave.architectures.cutting.reference import Reference
-from cleave.architectures.cutting.slicing import Slice, Stage, check_size, follow_modes, slice_graph
+from cleave.architectures.cutting.slicing import Run, Slice, Stage, check_size, follow_modes, slice_graph
 from cleave.architectures.cutting.tracing import CutError, Trace, preserved
 from cleave.architectures.naming import did_you_mean
 
@@ -29,6 +33,11 @@ class GraphNode:
         bytes: Bytes of its value for one sample in float32; 0 where it is no tensor.
         macs: Its own multiply-accumulates for one sample.
         params: Its own parameters; shared ones count where they are used first.
+        kind: What it is: the class of a layer (``Conv2d``) or the name of an operation (``add``).
+        layer: Outermost layer that ends with its value, by which ``cut`` calls it; empty where none does.
+        crosses: How its value gets from one part to another: ``tensor``, it is sent; ``folded``, each part has it
+            without (a number that follows from the input's size, or the batch size); ``never``, it is a tuple, a list
+            or a whole shape, which is neither, so that what reads it runs in the same part.
     """
 
     name: str
@@ -37,6 +46,9 @@ class GraphNode:
     bytes: int
     macs: int
     params: int
+    kind: str = ""
+    layer: str = ""
+    crosses: Literal["tensor", "folded", "never"] = "tensor"
 
 
 @dataclass(frozen=True)
@@ -46,15 +58,22 @@ class NodeGraph:
     Attributes:
         nodes: All nodes; every part of a partition is a set of their names.
         outputs: Names of the nodes that the backbone returns.
+        input_shape: Per-sample shape of the images.
     """
 
     nodes: tuple[GraphNode, ...]
     outputs: tuple[str, ...]
+    input_shape: tuple[int, ...] = ()
+
+    @property
+    def input_values(self) -> int:
+        """Numbers in one sample of the input; 0 where its shape is not known."""
+        return math.prod(self.input_shape) if self.input_shape else 0
 
     def edges(self) -> list[tuple[str, str, int]]:
-        """List (producer, consumer, bytes of one sample's value); the batch comes from ``input`` with 0 bytes."""
-        size = {node.name: node.bytes for node in self.nodes}
-        return [(source, node.name, size.get(source, 0)) for node in self.nodes for source in node.inputs]
+        """List (producer, consumer, bytes of one sample's value in float32); the images come from ``input``."""
+        size = {INPUT: 4 * self.input_values} | {node.name: node.bytes for node in self.nodes}
+        return [(source, node.name, size[source]) for node in self.nodes for source in node.inputs]
 
 
 class Partition(nn.Module):
@@ -116,14 +135,47 @@ def trace_graph(backbone: nn.Module, sample: Tensor, depth: int | None = None) -
         rewind()
         found = measure(backbone, traced, sample)
     nodes, macs, params = [], 0, 0
+    ends = _layer_ends(backbone, traced)
     for node in _movable(traced):
         now = found[node]
         inputs = tuple(traced.names[source] for source in node.all_input_nodes if source not in traced.constant)
-        own = (now.macs - macs, now.params - params)
-        nodes.append(GraphNode(traced.names[node], inputs, now.shape, 4 * now.numel, *own))
+        own = (now.macs - macs, now.params - params, kind_of(backbone, node), ends.get(node, ""))
+        nodes.append(GraphNode(traced.names[node], inputs, now.shape, 4 * now.numel, *own, _crosses(traced, node, now)))
         macs, params = now.macs, now.params
     end = next(reversed(traced.graph.nodes))
-    return NodeGraph(tuple(nodes), tuple(traced.names[node] for node in end.all_input_nodes))
+    outputs = tuple(traced.names[node] for node in end.all_input_nodes)
+    return NodeGraph(tuple(nodes), outputs, tuple(sample.shape[1:]))
+
+
+def kind_of(backbone: nn.Module, node: fx.Node) -> str:
+    """Return the class of a node's layer, or the name of its operation."""
+    if node.op == "call_module":
+        return type(backbone.get_submodule(str(node.target))).__name__
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def visit_nodes(
+    backbone: nn.Module, sample: Tensor, visit: Callable[[str, Callable[[], Any]], None], depth: int | None = None
+) -> None:
+    """Run a backbone's graph in eval mode and show each of its nodes as a call that can be repeated.
+
+    Args:
+        backbone: Network whose ``forward`` takes one tensor, a batch.
+        sample: A batch (B, …) on the backbone's device.
+        visit: Takes a node's name as :func:`trace_graph` lists it, and a call that computes it from its inputs. What a
+            call alters in place is a copy.
+        depth: As given to :func:`trace_graph`.
+
+    Raises:
+        CutError: The backbone cannot be traced at this depth, or does not run on the sample.
+    """
+    with preserved(backbone) as rewind:
+        traced = checked_trace(backbone, Reference(backbone, sample[:1], rewind), depth)[False]
+        rewind()
+        for module in backbone.modules():
+            module.training = False
+        with torch.no_grad():
+            _Visiting(backbone, traced, visit).run(sample.clone())
 
 
 def partition(
@@ -169,6 +221,21 @@ def partition(
             reference.check(network, lambda x: network.run(x, isolated=True), training)
     follow_modes(network, backbone)
     return network
+
+
+def _layer_ends(backbone: nn.Module, traced: Trace) -> dict[fx.Node, str]:
+    """Return the outermost layer that ends with each node; an identity ends with what stands before it."""
+    found: dict[fx.Node, str] = {}
+    for name, node in traced.outputs.items():
+        if not isinstance(backbone.get_submodule(name), nn.Identity):
+            found[node] = min(found.get(node, name), name, key=lambda each: each.count("."))
+    return found
+
+
+def _crosses(traced: Trace, node: fx.Node, measured: Measurement) -> Literal["tensor", "folded", "never"]:
+    if measured.shape is not None:
+        return "tensor"
+    return "folded" if node in traced.folds else "never"
 
 
 def _movable(traced: Trace) -> list[fx.Node]:
@@ -229,3 +296,28 @@ def _interface(
         differing ^= {n for side in names(False) for part in side for n in part}
         raise CutError(f"parts would pass other values in training than in eval mode: {', '.join(sorted(differing))}.")
     return names(False)
+
+
+class _Visiting(Run):
+    """Runs a graph and shows each node before its value goes on."""
+
+    def __init__(self, backbone: nn.Module, traced: Trace, visit: Callable[[str, Callable[[], Any]], None]) -> None:
+        super().__init__(backbone, graph=traced.graph)
+        self.traced, self.visit = traced, visit
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Show a node, then run it."""
+        if n.op.startswith("call") and n not in self.traced.constant:
+            args, kwargs = tree_map(_copied, self.fetch_args_kwargs_from_env(n))
+            call = getattr(self, n.op)
+
+            def compute() -> Any:
+                with within(n.meta.get("context", ())):
+                    return call(n.target, args, kwargs)
+
+            self.visit(self.traced.names[n], compute)
+        return super().run_node(n)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value

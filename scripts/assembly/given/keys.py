@@ -21,6 +21,7 @@ CHECKED_ELSEWHERE = dict.fromkeys(
     ("data",),
 )
 """Groups that stand for those of a checkpoint, which alone knows their keys."""
+_NO_CHOICE = re.compile(r"Could not find '[\w/]+/([\w.-]+)'\n\nAvailable options in '[^']+':\n((?:\t[^\n]+\n?)+)")
 _UNKNOWN = re.compile(r"Could not override '([^']+)'|Key '([^']+)' is not in struct")
 
 
@@ -58,6 +59,9 @@ def explained(message: str, config_name: str, conf: str, overrides: Sequence[str
 
     Its own advice to add the key by `+` is left out: nothing would read it.
     """
+    if missing := _NO_CHOICE.search(message):
+        near = difflib.get_close_matches(missing[1].lower(), missing[2].split(), n=3, cutoff=0.6)
+        return message.replace("\n\n", f". Did you mean {', '.join(near)}?\n\n", 1) if near else message
     found = _UNKNOWN.search(message)
     if found is None:
         return message

@@ -24,6 +24,7 @@ image_codecs = functools.partial(run, "image_codecs")
 infer = functools.partial(run, "infer")
 membership_inference = functools.partial(run, "membership_inference")
 privacy_frontier = functools.partial(run, "privacy_frontier")
+plan = functools.partial(run, "plan")
 search_paths = functools.partial(run, "search_paths")
 train = functools.partial(run, "train")
 

@@ -17,7 +17,7 @@ CONF = Path(__file__).resolve().parents[3] / "conf"
 # Groups that mean something where they are null: nothing is logged, called, delivered otherwise, scheduled.
 MAY_BE_NULL = re.compile(
     r"hydra\b.*|steps|method(\.extra_terms)?|noise|channel|choose|training\.scheduler|exits\.policy|(bottleneck|codec)\.at"
-    r"|(logger|callbacks|inserts)(\.\w+)?"
+    r"|(logger|callbacks|inserts)(\.\w+)?|(device|server)\.power"
 )
 SHOWN = 5
 _CHOICE = re.compile(r"\+?([\w/]+)(?:@[\w.]+)?=null", re.IGNORECASE)

@@ -1,0 +1,1 @@
+"""Layer graphs: what a planner divides."""

@@ -1,0 +1,1 @@
+"""Where to cut: one planner a file, all with one signature."""

@@ -1,0 +1,1 @@
+"""Seconds of every node on a machine, and the link between two."""

@@ -1,0 +1,1 @@
+"""Tasks through device, uplink, server and downlink."""

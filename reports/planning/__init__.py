@@ -1,0 +1,1 @@
+"""Plans of where to cut a network, as tables and plots."""

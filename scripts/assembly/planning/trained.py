@@ -1,0 +1,150 @@
+"""Trained networks as candidates of a plan: from checkpoints, bundles, run folders and files of results."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cleave.architectures import StagedNetwork
+from cleave.architectures.modes import evaluating
+from cleave.deployment import ENVELOPE_BYTES, Manifest, read_manifest
+from cleave.deployment.bundle.manifest import MANIFEST
+from cleave.lightning_modules.testing import Bytes
+from cleave.planning.candidates import Candidate
+from cleave.reports.rates.collect import find, read
+from cleave.reports.rates.results import Point
+from cleave.reports.terminal import say
+from cleave.scripts.assembly.restoring import restore, validated
+
+IMAGES = 4  # noise, whose payloads stand for those of images where nothing was tested
+
+
+def read_candidates(paths: Sequence[str], backbone: str, trusted: bool) -> list[Candidate]:
+    """Read trained networks; results of another backbone than the planned one are left out, and said.
+
+    Args:
+        paths: Checkpoints, bundles, run folders, and files of results as ``compare.py`` takes them.
+        backbone: Name of the planned one.
+        trusted: Whether checkpoints may name code of the user's own.
+
+    Raises:
+        FileNotFoundError: A path does not exist, or a folder holds no results.
+        ValueError: A file is damaged, or says too little of the network.
+    """
+    if isinstance(paths, str):
+        raise ValueError(f"candidates is a list of paths; write candidates=[{paths}]")
+    found: list[Candidate] = []
+    for path in map(Path, map(str, paths)):
+        if path.suffix == ".ckpt":
+            found.append(of_checkpoint(path, trusted))
+            continue
+        for file in find(path):
+            found += of_bundle(file.parent) if file.name == MANIFEST else of_results(file, backbone)
+    return found
+
+
+def of_checkpoint(path: Path, trusted: bool) -> Candidate:
+    """Read a checkpoint: its parts' costs, the bytes that its codecs make, and what its last validation measured."""
+    network = restore(path, trusted=trusted).network
+    if any(cost.side for cost in network.costs()):
+        raise ValueError(f"{path} is a path through two networks, which search_paths.py plans; leave it out")
+    if network.exits:
+        say(f"{path}: a checkpoint does not know who leaves at its exits, so that all go to the end; its bundle does")
+    accuracy = validated(path).get("val/acc")
+    device, server = device_and_server_macs(network)
+    label = f"{path.parent.parent.name or path.stem}: {' and '.join(network.bottlenecks) or 'all on the device'}"
+    payload = payload_of(network)
+    measured = None if accuracy is None else float(accuracy)
+    return Candidate(label, device, server, payload, measured, float(payload > 0), source=str(path))
+
+
+def device_and_server_macs(network: StagedNetwork) -> tuple[int, int]:
+    """Return the multiply-accumulates of a sample before and behind what the first bottleneck sends."""
+    first, found, beyond = next(iter(network.bottlenecks), None), [0, 0], False
+    for cost in network.costs():
+        beyond = beyond or (cost.kind == "decoder" and cost.name == first)
+        found[beyond] += cost.macs
+    return found[0], found[1]
+
+
+@torch.no_grad()
+def payload_of(network: StagedNetwork) -> float:
+    """Return the mean bytes that a network sends of an image, by its own codecs on noise, envelopes included."""
+    if not network.bottlenecks:
+        return 0.0
+    link = Bytes()
+    weight = next(network.parameters())
+    with evaluating(network), torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network.outputs(torch.randn(IMAGES, *network.input_shape, device=weight.device), network.results, link=link)
+    bytes_of_all = sum(len(payload) for payload in itertools.chain.from_iterable(link.payloads.values()))
+    return bytes_of_all / IMAGES + len(link.payloads) * (ENVELOPE_BYTES if network.envelope else 0)
+
+
+def of_results(file: Path, backbone: str) -> list[Candidate]:
+    """Read the points of a file; of the server nothing is known but that it runs no more than the whole network."""
+    points = [Point.from_dict(values, where) for where, values in read(file)]
+    others = {point.backbone for point in points if point.backbone not in (None, backbone)}
+    for name in sorted(filter(None, others)):
+        say(f"{file}: results of {name} are left out, as {backbone} is planned")
+    return [
+        Candidate(
+            f"{point.method}: {point.label}",
+            point.encoder_macs or 0,
+            None,
+            point.payload_bytes,
+            point.accuracy,
+            source=str(file),
+        )
+        for point in points
+        if point.backbone in (None, backbone)
+    ]
+
+
+def of_bundle(folder: Path) -> list[Candidate]:
+    """Read a bundle's manifest: what its partitions cost by placement, and what was tested."""
+    manifest = read_manifest(folder)
+    metrics = manifest.metrics
+    shares = {each.name: metrics.get(f"test/policy/share/{each.name}") for each in manifest.exits}
+    known = {name: float(share) for name, share in shares.items() if share is not None}
+    device, server, sent = _bundle_macs(manifest, known, folder)
+    payload = metrics.get("test/policy/payload_bytes", metrics.get("test/payload_bytes"))
+    if payload is None and sent:
+        raise ValueError(f"{folder} was not tested, so that nobody knows what it sends; export it with its test")
+    accuracy = metrics.get("test/policy/acc", metrics.get("test/acc"))
+    points: Sequence[Mapping[str, Any]] = metrics.get("points") or [
+        {"payload_bytes": payload or 0, "accuracy": accuracy}
+    ]
+    return [
+        Candidate(
+            f"bundle {folder.name}" + (f": {point['label']}" if point.get("label") else ""),
+            device,
+            server,
+            float(point["payload_bytes"]),
+            point.get("accuracy"),
+            sent,
+            known,
+            str(folder),
+        )
+        for point in points
+    ]
+
+
+def _bundle_macs(manifest: Manifest, shares: Mapping[str, float], folder: Path) -> tuple[float, float, float]:
+    if uncounted := [part.name for part in manifest.partitions if part.macs is None]:
+        raise ValueError(f"{folder}: nobody counted the MACs of {', '.join(uncounted)}; export the bundle again")
+    order = list(manifest.route.order)
+    parts = {part.name: part for part in manifest.partitions}
+    here = parts[order[0]].placement
+    leaving = {each.partition: shares.get(each.name, 0.0) for each in manifest.exits[:-1]}
+    left, sent, found = 1.0, 0.0, [0.0, 0.0]
+    for name in order:
+        away = parts[name].placement != here
+        sent = max(sent, left) if away else sent
+        found[away] += left * (parts[name].macs or 0)
+        left -= leaving.get(name, 0.0)
+    return found[0], found[1], sent
