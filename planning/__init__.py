@@ -54,7 +54,6 @@ from cleave.planning.paths.times import (
     read_block_times,
     write_block_times,
 )
-from cleave.planning.record_folder import RecordFolder, write_whole
 from cleave.planning.planners.dads import dads_heavy, dads_light
 from cleave.planning.planners.every import PLANNERS, Planner, every_plan
 from cleave.planning.planners.jps import jps
@@ -71,6 +70,7 @@ from cleave.planning.profiles.measured import measure_profile
 from cleave.planning.profiles.profile import Profile, read_profile, write_profile
 from cleave.planning.profiles.regression import HeldOut, LayerRegression, fit_regression, held_out_error
 from cleave.planning.profiles.roofline import roofline
+from cleave.planning.record_folder import RecordFolder, write_whole
 from cleave.planning.simulation.arrivals import every, poisson, read_arrivals
 from cleave.planning.simulation.flow_shop import completions, johnson_order, makespan
 from cleave.planning.simulation.report import Simulation, Span
@@ -103,13 +103,13 @@ __all__ = [
     "PathReward",
     "PathValue",
     "Placement",
-    "RecordFolder",
     "Plan",
     "PlanOptions",
     "Planner",
     "Power",
     "Profile",
     "RateTrace",
+    "RecordFolder",
     "SearchFolder",
     "SearchResult",
     "SearchSettings",
@@ -186,7 +186,7 @@ __all__ = [
     "stage_work",
     "worse_than_exits",
     "write_block_times",
-    "write_whole",
     "write_plan",
     "write_profile",
+    "write_whole",
 ]
