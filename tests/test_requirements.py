@@ -47,7 +47,7 @@ def test_a_device_needs_no_other_versions_than_the_project():
 def test_the_entropy_coder_is_an_extra():
     assert "constriction" not in map(name_of, PROJECT["dependencies"])
     assert [name_of(line) for line in PROJECT["optional-dependencies"]["entropy"]] == ["constriction"]
-    assert "cleave[dp,entropy,search]" in PROJECT["optional-dependencies"]["dev"]
+    assert "cleave[dp,entropy,search,serve]" in PROJECT["optional-dependencies"]["dev"]
     pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert {"constriction", *map(name_of, LISTED)} <= pinned
 
