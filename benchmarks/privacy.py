@@ -41,12 +41,14 @@ def _with(overrides: Sequence[str], value: float) -> list[str]:
     return [each.format(value) for each in overrides]
 
 
-BASE = "no defence"
+BASE, LONG = "no defence", "no defence, twice as long"
 ROWS: dict[str, list[str]] = {
     BASE: [],
     "ResSFL, λ = 3": _with(RESSFL, 3),
     "ResSFL, λ = 10": _with(RESSFL, 10),
     "ResSFL, λ = 30": _with(RESSFL, 30),
+    LONG: ["trainer.max_epochs=6"],
+    "ResSFL, λ = 50, twice as long": [*_with(RESSFL, 50), "trainer.max_epochs=6"],
     "NoPeek, λ = 3": _with(NOPEEK, 3),
     "2 channels": ["bottleneck.channels=2"],
     "2 bits": ["codec.bits=2"],
@@ -112,10 +114,12 @@ def defended(folder: Path, name: str, teacher: Path, common: list[str], args: ar
     )  # fmt: skip
     base = next(iter(first.glob("checkpoints/**/finetune/best.ckpt")), first / "checkpoints/best.ckpt")
     run = place(folder, name, seed)
+    long = any(each.startswith("trainer.max_epochs=") for each in own)
+    epochs = [] if long else [f"trainer.max_epochs={args.epochs}"]
     cache = ["feature_cache.use=true", "feature_cache.views=3", f"feature_cache.directory={folder / 'cache'}"]
     train(
         run, args.threads, "method=knowledge_distillation", *common, *split, *(f"+{each}" for each in slow),
-        f"base.ckpt_path={base}", f"trainer.max_epochs={args.epochs}", "training.optimizer.lr=1e-3", *cache,
+        f"base.ckpt_path={base}", *epochs, "training.optimizer.lr=1e-3", *cache,
         # The last weights, not the most accurate: those are of the epoch that hid the least.
         "callbacks.checkpoint=null", f"seed={seed}", *own,
     )  # fmt: skip
@@ -175,8 +179,11 @@ def report(folder: Path, args: argparse.Namespace) -> None:
     runs = {f"raw {layer}": [found(place(folder, layer))] for layer in RAW}
     runs |= {name: [found(place(folder, name, seed)) for seed in args.seeds] for name in ROWS}
     there = {name: [each for each in figures if each is not None] for name, figures in runs.items()}
-    base = there[BASE]
-    rows = [_cells(name, figures, base) for name, figures in there.items() if figures]
+    rows = [
+        _cells(name, figures, there[LONG if name.endswith("twice as long") else BASE])
+        for name, figures in there.items()
+        if figures
+    ]
     header = (
         "what is sent", "seeds", "accuracy", "lowest MSE", "times no defence", "explained", "SSIM", "bytes", "by"
     )  # fmt: skip
