@@ -1,5 +1,10 @@
 """What a device or a server needs: bundles, codecs, preprocessing and export. Imports nothing of the other rooms."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .bundle.draws import Draw
 from .bundle.edges import Crossing, Edge, Transfer
 from .bundle.envelope import ENVELOPE_BYTES, Envelope
@@ -45,6 +50,20 @@ from .runtime.preprocess import ImageError, ImageInput, open_image
 from .runtime.side import Outcome, Side
 from .runtime.walk import Message
 
+if TYPE_CHECKING:
+    from .runtime.server import Server
+    from .runtime.serving.repository import Repository
+    from .runtime.serving.status import ServingError
+    from .runtime.serving.trust import Trust
+
+# What is imported once it is asked for: who serves nothing needs no gRPC.
+_ON_DEMAND = {
+    "Repository": ".runtime.serving.repository",
+    "Server": ".runtime.server",
+    "ServingError": ".runtime.serving.status",
+    "Trust": ".runtime.serving.trust",
+}
+
 __all__ = [
     "CODECS",
     "CODINGS",
@@ -86,13 +105,17 @@ __all__ = [
     "PatiencePolicy",
     "PayloadError",
     "Pipeline",
+    "Repository",
     "Result",
     "Route",
+    "Server",
+    "ServingError",
     "Side",
     "SparseCodec",
     "TensorInput",
     "TensorSpec",
     "Transfer",
+    "Trust",
     "UniformCodec",
     "ZstdCodec",
     "anytime",
@@ -123,3 +146,17 @@ __all__ = [
     "write_manifest",
     "zstd_bytes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what serving needs at its first use."""
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        found = getattr(importlib.import_module(_ON_DEMAND[name], __name__), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("grpc", "google"):
+            raise
+        raise ImportError(f"{name} needs the extra `serve`: pip install grpcio protobuf ({error})") from error
+    globals()[name] = found
+    return found

@@ -37,7 +37,12 @@ def test_a_device_needs_what_deployment_imports():
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 found.add(node.module.partition(".")[0])
     needed = {IMPORTED_AS.get(name_of(line), name_of(line)) for line in LISTED}
-    assert found - set(sys.stdlib_module_names) == needed | {"constriction"}
+    assert found - set(sys.stdlib_module_names) == needed | {"constriction"} | {
+        "grpc",
+        "google",
+        "grpc_health",
+        "grpc_reflection",
+    }
 
 
 def test_a_device_needs_no_other_versions_than_the_project():
@@ -47,9 +52,17 @@ def test_a_device_needs_no_other_versions_than_the_project():
 def test_the_entropy_coder_is_an_extra():
     assert "constriction" not in map(name_of, PROJECT["dependencies"])
     assert [name_of(line) for line in PROJECT["optional-dependencies"]["entropy"]] == ["constriction"]
-    assert "cleave[entropy,search]" in PROJECT["optional-dependencies"]["dev"]
+    assert "cleave[dp,entropy,search,serve]" in PROJECT["optional-dependencies"]["dev"]
     pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert {"constriction", *map(name_of, LISTED)} <= pinned
+
+
+def test_serving_is_an_extra_of_both_packages():
+    own = tomllib.loads((ROOT / "deployment/pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert own["serve"] == PROJECT["optional-dependencies"]["serve"]
+    names = [name_of(line) for line in own["serve"]]
+    assert names == ["grpcio", "grpcio-health-checking", "grpcio-reflection", "protobuf"]
+    assert not set(names) & {*map(name_of, PROJECT["dependencies"]), *map(name_of, LISTED)}
 
 
 def test_a_side_that_must_code_names_the_missing_coder_before_the_first_picture(tmp_path, monkeypatch):
