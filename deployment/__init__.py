@@ -44,20 +44,27 @@ from .exits.policies import (
 )
 from .exits.policy import Decision, ExitPolicy
 from .exits.specs import ExitSpec, check_policy, exit_logits, read_policy
+from .runtime.gathering import Result
 from .runtime.inputs import Input, TensorInput
-from .runtime.pipeline import Pipeline, Result
+from .runtime.pipeline import Pipeline
 from .runtime.preprocess import ImageError, ImageInput, open_image
 from .runtime.side import Outcome, Side
 from .runtime.walk import Message
 
 if TYPE_CHECKING:
+    from .runtime.device import Answered, Device
     from .runtime.server import Server
     from .runtime.serving.repository import Repository
+    from .runtime.serving.retrying import Breaker, Retries
     from .runtime.serving.status import ServingError
     from .runtime.serving.trust import Trust
 
 # What is imported once it is asked for: who serves nothing needs no gRPC.
 _ON_DEMAND = {
+    "Answered": ".runtime.device",
+    "Breaker": ".runtime.serving.retrying",
+    "Device": ".runtime.device",
+    "Retries": ".runtime.serving.retrying",
     "Repository": ".runtime.serving.repository",
     "Server": ".runtime.server",
     "ServingError": ".runtime.serving.status",
@@ -70,6 +77,8 @@ __all__ = [
     "ENVELOPE_BYTES",
     "FLOAT_BITS",
     "POLICIES",
+    "Answered",
+    "Breaker",
     "Bundle",
     "BundleError",
     "Codec",
@@ -78,6 +87,7 @@ __all__ = [
     "ConfidencePolicy",
     "Crossing",
     "Decision",
+    "Device",
     "Draw",
     "Edge",
     "EnsemblePolicy",
@@ -107,6 +117,7 @@ __all__ = [
     "Pipeline",
     "Repository",
     "Result",
+    "Retries",
     "Route",
     "Server",
     "ServingError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -174,9 +175,10 @@ class Door(Served):
 
     def _answer(self, outputs: dict[str, Any], rows: int, failed: Mapping[int, CodecError]) -> Answer | ServingError:
         if len(failed) == rows:
-            return invalid(str(next(iter(failed.values()))))
+            row, error = next(iter(failed.items()))
+            return invalid(_of_row(error, row))
         if failed:
-            words = (str(failed[row])[:1000] if row in failed else "" for row in range(rows))
+            words = (_of_row(failed[row], row) if row in failed else "" for row in range(rows))
             outputs = {**outputs, ERROR: [text.encode("utf-8", "replace") for text in words]}
         return Answer(outputs)
 
@@ -215,6 +217,11 @@ class Alone(Served):
 
     def _made(self, bits: int | None) -> None:
         return None
+
+
+def _of_row(error: CodecError, row: int) -> str:
+    """Say what is wrong with a sample, by its place in its own request."""
+    return re.sub(r"\b(payload|sample) \d+\b", rf"\1 {row}", str(error), count=1)[:1000]
 
 
 def _together(values: Sequence[Any]) -> Any:

@@ -18,7 +18,10 @@ class ServingError(ValueError):
 
     Attributes:
         code: As above.
+        attempts: How often it was tried.
     """
+
+    attempts: int = 0
 
     def __init__(self, code: str, message: str) -> None:
         # Half a character, which JSON can hold, cannot be sent.
