@@ -207,7 +207,7 @@ def test_a_stream_sends_while_others_wait(folder, server):
         del server.repository.get("float.tail").run
 
 
-# --- servers that are away ----------------------------------------------------------------------------------------------
+# --- servers that are away --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,7 @@ def test_a_request_that_takes_too_long_is_given_up(folder, server):
         del server.repository.get("fixed.tail").run
 
 
-# --- retries, the breaker and the link ----------------------------------------------------------------------------------
+# --- retries, the breaker and the link --------------------------------------------------------------------------------
 
 
 class Clock:
@@ -390,7 +390,7 @@ def test_the_link_is_known_from_what_went_over_it(folder, server):
         assert device.link.round_trip > 0
 
 
-# --- what does not fit --------------------------------------------------------------------------------------------------
+# --- what does not fit ------------------------------------------------------------------------------------------------
 
 
 def test_bundles_of_other_digests_are_both_named(folder, tmp_path, server):

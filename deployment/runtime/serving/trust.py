@@ -55,8 +55,8 @@ class Trust:
             raise ValueError(f"authorities={self.authorities} need a certificate and key of the server's own")
         if self.certificate is None and not self.insecure and not is_loopback(host):
             raise ValueError(
-                f"host={host} can be reached from other machines, but there is no certificate; give certificate=FILE "
-                "key=FILE, or host=127.0.0.1, or insecure=true where the network itself is trusted"
+                f"{host or 'every address'} can be reached from other machines, but there is no certificate; give "
+                "certificate=FILE key=FILE, listen on 127.0.0.1, or set insecure=true where the network is trusted"
             )
 
     def server_credentials(self) -> Any:

@@ -22,6 +22,7 @@ export = functools.partial(run, "export")
 image_codecs = functools.partial(run, "image_codecs")
 infer = functools.partial(run, "infer")
 search_paths = functools.partial(run, "search_paths")
+serve = functools.partial(run, "serve")
 train = functools.partial(run, "train")
 
 if multiprocessing.parent_process() is not None:  # a rank of ddp_spawn, which runs no more than the imports
