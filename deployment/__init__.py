@@ -54,6 +54,7 @@ from .runtime.walk import Message
 if TYPE_CHECKING:
     from .runtime.device import Answered, Device
     from .runtime.server import Server
+    from .runtime.serving.onward import Onward
     from .runtime.serving.repository import Repository
     from .runtime.serving.retrying import Breaker, Retries
     from .runtime.serving.status import ServingError
@@ -65,6 +66,7 @@ _ON_DEMAND = {
     "Breaker": ".runtime.serving.retrying",
     "Device": ".runtime.device",
     "Retries": ".runtime.serving.retrying",
+    "Onward": ".runtime.serving.onward",
     "Repository": ".runtime.serving.repository",
     "Server": ".runtime.server",
     "ServingError": ".runtime.serving.status",
@@ -105,6 +107,7 @@ __all__ = [
     "Manifest",
     "MarginPolicy",
     "Message",
+    "Onward",
     "Outcome",
     "OutputSpec",
     "Parity",

@@ -15,7 +15,7 @@ from importlib import metadata
 import torch
 from omegaconf import DictConfig, ListConfig
 
-from cleave.deployment import Repository, Server, Trust
+from cleave.deployment import Onward, Repository, Retries, Server, Trust
 from cleave.deployment.runtime.serving.batching import checked_threads
 from cleave.lightning_modules import signals
 from cleave.reports.terminal import say
@@ -73,7 +73,21 @@ def built(cfg: DictConfig) -> Server:
         message_bytes=cfg.message_bytes,
         metrics_port=cfg.metrics_port,
         version=version(),
+        onward=onward(cfg),
     )
+
+
+def onward(cfg: DictConfig) -> Onward | None:
+    """Return how samples go on to other placements, where the config names their servers."""
+    given = cfg.onward
+    if not given.servers:
+        keys = ("certificate", "key", "authorities", "token")
+        if changed := [f"onward.{key}={given[key]}" for key in keys if given[key] is not None]:
+            raise ValueError(f"{', '.join(changed)} would be ignored: onward.servers names none")
+        return None
+    trust = Trust(given.certificate, given.key, given.authorities, given.token)
+    retries = Retries(timeout=given.timeout, attempts=given.attempts)
+    return Onward({str(place): str(address) for place, address in given.servers.items()}, trust, retries)
 
 
 def version() -> str:

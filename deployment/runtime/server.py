@@ -16,6 +16,7 @@ from ..checks import is_finite, is_whole
 from .serving.batching import Batcher, Job
 from .serving.handlers import Handlers
 from .serving.metrics import Metrics, MetricsServer
+from .serving.onward import Onward
 from .serving.protocol import SERVICE, described
 from .serving.repository import MEBIBYTE, Repository
 from .serving.streams import Streams
@@ -43,6 +44,7 @@ class Server:
         message_bytes: Most bytes of a message; ``None``: what the largest bundle needs, served or in the repository.
         metrics_port: The port of Prometheus metrics, 0 for any; ``None``: none.
         version: Its version, for its metadata.
+        onward: The servers of placements behind this one: samples that go on are sent there, and answered from there.
 
     Attributes:
         port: The port that it listens on.
@@ -70,6 +72,7 @@ class Server:
         message_bytes: int | None = None,
         metrics_port: int | None = None,
         version: str = "",
+        onward: Onward | None = None,
     ) -> None:
         trust = Trust() if trust is None else trust
         trust.check_host(host)
@@ -83,7 +86,7 @@ class Server:
         self._batcher = Batcher(repository.samples, wait, queue, workers, self._batch)
         self._metrics_server: MetricsServer | None = None
         try:
-            self._handlers = Handlers(repository, self._batcher, self.metrics, version)
+            self._handlers = Handlers(repository, self._batcher, self.metrics, version, onward)
             self._streams = Streams(self._handlers, streams)
             threads = queue + workers * repository.samples + streams + _SPARE
             self._server = grpc.server(
@@ -173,6 +176,8 @@ class Server:
         stopped.wait()
         if self._metrics_server is not None:
             self._metrics_server.close()
+        if self._handlers.onward is not None:
+            self._handlers.onward.close()
         self._ended.set()
         _LOG.info("stopped; requests by status: %s", self.metrics.counts())
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
 
 from .batching import Batcher, Job
 from .metrics import Metrics
-from .models import Answer
+from .models import Answer, Served
+from .onward import Onward
 from .protocol import METHODS, SERVICE, STREAM, message, set_parameters
 from .repository import Repository
 from .status import ServingError, invalid
-from .tensors import add_output
+from .tensors import Field, add_output
 
 _LOG = logging.getLogger(__name__)
 NAME, EXTENSIONS = "cleave", ("model_repository",)
@@ -34,9 +36,13 @@ class Handlers:
         batcher: What computes.
         metrics: What is counted.
         version: The server's version, for its metadata.
+        onward: The servers of placements behind this one, if any.
     """
 
-    def __init__(self, repository: Repository, batcher: Batcher, metrics: Metrics, version: str) -> None:
+    def __init__(
+        self, repository: Repository, batcher: Batcher, metrics: Metrics, version: str, onward: Onward | None = None
+    ) -> None:
+        self.onward = onward
         self.repository, self.batcher, self.metrics, self.version = repository, batcher, metrics, version
         self.draining = False
         self._changed = threading.Condition()
@@ -84,10 +90,14 @@ class Handlers:
         model = self.repository.get(request.name, request.version)
         found = message("ModelMetadataResponse")(name=model.name, platform=PLATFORM, properties=model.properties)
         found.versions.extend(map(str, self.repository.versions(model.name)))
-        for into, fields in ((found.inputs, model.inputs), (found.outputs, model.outputs)):
+        for into, fields in ((found.inputs, model.inputs), (found.outputs, self._outputs(model))):
             for field in fields.values():
                 into.add(name=field.name, datatype=field.datatype, shape=field.shape)
         return found
+
+    def _outputs(self, model: Served) -> Mapping[str, Field]:
+        """Return what a model may answer, with what comes from placements behind this one."""
+        return model.outputs if self.onward is None else model.answers
 
     def index(self, request: Any) -> Any:
         """List the models that are served, and the bundles that could be."""
@@ -113,7 +123,7 @@ class Handlers:
         try:
             job = self.begin(request, context)
             context.add_callback(job.cancel)
-            return self.finished(request, job, lambda: respond(request, job, job.wait()))
+            return self.finished(request, job, lambda: self.respond(request, job))
         except ServingError as error:
             return context.abort(getattr(grpc.StatusCode, error.code), str(error))
         except Exception as error:
@@ -129,8 +139,9 @@ class Handlers:
             model = self.repository.get(request.model_name, request.model_version)
             _check_digest(request, model.digest)
             given = model.read(request)
-            if unknown := [each.name for each in request.outputs if each.name not in model.outputs]:
-                raise invalid(f"{model.name} has no output {unknown[0]!r:.100}; it has {', '.join(model.outputs)}")
+            known = self._outputs(model)
+            if unknown := [each.name for each in request.outputs if each.name not in known]:
+                raise invalid(f"{model.name} has no output {unknown[0]!r:.100}; it has {', '.join(known)}")
             # A call without a deadline has centuries left, more than a lock can wait.
             limits = [limit for limit in (context.time_remaining(), given.timeout, _LONGEST) if limit is not None]
             job = Job(model, given, time.monotonic() + min(limits), done)
@@ -161,6 +172,14 @@ class Handlers:
             if isinstance(job.result, Answer):
                 stages["compute"] = job.result.seconds
             self.told(job.model.name, request, status, stages)
+
+    def respond(self, request: Any, job: Job) -> Any:
+        """Return the response to a request, once it has an answer, and the placements behind have theirs."""
+        answer = job.wait()
+        if self.onward is not None:
+            left = math.inf if job.deadline is None else job.deadline - time.monotonic()
+            answer = self.onward.finished(job.model, job.given, answer, left)
+        return respond(request, job, answer)
 
     def told(self, model: str, request: Any, status: str, stages: dict[str, float]) -> None:
         """Count a request, and log it as one line of JSON where somebody debugs."""

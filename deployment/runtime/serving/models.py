@@ -55,11 +55,13 @@ class Served(abc.ABC):
 
     Attributes:
         inputs: All that it takes, by name.
-        outputs: All that it may answer, by name.
+        outputs: All that it may answer by itself, by name.
+        answers: All that may be answered with the help of others.
     """
 
     inputs: Mapping[str, Field]
     outputs: Mapping[str, Field]
+    answers: Mapping[str, Field]
 
     def __init__(self, bundle: Bundle, name: str, version: int, spec: PartitionSpec, most: int) -> None:
         self.bundle, self.name, self.version, self.spec, self.most = bundle, name, version, spec, most
@@ -80,7 +82,7 @@ class Served(abc.ABC):
 
     def most_bytes(self) -> int:
         """Most bytes of a request, or of an answer."""
-        return max(sum(field.most_bytes(self.most) for field in each.values()) for each in (self.inputs, self.outputs))
+        return max(sum(field.most_bytes(self.most) for field in each.values()) for each in (self.inputs, self.answers))
 
     @abc.abstractmethod
     def read(self, request: Any) -> Given:
@@ -121,7 +123,7 @@ class Door(Served):
         super().__init__(bundle, name, version, spec, most)
         only_visit(bundle.manifest, spec.placement)
         self.signature = Signature(bundle.manifest, spec.placement)
-        self.inputs, self.outputs = self.signature.inputs, self.signature.outputs
+        self.inputs, self.outputs, self.answers = self.signature.inputs, self.signature.outputs, self.signature.answers
         self.results = [name for name in self.outputs if name not in (EXIT, ERROR) and "@" not in name]
         self.at_width(None)
 
@@ -193,7 +195,7 @@ class Alone(Served):
         super().__init__(bundle, name, version, spec, most)
         supplied = bundle.manifest.route.supplied
         self.inputs = {item.name: Field.of(item) for item in spec.inputs if item.name not in supplied}
-        self.outputs = {item.name: Field.of(item) for item in spec.outputs}
+        self.outputs = self.answers = {item.name: Field.of(item) for item in spec.outputs}
 
     def read(self, request: Any) -> Given:
         """Read a request by tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -120,12 +121,13 @@ class Remote:
         most = properties.get("max_batch_size", "1")
         return max(1, min(int(most), _MOST_SAMPLES)) if most.isdecimal() else 1
 
-    def run(self, arrived: Message, sent: Sent) -> Outcome:
+    def run(self, arrived: Message, sent: Sent, seconds: float = math.inf) -> Outcome:
         """Send what goes to the placement, and return what it has made of it.
 
         Args:
             arrived: What this side sends.
             sent: Notes what that took.
+            seconds: Most that all tries may take, where that is less than ``retries`` say.
 
         Raises:
             ServingError: There is no answer.
@@ -137,7 +139,7 @@ class Remote:
             some = slice(start, start + most)
             rows = arrived.rows[some]
             payloads = {tensor: payload[some] for tensor, payload in arrived.payloads.items()}
-            response = self._answered(Message(rows, payloads), sent)
+            response = self._answered(Message(rows, payloads), sent, seconds)
             outcome, failed = self._outcome(response, rows)
             parts.append(outcome)
             errors |= failed
@@ -146,11 +148,11 @@ class Remote:
             raise PayloadError(errors, outcome)
         return outcome
 
-    def _answered(self, arrived: Message, sent: Sent) -> Any:
+    def _answered(self, arrived: Message, sent: Sent, seconds: float) -> Any:
         request = self._request(arrived)
         start = time.monotonic()
         try:
-            response, attempts = self._asked("ModelInfer", request)
+            response, attempts = self._asked("ModelInfer", request, seconds)
         except ServingError as error:
             sent.attempts += error.attempts
             sent.seconds["link"] += time.monotonic() - start
@@ -182,7 +184,7 @@ class Remote:
         codec = self.side.route.codecs[tensor]
         return codec.decode(payloads if envelope is None else envelope.opened_all(payloads))
 
-    def _asked(self, method: str, request: Any) -> tuple[Any, int]:
+    def _asked(self, method: str, request: Any, seconds: float = math.inf) -> tuple[Any, int]:
         def call(left: float) -> Any:
             try:
                 response = self._stubs[method](request, timeout=left, metadata=self._metadata)
@@ -194,7 +196,9 @@ class Remote:
             return response
 
         self.breaker.check()
-        return self.retries.run(call)
+        if seconds <= 0:
+            raise ServingError("DEADLINE_EXCEEDED", f"there was no time left to ask {self.address}")
+        return dataclasses.replace(self.retries, timeout=min(self.retries.timeout, seconds)).run(call)
 
     def _outcome(self, response: Any, rows: tuple[int, ...]) -> tuple[Outcome, dict[int, CodecError]]:
         """Return an answer as a side's outcome; :class:`ServingError` where it is none."""
@@ -216,7 +220,7 @@ class Remote:
         places = torch.tensor(here, dtype=torch.int64)
         outcome.outputs = {name: value[places] for name, value in results.items()} if here else {}
         outcome.exits = () if exits is None else tuple(exits[places].tolist())
-        for crossing in self.signature.leaving:
+        for crossing in self.signature.crossings:
             payloads = found.get(f"{crossing.tensor}@{crossing.target}")
             if payloads is not None and any(payloads):
                 going = [place for place, payload in enumerate(payloads) if payload]
@@ -226,10 +230,10 @@ class Remote:
 
 
 def _read(response: Any, signature: Signature) -> dict[str, Any]:
-    """Return the outputs of an answer that this placement may give."""
+    """Return the outputs of an answer, each of which must be one of this bundle's."""
     found: dict[str, Any] = {}
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
-        field = signature.outputs[output.name]
+        field = signature.answers[output.name]
         count = field.check(output, _MOST_SAMPLES)
         found[output.name] = (
             split(raw, count) if field.datatype == "BYTES" else field.tensor(raw, None, output.shape, count)

@@ -106,13 +106,16 @@ class Signature:
         main: The tensor whose payload is the input ``payload``, if anything is sent here.
         inputs: All inputs by name, of both ways.
         outputs: All that may be answered.
+        crossings: All that is sent anywhere on the route.
+        answers: All that an answer may hold where other placements have had a part in it.
     """
 
     def __init__(self, manifest: Manifest, placement: str) -> None:
         self.manifest, self.placement, route = manifest, placement, manifest.route
         states = state_crossings(manifest.policy, manifest.exits, len(manifest.class_names), route)
-        self.coming = [each for each in (*route.crossings, *states) if each.target == placement]
-        self.leaving = [each for each in (*route.crossings, *states) if each.source == placement]
+        self.crossings = [*route.crossings, *states]
+        self.coming = [each for each in self.crossings if each.target == placement]
+        self.leaving = [each for each in self.crossings if each.source == placement]
         self.specs = {item.name: item for spec in manifest.at(placement) for item in spec.inputs}
         before = [each for each in self.coming if each.tensor in exit_logits(manifest.exits)]
         rest = [each for each in self.coming if each not in before and each.state is None]
@@ -125,7 +128,8 @@ class Signature:
         self.inputs = {slot.field.name: slot.field for slot in slots}
         if self.main is not None and self.main.codec.levels:
             self.inputs[LEVELS] = Field(LEVELS, "INT64", (1,))
-        self.outputs = self._outputs()
+        self.outputs = self._outputs([placement])
+        self.answers = self._outputs(route.placements)
 
     def _entry_slots(self) -> list[Slot]:
         return [] if self.entry is None else [Slot(Field.of(self.specs[self.entry]), self.entry)]
@@ -151,14 +155,15 @@ class Signature:
                 found.append(Slot(Field.of(spec, called), crossing.tensor, own, optional))
         return found
 
-    def _outputs(self) -> dict[str, Field]:
-        emitted = {item.name: item for spec in self.manifest.at(self.placement) for item in spec.outputs}
+    def _outputs(self, placements: Sequence[str]) -> dict[str, Field]:
+        specs = [spec for place in placements for spec in self.manifest.at(place)]
+        emitted = {item.name: item for spec in specs for item in spec.outputs}
         found = {each.name: Field.of(emitted[each.name]) for each in self.manifest.outputs if each.name in emitted}
-        here = [each for each in self.manifest.exit_placements if each == self.placement]
+        here = [each for each in self.manifest.exit_placements if each in placements]
         if here and (self.manifest.policy is not None or LOGITS in found):
             found[LOGITS] = Field(LOGITS, "FP32", (-1, len(self.manifest.class_names)))
             found[EXIT] = Field(EXIT, "INT64", (-1,))
-        for crossing in self.leaving:
+        for crossing in (each for each in self.crossings if each.source in placements):
             name = sent_name(crossing.tensor, crossing.target)
             found[name] = Field(name, BYTES, (-1,), longest_payload(crossing))
         return {**found, ERROR: Field(ERROR, BYTES, (-1,), 4096)}
@@ -166,7 +171,7 @@ class Signature:
     def most_bytes(self, samples: int) -> int:
         """Most bytes that a request of some samples takes, or an answer to it."""
         return max(
-            sum(field.most_bytes(samples) for field in fields.values()) for fields in (self.inputs, self.outputs)
+            sum(field.most_bytes(samples) for field in fields.values()) for fields in (self.inputs, self.answers)
         )
 
     def read(self, request: Any, most: int) -> Given:

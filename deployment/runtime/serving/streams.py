@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from .batching import Job
-from .handlers import DRAINING, Handlers, respond
+from .handlers import DRAINING, Handlers
 from .protocol import message, set_parameters
 from .status import ServingError
 
@@ -91,7 +91,7 @@ class _Stream:
         try:
             if job is None:
                 raise error or ServingError("INTERNAL", "the request has no answer")
-            answer = self.handlers.finished(request, job, lambda: respond(request, job, job.wait()))
+            answer = self.handlers.finished(request, job, lambda: self.handlers.respond(request, job))
             found.infer_response.CopyFrom(answer)
         except ServingError as wrong:
             found.error_message = str(wrong)
