@@ -15,7 +15,7 @@ from cleave.deployment.runtime.serving.protocol import METHODS, message
 from .deployment_networks import SHAPE, exit_bundle, exit_images, images, make_bundle
 from .serving_client import outputs_of, request_of, serving
 
-MAY = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION"}
+MAY = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "DEADLINE_EXCEEDED"}
 NAMES = [
     "payload",
     "codes",
