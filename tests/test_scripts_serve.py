@@ -137,6 +137,8 @@ def test_what_cannot_be_served_is_one_sentence(folder, server, tmp_path):
         ([f"bundle={folder}/net", "batch.wait_ms=-1"], "batch.wait_ms must be"),
         ([f"bundle={folder}/net", "batch.samples=0"], "samples must be"),
         ([f"bundle={folder}/net", "repository=nowhere"], "repository=nowhere is no folder"),
+        ([f"bundle={folder}/net", "onward.token=x"], r"onward\.token=x would be ignored: onward\.servers names none"),
+        ([f"bundle={folder}/net", "onward.servers={cloud: here}"], "onward to cloud: here must be HOST:PORT"),
     ):
         with pytest.raises((ValueError, OSError), match=words):
             built(compose_config("serve", ["port=0", *given], tmp_path))
