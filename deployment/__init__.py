@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from .runtime.serving.repository import Repository
     from .runtime.serving.retrying import Breaker, Retries
     from .runtime.serving.status import ServingError
-    from .runtime.serving.trust import Trust
+    from .runtime.trust import Trust
 
 # What is imported once it is asked for: who serves nothing needs no gRPC.
 _ON_DEMAND = {
@@ -70,7 +70,7 @@ _ON_DEMAND = {
     "Repository": ".runtime.serving.repository",
     "Server": ".runtime.server",
     "ServingError": ".runtime.serving.status",
-    "Trust": ".runtime.serving.trust",
+    "Trust": ".runtime.trust",
 }
 
 __all__ = [

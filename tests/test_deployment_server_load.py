@@ -116,7 +116,9 @@ def test_one_that_fails_does_not_spoil_those_it_shares_a_batch_with(bundle):
         model.run = lambda given: own(given) if all(each.rows != 2 for each in given) else 1 / 0
         gate = held(server)
         infer = caller.stub("ModelInfer")
-        calls = [infer.future(asking(bundle, count), timeout=60) for count in (1, 2, 3)]
+        calls = [infer.future(asking(bundle, 1), timeout=60)]
+        until(gate.reached.is_set)
+        calls += [infer.future(asking(bundle, count), timeout=60) for count in (2, 3)]
         until(lambda: server._batcher.waiting == 2)
         gate.open.set()
         codes = [call.code().name for call in calls]
@@ -205,8 +207,10 @@ def test_draining_answers_what_was_accepted_and_refuses_the_rest(bundle):
 def test_what_is_not_answered_in_time_is_refused_in_the_end(bundle):
     with serving(bundle.directory) as (server, caller):
         gate = held(server)
-        calls = [caller.stub("ModelInfer").future(asking(bundle), timeout=60) for _ in range(3)]
-        until(lambda: gate.reached.is_set() and server._batcher.waiting == 2)
+        calls = [caller.stub("ModelInfer").future(asking(bundle), timeout=60)]
+        until(gate.reached.is_set)
+        calls += [caller.stub("ModelInfer").future(asking(bundle), timeout=60) for _ in range(2)]
+        until(lambda: server._batcher.waiting == 2)
         threading.Timer(0.5, gate.open.set).start()
         assert not server.drain(0.2)
         assert {call.code().name for call in calls} <= {"UNAVAILABLE", "CANCELLED"}

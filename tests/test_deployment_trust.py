@@ -10,7 +10,7 @@ import pytest
 
 from cleave.deployment import Server, Trust
 from cleave.deployment.runtime.serving.repository import Repository
-from cleave.deployment.runtime.serving.trust import allowed, is_loopback
+from cleave.deployment.runtime.trust import allowed, is_loopback
 
 from .deployment_networks import images, make_bundle
 from .serving_client import Caller, request_of, serving

@@ -29,8 +29,8 @@ from .pipeline import Pipeline
 from .serving.remote import Remote, Sent
 from .serving.retrying import AWAY, Breaker, Retries
 from .serving.status import ServingError
-from .serving.trust import Trust
 from .side import Outcome, Side
+from .trust import Trust
 from .walk import Message, follow
 
 FALLBACKS = ("error", "exit", "local")

@@ -20,7 +20,7 @@ from .serving.onward import Onward
 from .serving.protocol import SERVICE, described
 from .serving.repository import MEBIBYTE, Repository
 from .serving.streams import Streams
-from .serving.trust import Trust, allowed
+from .trust import Trust, allowed
 
 _LOG = logging.getLogger(__name__)
 # Threads for all that is no inference, so that a full queue still tells that it is alive.

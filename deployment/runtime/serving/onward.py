@@ -13,13 +13,13 @@ from torch import Tensor
 from ...bundle.files import BundleError
 from ...codecs.packing import CodecError, PayloadError
 from ..side import Outcome
+from ..trust import Trust
 from ..walk import Message
 from .models import Answer, Door, Served
 from .remote import Remote, Sent
 from .retrying import Breaker, Retries
 from .signatures import ERROR, EXIT, Given, sent_name
 from .status import ServingError
-from .trust import Trust
 
 
 class Onward:

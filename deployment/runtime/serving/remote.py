@@ -15,6 +15,7 @@ from torch import Tensor
 from ...bundle.files import BundleError
 from ...codecs.packing import CodecError, PayloadError
 from ..side import Outcome, Side
+from ..trust import Trust
 from ..walk import Message
 from .protocol import METHODS, message, set_parameters
 from .repository import MEBIBYTE
@@ -22,7 +23,6 @@ from .retrying import Breaker, LinkEstimate, Retries
 from .signatures import ERROR, EXIT, Signature, only_visit
 from .status import RowError, ServingError
 from .tensors import add_input, split
-from .trust import Trust
 
 _LONGEST_PAUSE_MS = 1000
 _MOST_SAMPLES = 256
