@@ -1,5 +1,10 @@
 """What a device or a server needs: bundles, codecs, preprocessing and export. Imports nothing of the other rooms."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .bundle.draws import Draw
 from .bundle.edges import Crossing, Edge, Transfer
 from .bundle.envelope import ENVELOPE_BYTES, Envelope
@@ -39,11 +44,34 @@ from .exits.policies import (
 )
 from .exits.policy import Decision, ExitPolicy
 from .exits.specs import ExitSpec, check_policy, exit_logits, read_policy
+from .runtime.gathering import Result
 from .runtime.inputs import Input, TensorInput
-from .runtime.pipeline import Pipeline, Result
+from .runtime.pipeline import Pipeline
 from .runtime.preprocess import ImageError, ImageInput, open_image
 from .runtime.side import Outcome, Side
 from .runtime.walk import Message
+
+if TYPE_CHECKING:
+    from .runtime.device import Answered, Device
+    from .runtime.server import Server
+    from .runtime.serving.onward import Onward
+    from .runtime.serving.repository import Repository
+    from .runtime.serving.retrying import Breaker, Retries
+    from .runtime.serving.status import ServingError
+    from .runtime.trust import Trust
+
+# What is imported once it is asked for: who serves nothing needs no gRPC.
+_ON_DEMAND = {
+    "Answered": ".runtime.device",
+    "Breaker": ".runtime.serving.retrying",
+    "Device": ".runtime.device",
+    "Retries": ".runtime.serving.retrying",
+    "Onward": ".runtime.serving.onward",
+    "Repository": ".runtime.serving.repository",
+    "Server": ".runtime.server",
+    "ServingError": ".runtime.serving.status",
+    "Trust": ".runtime.trust",
+}
 
 __all__ = [
     "CODECS",
@@ -51,6 +79,8 @@ __all__ = [
     "ENVELOPE_BYTES",
     "FLOAT_BITS",
     "POLICIES",
+    "Answered",
+    "Breaker",
     "Bundle",
     "BundleError",
     "Codec",
@@ -59,6 +89,7 @@ __all__ = [
     "ConfidencePolicy",
     "Crossing",
     "Decision",
+    "Device",
     "Draw",
     "Edge",
     "EnsemblePolicy",
@@ -76,6 +107,7 @@ __all__ = [
     "Manifest",
     "MarginPolicy",
     "Message",
+    "Onward",
     "Outcome",
     "OutputSpec",
     "Parity",
@@ -86,13 +118,18 @@ __all__ = [
     "PatiencePolicy",
     "PayloadError",
     "Pipeline",
+    "Repository",
     "Result",
+    "Retries",
     "Route",
+    "Server",
+    "ServingError",
     "Side",
     "SparseCodec",
     "TensorInput",
     "TensorSpec",
     "Transfer",
+    "Trust",
     "UniformCodec",
     "ZstdCodec",
     "anytime",
@@ -123,3 +160,17 @@ __all__ = [
     "write_manifest",
     "zstd_bytes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what serving needs at its first use."""
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        found = getattr(importlib.import_module(_ON_DEMAND[name], __name__), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("grpc", "google"):
+            raise
+        raise ImportError(f"{name} needs the extra `serve`: pip install grpcio protobuf ({error})") from error
+    globals()[name] = found
+    return found

@@ -7,10 +7,12 @@ if __name__ == "__main__":  # the config comes first: --help and a misspelt key 
 
     run("infer")
 
+import collections
+import itertools
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -18,14 +20,31 @@ from torch import Tensor
 
 from cleave.datamodules import Digits
 from cleave.datamodules.sets.image_folder import EXTENSIONS
-from cleave.deployment import Bundle, Codec, ImageInput, Pipeline, Result, exit_shares, load_bundle, read_policy
+from cleave.deployment import (
+    Bundle,
+    Codec,
+    ImageInput,
+    Pipeline,
+    Result,
+    exit_shares,
+    load_bundle,
+    read_policy,
+)
+from cleave.deployment.runtime.frames import VIDEO_ENDINGS, frames
 from cleave.reports.answers import Answer, check_file, print_answers, print_larger_than_files, write_answers
 from cleave.reports.terminal import say, table
+from cleave.scripts.assembly.asking import check_unasked, device_of, say_how_it_went, write_lines
 from cleave.scripts.assembly.hints import command
+
+if TYPE_CHECKING:
+    from cleave.deployment import Device
 
 
 def infer(cfg: DictConfig) -> list[str]:
     """Run what the config describes, print it, write the answers where asked to, and return the predicted classes."""
+    if cfg.server is not None:
+        return infer_remotely(cfg)
+    check_unasked(cfg)
     pipeline, output = checked(cfg)
     answers: list[Answer] = []
     left: list[int] = []
@@ -38,11 +57,12 @@ def infer(cfg: DictConfig) -> list[str]:
         for part, spent in timings(pipeline, result):
             seconds[part] = seconds.get(part, 0.0) + spent
         left += [] if result.exits is None else result.exits.tolist()
-        answers += answered(pipeline, batch, result)
+        answers += answered(pipeline.bundle, batch, result)
     if output is not None:
         write_answers(output, answers)
     print_answers(f"{len(answers)} images through {cfg.bundle}", answers)
-    if cfg.input != "digits" and (found := len(image_files(Path(cfg.input)))) > len(answers):
+    still = cfg.input != "digits" and moving(cfg.input) is None
+    if still and (found := len(image_files(Path(cfg.input)))) > len(answers):
         say(f"These are the first {len(answers):,} of {found:,} images, by their names; limit=null runs all")
     lengths = [answer.payload_bytes for answer in answers]
     if pipeline.crossings:
@@ -58,23 +78,62 @@ def infer(cfg: DictConfig) -> list[str]:
     return [answer.prediction for answer in answers]
 
 
-def checked(cfg: DictConfig) -> tuple[Pipeline, Path | None]:
-    """Return the pipeline that a config describes, and where its answers are to be written.
+def infer_remotely(cfg: DictConfig) -> list[str]:
+    """Run the side that takes images here and the others on a server, and return the predicted classes."""
+    check_numbers(cfg)
+    output = check_file(cfg.output)
+    answers: list[Answer] = []
+    lines: list[dict[str, Any]] = []
+    waiting: collections.deque[Batch] = collections.deque()
 
-    Raises:
-        ValueError: A setting is out of range, or the bundle does not name classes.
-    """
+    def read(device: Device) -> Iterator[Tensor]:
+        for batch in batches(cfg, device):
+            waiting.append(batch)
+            yield batch.images
+
+    with device_of(cfg) as device:
+        check_classes(cfg, device.bundle)
+        for answered_batch in device.stream(read(device)):
+            batch = waiting.popleft()
+            answers += answered(device.bundle, batch, answered_batch.result)
+            found = answered_batch.lines(device.bundle)
+            lines += [{"image": name, **line} for name, line in zip(batch.names, found, strict=True)]
+        if output is not None:
+            write_lines(output, lines)
+        print_answers(f"{len(answers)} images through {cfg.bundle} and {cfg.server}", answers)
+        say_how_it_went(device, lines)
+    if output is not None:
+        say(f"Written: {output}")
+    return [answer.prediction for answer in answers]
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Raise :class:`ValueError` where a number is out of range, or torch finds no such device."""
     if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {cfg.batch_size}")
     if cfg.limit is not None and (not isinstance(cfg.limit, int) or cfg.limit < 1):
         raise ValueError(f"limit must be a whole number of at least 1, or null for all images, got {cfg.limit}")
     if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={cfg.device}: torch finds no CUDA device here; use device=cpu")
-    output = check_file(cfg.output)
-    bundle = load_bundle(cfg.bundle, device=cfg.device)
+
+
+def check_classes(cfg: DictConfig, bundle: Bundle) -> None:
+    """Raise :class:`ValueError` where a bundle does not name classes."""
     if [each.kind for each in bundle.manifest.outputs] != ["logits"]:
         found = ", ".join(f"{each.name} ({each.kind})" for each in bundle.manifest.outputs)
         raise ValueError(f"bundle={cfg.bundle} answers with {found}; infer.py names classes, so run it by Pipeline")
+
+
+def checked(cfg: DictConfig) -> tuple[Pipeline, Path | None]:
+    """Return the pipeline that a config describes, and where its answers are to be written.
+
+    Raises:
+        ValueError: A setting is out of range, or the bundle does not name classes.
+    """
+    check_numbers(cfg)
+    output = check_file(cfg.output)
+    bundle = load_bundle(cfg.bundle, device=cfg.device)
+    check_classes(cfg, bundle)
     file = cfg.exits.policy_file
     return Pipeline(bundle, bits=cfg.bits, policy=None if file is None else read_policy(file)), output
 
@@ -88,7 +147,7 @@ class Batch(NamedTuple):
     file_bytes: list[int | None]
 
 
-def answered(pipeline: Pipeline, batch: Batch, result: Result) -> Iterator[Answer]:
+def answered(bundle: Bundle, batch: Batch, result: Result) -> Iterator[Answer]:
     """Put what came out of a batch beside what is known of its images."""
     (logits,) = result.outputs.values()
     confidences, indices = (values.tolist() for values in logits.softmax(1).max(1))
@@ -96,12 +155,12 @@ def answered(pipeline: Pipeline, batch: Batch, result: Result) -> Iterator[Answe
     for i, name in enumerate(batch.names):
         yield Answer(
             image=name,
-            prediction=pipeline.bundle.class_names[indices[i]],
+            prediction=bundle.class_names[indices[i]],
             label=batch.labels[i],
             confidence=confidences[i],
             payload_bytes=result.payload_bytes[i],
             file_bytes=batch.file_bytes[i],
-            exit=None if not exits else pipeline.bundle.manifest.exits[exits[i]].name,
+            exit=None if not exits or exits[i] < 0 else bundle.manifest.exits[exits[i]].name,
         )
 
 
@@ -181,13 +240,17 @@ def timings(pipeline: Pipeline, result: Result) -> Iterator[tuple[str, float]]:
             yield f"unpack after {name}", sum(result.decode_seconds[key] for key in sent)
 
 
-def batches(cfg: DictConfig, pipeline: Pipeline) -> Iterator[Batch]:
+def batches(cfg: DictConfig, pipeline: Pipeline | Device) -> Iterator[Batch]:
     """Read the images batch by batch; the class of a file is the folder nearest to it that has a class's name.
 
     Raises:
         FileNotFoundError: ``input`` is neither ``digits``, nor a file, nor a folder with images.
+        ImageError: A picture, or a video, cannot be read.
     """
     size = cfg.batch_size
+    if (source := moving(cfg.input)) is not None:
+        yield from frame_batches(source, image_input(pipeline), size, cfg.limit)
+        return
     if cfg.input == "digits":
         data = Digits()
         data.configure_input(image_input(pipeline))
@@ -210,6 +273,21 @@ def batches(cfg: DictConfig, pipeline: Pipeline) -> Iterator[Batch]:
         )
 
 
+def moving(given: Any) -> str | int | None:
+    """Return a video file or the index of a camera where ``input`` is one."""
+    if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
+        return given
+    return str(given) if Path(str(given)).suffix.lower() in VIDEO_ENDINGS else None
+
+
+def frame_batches(source: str | int, spec: ImageInput, size: int, limit: int | None) -> Iterator[Batch]:
+    """Yield the frames of a video or a camera, batch by batch."""
+    numbered = enumerate(frames(source, limit))
+    while some := list(itertools.islice(numbered, size)):
+        images = torch.stack([spec(picture) for _, picture in some])
+        yield Batch(images, [f"frame {number}" for number, _ in some], [None] * len(some), [None] * len(some))
+
+
 def class_of(file: Path, root: Path, class_names: Sequence[str]) -> str | None:
     """Return the class that the folders of an image name, the nearest first and the root's own last; ``None``: none."""
     depth = len(file.relative_to(root).parts) if root.is_dir() else 1
@@ -219,7 +297,7 @@ def class_of(file: Path, root: Path, class_names: Sequence[str]) -> str | None:
     return next((name for name in found if name is not None), None)
 
 
-def image_input(pipeline: Pipeline) -> ImageInput:
+def image_input(pipeline: Pipeline | Device) -> ImageInput:
     """Return how images become the bundle's input; ValueError where it takes none."""
     found = pipeline.bundle.input
     if not isinstance(found, ImageInput):

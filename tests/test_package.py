@@ -101,7 +101,8 @@ def test_the_runtime_is_the_deployment_room_alone(wheels):
     lines = (line for line in (room / "requirements.txt").read_text().splitlines() if not line.startswith("#"))
     needed, *extra = split_requirements(metadata.get_all("Requires-Dist"))
     assert needed == {normal(line) for line in lines if line}
-    assert extra == [{normal(PROJECT["optional-dependencies"]["entropy"][0]) + ';extra=="entropy"'}]
+    extras = {name: PROJECT["optional-dependencies"][name] for name in ("entropy", "serve", "video")}
+    assert extra == [{f'{normal(line)};extra=="{name}"' for name, lines in extras.items() for line in lines}]
     assert "Apache" in inside(wheels.runtime, "licenses/LICENSE")
 
 

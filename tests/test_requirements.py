@@ -21,6 +21,8 @@ LISTED = [
     for line in (ROOT / "deployment/requirements.txt").read_text().splitlines()
     if line.strip() and not line.startswith("#")
 ]
+# Extras, imported by what needs them alone.
+ON_DEMAND = ("cv2", "google", "grpc", "grpc_health", "grpc_reflection")
 IMPORTED_AS = {"pillow": "PIL"}
 
 
@@ -37,7 +39,7 @@ def test_a_device_needs_what_deployment_imports():
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 found.add(node.module.partition(".")[0])
     needed = {IMPORTED_AS.get(name_of(line), name_of(line)) for line in LISTED}
-    assert found - set(sys.stdlib_module_names) == needed | {"constriction"}
+    assert found - set(sys.stdlib_module_names) == needed | {"constriction", *ON_DEMAND}
 
 
 def test_a_device_needs_no_other_versions_than_the_project():
@@ -50,6 +52,14 @@ def test_the_entropy_coder_is_an_extra():
     assert "cleave[dp,entropy,search,serve]" in PROJECT["optional-dependencies"]["dev"]
     pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert {"constriction", *map(name_of, LISTED)} <= pinned
+
+
+def test_serving_is_an_extra_of_both_packages():
+    own = tomllib.loads((ROOT / "deployment/pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert all(own[name] == PROJECT["optional-dependencies"][name] for name in ("entropy", "serve", "video"))
+    names = [name_of(line) for line in own["serve"]]
+    assert names == ["grpcio", "grpcio-health-checking", "grpcio-reflection", "protobuf"]
+    assert not set(names) & {*map(name_of, PROJECT["dependencies"]), *map(name_of, LISTED)}
 
 
 def test_a_side_that_must_code_names_the_missing_coder_before_the_first_picture(tmp_path, monkeypatch):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..bundle.files import BundleError
 from ..bundle.limits import MAX_DIMENSIONS, MAX_ELEMENTS
 from ..checks import is_whole
 from ..naming import did_you_mean
-from .preprocess import ImageInput
+from .preprocess import ImageInput, open_image
 
 DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 
@@ -72,6 +74,18 @@ class TensorInput:
 
 Input = ImageInput | TensorInput
 INPUTS: dict[str, type[ImageInput] | type[TensorInput]] = {kind.kind: kind for kind in (ImageInput, TensorInput)}
+
+
+def read_input(spec: Input, path: str | os.PathLike[str]) -> Tensor:
+    """Read an image file as a network takes it: uint8 (C, H, W).
+
+    Raises:
+        ImageError: It cannot be used; the message names the path.
+        BundleError: The network takes no images.
+    """
+    if not isinstance(spec, ImageInput):
+        raise BundleError(f"this network takes {spec.name}, {spec.dtype} {list(spec.shape)}, not image files")
+    return spec(open_image(path))
 
 
 def input_to_dict(value: Input) -> dict[str, Any]:

@@ -2,67 +2,22 @@
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import math
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..bundle.edges import Crossing
 from ..bundle.files import BundleError
 from ..bundle.loading import Bundle
 from ..codecs.codec import Codec
-from ..codecs.packing import CodecError, PayloadError
+from ..codecs.packing import PayloadError
 from ..exits.policy import ExitPolicy
-from ..exits.specs import LOGITS
-from .preprocess import ImageInput, open_image
-from .side import Outcome, Side
-from .walk import Message, follow
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What came out of a batch of B samples, and what it took.
-
-    Args:
-        outputs: The network's outputs by name, (B, …), on the CPU.
-        payloads: By the name of each tensor that is sent between placements, one payload per sample: ``layer2``, and
-            ``layer1/agreed`` for what an exit policy must know; where a tensor goes to several placements, by
-            ``NAME@PLACEMENT`` for each. Nothing is sent, ``b""``, of a sample that left before.
-        part_seconds: Wall-clock seconds of each partition for the whole batch, by name, in the order of the route; 0
-            for one that no sample reached.
-        encode_seconds: Seconds from tensors to bytes, by the names of ``payloads``.
-        decode_seconds: Seconds from bytes to tensors, likewise.
-        exits: Which exit each sample left at, int64 (B,), from 0 in the order of the manifest's exits; ``None`` for a
-            network without early exits.
-    """
-
-    outputs: dict[str, Tensor]
-    payloads: dict[str, list[bytes]]
-    part_seconds: dict[str, float]
-    encode_seconds: dict[str, float]
-    decode_seconds: dict[str, float]
-    exits: Tensor | None = None
-
-    @property
-    def logits(self) -> Tensor:
-        """Scores of the classes, float32 (B, C), of a network that has this output.
-
-        Raises:
-            BundleError: It has other outputs.
-        """
-        if LOGITS not in self.outputs:
-            raise BundleError(f"this network has no logits; its outputs are {', '.join(self.outputs)}")
-        return self.outputs[LOGITS]
-
-    @property
-    def payload_bytes(self) -> list[int]:
-        """Bytes on the wire of each sample, over all that is sent."""
-        batch = len(next(iter(self.outputs.values())))
-        return [sum(len(payloads[i]) for payloads in self.payloads.values()) for i in range(batch)]
+from .gathering import Gathered, Result, named
+from .inputs import read_input
+from .side import Side
+from .walk import follow
 
 
 class Pipeline:
@@ -106,8 +61,7 @@ class Pipeline:
         self.sides = {place: Side(bundle, place, bits, policy, codecs, envelope=envelope) for place in placements}
         first = self.sides[placements[0]]
         self.route, self.policy = first.route, first.policy
-        self.crossings = _named([*self.route.crossings, *first.states])
-        self._names = {(crossing.tensor, crossing.target): name for name, crossing in self.crossings.items()}
+        self.crossings = named([*self.route.crossings, *first.states])
 
     @property
     def codecs(self) -> dict[str, Codec]:
@@ -132,10 +86,7 @@ class Pipeline:
             ImageError: It cannot be used; the message names the path.
             BundleError: The network takes no images.
         """
-        spec = self.bundle.input
-        if not isinstance(spec, ImageInput):
-            raise BundleError(f"this network takes {spec.name}, {spec.dtype} {list(spec.shape)}, not image files")
-        return spec(open_image(path))
+        return read_input(self.bundle.input, path)
 
     def run_files(self, paths: Sequence[str | os.PathLike[str]]) -> Result:
         """Run image files as one batch; see :meth:`run`."""
@@ -160,9 +111,11 @@ class Pipeline:
         message = self.sides[self.route.entry].message(inputs)
         if not isinstance(inputs, Tensor):
             raise BundleError(f"a pipeline takes the network's input as a tensor, got {type(inputs).__name__}")
-        gathered = _Gathered(self, inputs.shape[0])
+        gathered = Gathered(self.bundle.manifest, self.crossings, inputs.shape[0])
         request = object()
-        steps = {place: self._step(place, request, gathered) for place in self.sides}
+        steps = {
+            place: gathered.step(functools.partial(side.run, request=request)) for place, side in self.sides.items()
+        }
         try:
             # Once for the whole route: what leaves it is copied outside.
             with torch.inference_mode():
@@ -173,75 +126,3 @@ class Pipeline:
         if gathered.errors:
             raise PayloadError(gathered.errors, gathered.result())
         return gathered.result()
-
-    def _step(self, place: str, request: object, gathered: _Gathered) -> Callable[[Message], dict[str, Message]]:
-        def step(message: Message) -> dict[str, Message]:
-            try:
-                outcome = self.sides[place].run(message, request)
-            except PayloadError as error:
-                gathered.errors |= error.errors
-                outcome = error.outcome
-            gathered.add(outcome)
-            return outcome.messages
-
-        return step
-
-
-class _Gathered:
-    """What the sides made of one batch."""
-
-    def __init__(self, pipeline: Pipeline, batch: int) -> None:
-        self.manifest, self.batch = pipeline.bundle.manifest, batch
-        self.names, self.rows = pipeline._names, tuple(range(batch))
-        self.payloads = {name: [b""] * batch for name in self.names.values()}
-        self.part_seconds = dict.fromkeys(pipeline.route.order, 0.0)
-        self.encode_seconds, self.decode_seconds = (dict.fromkeys(self.names.values(), 0.0) for _ in range(2))
-        self.answers: dict[str, list[tuple[tuple[int, ...], Tensor]]] = collections.defaultdict(list)
-        self.exits = torch.full((batch,), -1) if self.manifest.exits else None
-        self.errors: dict[int, CodecError] = {}
-
-    def add(self, outcome: Outcome) -> None:
-        """Add what one side made of a message."""
-        self.part_seconds |= outcome.part_seconds
-        self.encode_seconds |= {self.names[key]: spent for key, spent in outcome.encode_seconds.items()}
-        self.decode_seconds |= {self.names[key]: spent for key, spent in outcome.decode_seconds.items()}
-        for target, message in outcome.messages.items():
-            for tensor, payloads in message.payloads.items():
-                if message.rows == self.rows:
-                    self.payloads[self.names[tensor, target]] = payloads
-                    continue
-                for row, payload in zip(message.rows, payloads, strict=True):
-                    self.payloads[self.names[tensor, target]][row] = payload
-        for name, answers in outcome.outputs.items():
-            self.answers[name].append((outcome.rows, answers))
-        if self.exits is not None and outcome.rows:
-            self.exits[torch.tensor(outcome.rows)] = torch.tensor(outcome.exits)
-
-    def result(self) -> Result:
-        """Return everything, each sample in its place."""
-        outputs = {}
-        for output in self.manifest.outputs:
-            answers = self.answers[output.name]
-            if len(answers) == 1 and answers[0][0] == self.rows:
-                # A copy, as what comes out of inference mode cannot be trained on.
-                outputs[output.name] = answers[0][1].clone()
-                continue
-            empty = torch.empty(0, *(0 if isinstance(n, str) else n for n in output.shape), dtype=torch.float32)
-            found = torch.cat([tensor for _, tensor in answers] or [empty])
-            rows = [row for some, _ in answers for row in some]
-            nothing = math.nan if found.is_floating_point() else 0
-            whole = found.new_full((len(self.rows), *found.shape[1:]), nothing)
-            if rows:
-                whole[torch.tensor(rows)] = found
-            outputs[output.name] = whole
-        seconds = (self.part_seconds, self.encode_seconds, self.decode_seconds)
-        return Result(outputs, self.payloads, *seconds, self.exits)
-
-
-def _named(crossings: Sequence[Crossing]) -> dict[str, Crossing]:
-    """Name what is sent: by its tensor, and by its target too where there are several."""
-    times = collections.Counter(crossing.tensor for crossing in crossings)
-    return {
-        crossing.tensor if times[crossing.tensor] == 1 else f"{crossing.tensor}@{crossing.target}": crossing
-        for crossing in crossings
-    }

@@ -196,7 +196,7 @@ class _Running(Walk):
 
     def anew(self) -> _Running:
         """Return a walk of its own for one call, as threads may share a side."""
-        walk = object.__new__(_Running)
+        walk = object.__new__(type(self))
         walk.__dict__ = {**self.__dict__, "outcome": Outcome(), "failed": {}}
         return walk
 

@@ -26,6 +26,7 @@ membership_inference = functools.partial(run, "membership_inference")
 privacy_frontier = functools.partial(run, "privacy_frontier")
 plan = functools.partial(run, "plan")
 search_paths = functools.partial(run, "search_paths")
+serve = functools.partial(run, "serve")
 train = functools.partial(run, "train")
 
 if multiprocessing.parent_process() is not None:  # a rank of ddp_spawn, which runs no more than the imports

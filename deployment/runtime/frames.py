@@ -1,0 +1,47 @@
+"""Frames of a video file or a camera."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from .preprocess import MAX_PIXELS, ImageError
+
+VIDEO_ENDINGS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+
+
+def frames(source: str | Path | int, limit: int | None = None) -> Iterator[Image.Image]:
+    """Yield the frames of a video file, or of the camera of an index, as RGB pictures.
+
+    Args:
+        source: The file, or the index.
+        limit: Most frames; ``None``: all.
+
+    Raises:
+        ImportError: OpenCV is not installed.
+        ImageError: It cannot be opened, or has no frame that can be read.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError("frames need the extra `video`: pip install opencv-python-headless") from error
+    what = f"the camera {source}" if isinstance(source, int) else f"the video {source}"
+    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+    try:
+        if not capture.isOpened():
+            raise ImageError(f"{what} cannot be opened")
+        count = 0
+        while limit is None or count < limit:
+            right, pixels = capture.read()
+            if not right:
+                break
+            if pixels.shape[0] * pixels.shape[1] > MAX_PIXELS:
+                raise ImageError(f"{what} has frames of more than {MAX_PIXELS} pixels")
+            count += 1
+            yield Image.fromarray(pixels[:, :, ::-1].copy())
+        if not count:
+            raise ImageError(f"{what} has no frame that can be read")
+    finally:
+        capture.release()

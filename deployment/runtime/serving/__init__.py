@@ -1,0 +1,1 @@
+"""What the server of bundles and its client are made of: the protocol, models, batches, trust, and the way there."""

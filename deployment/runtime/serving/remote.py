@@ -1,0 +1,273 @@
+"""A placement that runs elsewhere, as a client sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+import torch
+from torch import Tensor
+
+from ...bundle.files import BundleError
+from ...codecs.packing import CodecError, PayloadError
+from ..side import Outcome, Side
+from ..trust import Trust
+from ..walk import Message
+from .protocol import METHODS, message, set_parameters
+from .repository import MEBIBYTE
+from .retrying import Breaker, LinkEstimate, Retries
+from .signatures import ERROR, EXIT, Signature, only_visit
+from .status import RowError, ServingError
+from .tensors import add_input, split
+
+_LONGEST_PAUSE_MS = 1000
+_MOST_SAMPLES = 256
+
+
+@dataclasses.dataclass
+class Sent:
+    """What it took to ask a placement, of one batch.
+
+    Args:
+        attempts: Tries.
+        seconds: Wall-clock seconds by stage: ``link``, ``wait`` in the server's queue, and ``server`` computing.
+    """
+
+    attempts: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: {"link": 0.0, "wait": 0.0, "server": 0.0})
+
+
+class Remote:
+    """A placement behind a server.
+
+    Args:
+        side: The side that asks.
+        placement: The placement.
+        address: ``HOST:PORT``.
+        name: The bundle's name on the server.
+        bits: Width of the codes, if another than the bundle's.
+        trust: Certificates and token.
+        retries: How often it is asked.
+        breaker: When it is not asked any more.
+
+    Attributes:
+        link: What is known of the way there.
+
+    Raises:
+        ValueError: ``address`` is none, or the placement is entered several times.
+    """
+
+    def __init__(
+        self,
+        side: Side,
+        placement: str,
+        address: str,
+        name: str,
+        bits: int | None = None,
+        trust: Trust | None = None,
+        retries: Retries | None = None,
+        breaker: Breaker | None = None,
+    ) -> None:
+        manifest = side.bundle.manifest
+        host, colon, port = address.rpartition(":")
+        if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"server={address} must be HOST:PORT, such as 127.0.0.1:8001")
+        only_visit(manifest, placement)
+        self.side, self.placement, self.address, self.bits = side, placement, address, bits
+        self.model = f"{name}.{manifest.at(placement)[0].name}"
+        self.signature = Signature(manifest, placement)
+        self.retries, self.breaker = retries or Retries(), breaker or Breaker()
+        self.link = LinkEstimate()
+        self._most: int | None = None
+        self._channel = _channel(address, trust or Trust(), self.signature)
+        secret = (trust or Trust()).secret()
+        self._metadata = () if secret is None else (("authorization", f"Bearer {secret}"),)
+        self._stubs = {
+            method: self._channel.unary_unary(
+                METHODS[method].path, METHODS[method].request.SerializeToString, METHODS[method].response.FromString
+            )
+            for method in ("ModelInfer", "ModelMetadata")
+        }
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def connect(self) -> int:
+        """Compare both sides' bundles, once; return the most samples that the server takes at once.
+
+        Raises:
+            ServingError: The server is not there, or does not serve it.
+            BundleError: It serves another bundle, or another placement.
+        """
+        if self._most is None:
+            found, _ = self._asked("ModelMetadata", message("ModelMetadataRequest")(name=self.model))
+            self._most = self._checked(found)
+        return self._most
+
+    def _checked(self, found: Any) -> int:
+        own, properties = self.side.bundle.manifest.digest, dict(found.properties)
+        if (theirs := properties.get("digest")) != own:
+            raise BundleError(
+                f"{self.model} on {self.address} is of the bundle {theirs or 'of no digest'}, this side has {own}; "
+                "give both sides the same bundle"
+            )
+        if (place := properties.get("placement")) != self.placement:
+            raise BundleError(f"{self.address} serves the placement {place} of this bundle, not {self.placement}")
+        most = properties.get("max_batch_size", "1")
+        return max(1, min(int(most), _MOST_SAMPLES)) if most.isdecimal() else 1
+
+    def run(self, arrived: Message, sent: Sent, seconds: float = math.inf) -> Outcome:
+        """Send what goes to the placement, and return what it has made of it.
+
+        Args:
+            arrived: What this side sends.
+            sent: Notes what that took.
+            seconds: Most that all tries may take, where that is less than ``retries`` say.
+
+        Raises:
+            ServingError: There is no answer.
+            PayloadError: There is none of some samples.
+        """
+        most, parts = self.connect(), []
+        errors: dict[int, CodecError] = {}
+        for start in range(0, len(arrived.rows), most):
+            some = slice(start, start + most)
+            rows = arrived.rows[some]
+            payloads = {tensor: payload[some] for tensor, payload in arrived.payloads.items()}
+            response = self._answered(Message(rows, payloads), sent, seconds)
+            outcome, failed = self._outcome(response, rows)
+            parts.append(outcome)
+            errors |= failed
+        outcome = parts[0] if len(parts) == 1 else _joined(parts)
+        if errors:
+            raise PayloadError(errors, outcome)
+        return outcome
+
+    def _answered(self, arrived: Message, sent: Sent, seconds: float) -> Any:
+        request = self._request(arrived)
+        start = time.monotonic()
+        try:
+            response, attempts = self._asked("ModelInfer", request, seconds)
+        except ServingError as error:
+            sent.attempts += error.attempts
+            sent.seconds["link"] += time.monotonic() - start
+            raise
+        wait, server = (response.parameters[f"{each}_seconds"].double_param for each in ("wait", "compute"))
+        link = max(time.monotonic() - start - wait - server, 0.0)
+        sent.attempts += attempts
+        for stage, spent in (("link", link), ("wait", wait), ("server", server)):
+            sent.seconds[stage] += spent
+        if attempts == 1:
+            self.link.add(request.ByteSize() + response.ByteSize(), link)
+        return response
+
+    def _request(self, arrived: Message) -> Any:
+        request = message("ModelInferRequest")(model_name=self.model)
+        own: dict[str, str | int | float | bool] = {"digest": self.side.bundle.manifest.digest}
+        set_parameters(request.parameters, own | ({} if self.bits is None else {"bits": self.bits}))
+        for slot in self.signature.by_payload:
+            payloads = arrived.payloads[slot.tensor]
+            if slot.own is None:
+                add_input(request, slot.field.name, payloads)
+            else:
+                add_input(request, slot.field.name, self._opened(slot.tensor, payloads)[slot.own])
+        return request
+
+    def _opened(self, tensor: str, payloads: Sequence[bytes]) -> Mapping[str, Tensor]:
+        """Return what was encoded for the way, of a tensor that goes as it is."""
+        envelope = self.side.envelopes.get((tensor, self.placement))
+        codec = self.side.route.codecs[tensor]
+        return codec.decode(payloads if envelope is None else envelope.opened_all(payloads))
+
+    def _asked(self, method: str, request: Any, seconds: float = math.inf) -> tuple[Any, int]:
+        def call(left: float) -> Any:
+            try:
+                response = self._stubs[method](request, timeout=left, metadata=self._metadata)
+            except grpc.RpcError as error:
+                code = error.code().name
+                self.breaker.note(code)
+                raise ServingError(code, f"{self.address}: {error.details()}") from error
+            self.breaker.note("OK")
+            return response
+
+        self.breaker.check()
+        if seconds <= 0:
+            raise ServingError("DEADLINE_EXCEEDED", f"there was no time left to ask {self.address}")
+        return dataclasses.replace(self.retries, timeout=min(self.retries.timeout, seconds)).run(call)
+
+    def _outcome(self, response: Any, rows: tuple[int, ...]) -> tuple[Outcome, dict[int, CodecError]]:
+        """Return an answer as a side's outcome; :class:`ServingError` where it is none."""
+        try:
+            found = _read(response, self.signature)
+            if any(len(value) != len(rows) for value in found.values()):
+                raise ValueError("it has another number of samples")
+        except (ValueError, KeyError, IndexError) as error:
+            raise ServingError("INTERNAL", f"{self.address} gave an answer that cannot be read: {error}") from error
+        words = found.pop(ERROR, [b""] * len(rows))
+        told = {row: text.decode("utf-8", "replace") for row, text in zip(rows, words, strict=True) if text}
+        errors: dict[int, CodecError] = {row: RowError(text) for row, text in told.items()}
+        exits = found.pop(EXIT, None)
+        results = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        here = [place for place, row in enumerate(rows) if row not in errors and results]
+        if exits is not None:
+            here = [place for place in here if exits[place] >= 0]
+        outcome = Outcome(rows=tuple(rows[place] for place in here))
+        places = torch.tensor(here, dtype=torch.int64)
+        outcome.outputs = {name: value[places] for name, value in results.items()} if here else {}
+        outcome.exits = () if exits is None else tuple(exits[places].tolist())
+        for crossing in self.signature.crossings:
+            payloads = found.get(f"{crossing.tensor}@{crossing.target}")
+            if payloads is not None and any(payloads):
+                going = [place for place, payload in enumerate(payloads) if payload]
+                onward = outcome.messages.setdefault(crossing.target, Message(tuple(rows[i] for i in going), {}))
+                onward.payloads[crossing.tensor] = [payloads[i] for i in going]
+        return outcome, errors
+
+
+def _read(response: Any, signature: Signature) -> dict[str, Any]:
+    """Return the outputs of an answer, each of which must be one of this bundle's."""
+    found: dict[str, Any] = {}
+    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+        field = signature.answers[output.name]
+        count = field.check(output, _MOST_SAMPLES)
+        found[output.name] = (
+            split(raw, count) if field.datatype == "BYTES" else field.tensor(raw, None, output.shape, count)
+        )
+    return found
+
+
+def _joined(parts: Sequence[Outcome]) -> Outcome:
+    """Return several outcomes, of parts of a batch, as one."""
+    whole = Outcome()
+    names = dict.fromkeys(name for part in parts for name in part.outputs)
+    whole.outputs = {name: torch.cat([part.outputs[name] for part in parts if name in part.outputs]) for name in names}
+    for part in parts:
+        whole.rows, whole.exits = (*whole.rows, *part.rows), (*whole.exits, *part.exits)
+        for target, onward in part.messages.items():
+            known = whole.messages.setdefault(target, Message((), {}))
+            payloads = {name: [*known.payloads.get(name, ()), *each] for name, each in onward.payloads.items()}
+            whole.messages[target] = Message((*known.rows, *onward.rows), payloads)
+    return whole
+
+
+def _channel(address: str, trust: Trust, signature: Signature) -> grpc.Channel:
+    limit = max(4 * MEBIBYTE, signature.most_bytes(_MOST_SAMPLES))
+    options = [
+        ("grpc.max_receive_message_length", min(limit, 2**31 - 1)),
+        ("grpc.max_send_message_length", -1),
+        # Tries are this client's own, and a server that is back is found soon.
+        ("grpc.enable_retries", 0),
+        ("grpc.initial_reconnect_backoff_ms", 50),
+        ("grpc.min_reconnect_backoff_ms", 50),
+        ("grpc.max_reconnect_backoff_ms", _LONGEST_PAUSE_MS),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    credentials = trust.channel_credentials()
+    if credentials is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, credentials, options)
