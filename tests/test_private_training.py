@@ -256,6 +256,7 @@ def test_noise_and_batches_of_the_system_differ_from_run_to_run():
 # --- what it trains ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_split_network_with_exits_learns_and_is_exported_as_it_is(tmp_path):
     net = split(exits=["stem"], exit_head={"norm": "group", "width": 8})
     terms = {"ce": cross_entropy(), "early": cross_entropy("student/stem/logits")}

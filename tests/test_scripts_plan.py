@@ -64,6 +64,7 @@ def test_all_planners_stand_in_one_table_and_are_written(tmp_path, capsys):
     assert not (tmp_path / "rates.png").exists()  # nothing of the plan before
 
 
+@pytest.mark.slow
 def test_the_printed_training_command_runs(tmp_path, capsys):
     overrides = ["options.image=float32", "options.bits=4", "options.answer=0", *SLOW_LINK]
     found = planned(tmp_path / "plan", *overrides, network=RESNET)
@@ -152,6 +153,7 @@ def test_trained_networks_stand_in_the_same_table(tmp_path, capsys):
     assert text.count("│ trained (") == 5
 
 
+@pytest.mark.slow
 def test_times_are_measured_here_written_and_read_again(tmp_path, capsys):
     found = planned(tmp_path, "device_profile=here", "rates=[]")
     assert "node by node" in capsys.readouterr().out

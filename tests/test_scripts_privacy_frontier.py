@@ -163,6 +163,7 @@ def times(folder: Path) -> dict[str, int]:
     return {file.parent.parent.name: file.stat().st_mtime_ns for file in folder.glob("runs/*/checkpoints/best.ckpt")}
 
 
+@pytest.mark.slow
 def test_the_same_grid_goes_on_and_trains_only_what_is_missing(measured, again, tmp_path, capsys):
     _, cfg, _ = measured
     before, kept = times(again), records(again)
