@@ -52,6 +52,11 @@ ROWS: dict[str, list[str]] = {
     "NoPeek, λ = 3": _with(NOPEEK, 3),
     "2 channels": ["bottleneck.channels=2"],
     "2 bits": ["codec.bits=2"],
+    "ResSFL, λ = 20, and NoPeek, λ = 2": [
+        *_with(RESSFL, 20),
+        "+method.extra_terms.nopeek={_target_: cleave.lightning_modules.Term, weight: 2, "
+        "of: [images, student/layer2/z], loss: {_target_: cleave.losses.DistanceCorrelationLoss}}",
+    ],
     "Cloak, λ = 0.3": _with(CLOAK, 0.3),
     "Gaussian, ε = 200": ["privacy=gaussian", "noise.epsilon=200"],
     "Gaussian, ε = 1000": ["privacy=gaussian", "noise.epsilon=1000"],

@@ -17,6 +17,7 @@ from cleave.planning import (
     Power,
     RateTrace,
     layer_graph,
+    read_arrivals,
     read_profile,
     read_trace,
     roofline,
@@ -166,3 +167,12 @@ def test_a_linear_link_fits_the_two_points_of_the_placement_survey():
     assert compute == pytest.approx(18.0e-3, rel=2e-3)
     for rate, wanted in ((82.8, slow), (276, fast)):
         assert Link(up=rate).up_seconds(size) + compute == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("read", "told"),
+    [(read_trace, "of times and rates"), (read_arrivals, "of times of arrival"), (read_profile, "of a profile")],
+)
+def test_a_file_that_is_not_there_is_named_with_what_it_should_hold(read, told, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"there is no file .*none.csv {told}"):
+        read(tmp_path / "none.csv")

@@ -1,8 +1,9 @@
-"""Checks of numbers that a user gives: one sentence that names the setting, its value and the way out."""
+"""Checks of what a user gives: one sentence that names the setting, its value and the way out."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 
@@ -32,6 +33,13 @@ def not_negative(name: str, value: Any, unit: str, *, of: str = "") -> float:
     if not _number(value) or value < 0:
         raise ValueError(f"{name}{whose} must be at least 0, {unit}; got {value!r}")
     return float(value)
+
+
+def file_there(file: Path | str, holds: str) -> Path:
+    """Return the path of a file that is there; FileNotFoundError says what it should hold."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"there is no file {file} of {holds}; give the path of one")
+    return Path(file)
 
 
 def _number(value: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cleave.planning.profiles.checks import not_negative, positive
+from cleave.planning.profiles.checks import file_there, not_negative, positive
 
 MEGABIT = 1e6
 
@@ -144,7 +144,7 @@ def read_trace(file: Path | str) -> RateTrace:
         FileNotFoundError: There is no such file.
         ValueError: A row has no two numbers, or times and rates are no trace.
     """
-    file = Path(file)
+    file = file_there(file, "times and rates")
     with file.open(newline="", encoding="utf-8") as stream:
         rows = [row for row in csv.reader(stream) if any(cell.strip() for cell in row)]
     if rows and not _is_number(rows[0][0]):

@@ -13,7 +13,7 @@ from cleave.architectures import NodeGraph
 from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.deployment.bundle.canonical_json import dump, parse
 from cleave.planning.graphs.layer_graph import LayerGraph, graph_digest
-from cleave.planning.profiles.checks import not_negative
+from cleave.planning.profiles.checks import file_there, not_negative
 from cleave.planning.profiles.machine import Power
 
 SCHEMA = 1
@@ -99,7 +99,7 @@ def read_profile(file: Path | str) -> Profile:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged or no profile, or holds a time or a power that is none.
     """
-    file = Path(file)
+    file = file_there(file, "a profile")
     try:
         values = parse(file.read_bytes())
     except ValueError as error:

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 from cleave.architectures.naming import whole_number
-from cleave.planning.profiles.checks import not_negative, positive
+from cleave.planning.profiles.checks import file_there, not_negative, positive
 
 
 def every(seconds: float, count: int) -> list[float]:
@@ -47,7 +47,7 @@ def read_arrivals(file: Path | str) -> list[float]:
         FileNotFoundError: There is no such file.
         ValueError: A row is no time, or the times do not ascend.
     """
-    file = Path(file)
+    file = file_there(file, "times of arrival")
     with file.open(newline="", encoding="utf-8") as stream:
         rows = [row[0] for row in csv.reader(stream) if row]
     try:
