@@ -168,8 +168,9 @@ def found(run: Path) -> dict[str, Any] | None:
     (point,) = json.loads(files[0].read_text())["points"] or [{}]
     attacked = json.loads(files[1].read_text())
     best = min((each for each in attacked["attacks"] if each["role"] == "attacker"), key=_mse)
+    correlation = (attacked.get("information") or {}).get("distance_correlation") or {}
     return {
-        "accuracy": point.get("accuracy"), "bytes": point.get("payload_bytes"), "mse": _mse(best), "by": best["title"],
+        "dcor": correlation.get("value"), "accuracy": point.get("accuracy"), "bytes": point.get("payload_bytes"), "mse": _mse(best), "by": best["title"],
         **{name: best["figures"][name]["value"] for name in ("explained", "ssim")},
     }  # fmt: skip
 
@@ -190,7 +191,7 @@ def report(folder: Path, args: argparse.Namespace) -> None:
         if figures
     ]
     header = (
-        "what is sent", "seeds", "accuracy", "lowest MSE", "times no defence", "explained", "SSIM", "bytes", "by"
+        "what is sent", "seeds", "accuracy", "lowest MSE", "times no defence", "explained", "SSIM", "dCor", "bytes", "by"
     )  # fmt: skip
     table("ResNet-20 on CIFAR-10 (JPEG), split at layer2", rows, header)
     if args.report:
@@ -210,7 +211,7 @@ def _cells(name: str, figures: list[dict[str, Any]], base: list[dict[str, Any]])
     times = mean / statistics.mean(each["mse"] for each in base) if base else None
     return (
         name, str(len(figures)), of("accuracy", ".2f", 100), of("mse", ".4f"), "–" if times is None else f"{times:.2f}",
-        of("explained", ".3f"), of("ssim", ".3f"), of("bytes", ".0f"), figures[0]["by"],
+        of("explained", ".3f"), of("ssim", ".3f"), of("dcor", ".2f"), of("bytes", ".0f"), figures[0]["by"],
     )  # fmt: skip
 
 
