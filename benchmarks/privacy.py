@@ -170,7 +170,9 @@ def found(run: Path) -> dict[str, Any] | None:
     best = min((each for each in attacked["attacks"] if each["role"] == "attacker"), key=_mse)
     correlation = (attacked.get("information") or {}).get("distance_correlation") or {}
     return {
-        "dcor": correlation.get("value"), "accuracy": point.get("accuracy"), "bytes": point.get("payload_bytes"), "mse": _mse(best), "by": best["title"],
+        "dcor": correlation.get("value"),
+        "accuracy": point.get("accuracy"), "bytes": point.get("payload_bytes"), "mse": _mse(best),
+        "by": best["title"],
         **{name: best["figures"][name]["value"] for name in ("explained", "ssim")},
     }  # fmt: skip
 
@@ -191,7 +193,8 @@ def report(folder: Path, args: argparse.Namespace) -> None:
         if figures
     ]
     header = (
-        "what is sent", "seeds", "accuracy", "lowest MSE", "times no defence", "explained", "SSIM", "dCor", "bytes", "by"
+        "what is sent", "seeds", "accuracy", "lowest MSE", "times no defence", "explained", "SSIM", "dCor",
+        "bytes", "by",
     )  # fmt: skip
     table("ResNet-20 on CIFAR-10 (JPEG), split at layer2", rows, header)
     if args.report:
