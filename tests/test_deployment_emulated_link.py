@@ -95,7 +95,7 @@ def test_bytes_come_in_order_at_the_links_rate_in_both_directions(echo):
 
 def test_delay_and_jitter_leave_the_bytes_in_order(echo):
     content = bytes(range(256)) * 256
-    settings = LinkSettings(megabits(1000), delay=0.002, jitter=0.003, seed=3)
+    settings = LinkSettings(megabits(1000), delay=0.002, jitter=0.003, chance=3)
     with EmulatedLink(echo, settings) as link:
         assert through(link.port, content) == content
 

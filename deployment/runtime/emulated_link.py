@@ -104,7 +104,7 @@ class LinkSettings:
         jitter: Most seconds that are added to that by chance; the order of bytes stays.
         loss: Chance, for each 4 KiB, that the connection is lost.
         burst: Bytes that may go at once after a pause.
-        seed: Seed of what is left to chance.
+        chance: Seed of what is left to chance.
 
     Raises:
         ValueError: An argument is out of range.
@@ -115,7 +115,7 @@ class LinkSettings:
     jitter: float = 0.0
     loss: float = 0.0
     burst: int = 16 * 1024
-    seed: int = 0
+    chance: int = 0
 
     def __post_init__(self) -> None:
         for name in ("delay", "jitter"):
@@ -154,7 +154,7 @@ class EmulatedLink:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._target, self.settings, self._clock, self._sleep = port, settings, clock, sleep
-        self._chance = random.Random(settings.seed)
+        self._chance = random.Random(settings.chance)
         self._buckets = [TokenBucket(settings.trace, settings.burst, clock) for _ in range(2)]
         self._lock = threading.Lock()
         self._closed = False
