@@ -43,7 +43,7 @@ from cleave.architectures.noise.channel_mask import ChannelMask
 from cleave.architectures.noise.guarantee import gaussian_accuracy, gaussian_sigma, laplace_accuracy, laplace_scale
 from cleave.architectures.noise.learned import Cloak, Shredder
 from cleave.architectures.noise.mechanisms import GaussianMechanism, LaplaceMechanism
-from cleave.architectures.noise.noise import Noise
+from cleave.architectures.noise.noise import LearnedNoise, Noise
 from cleave.architectures.noise.nullification import MagnitudeNullification, RandomNullification
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "Halves",
     "Insert",
     "LaplaceMechanism",
+    "LearnedNoise",
     "Link",
     "MagnitudeNullification",
     "NodeGraph",

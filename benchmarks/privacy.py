@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resumable import line
+from resumable import line, percent
 from resumable import run as run_until
 
+from cleave.reports.rates.collect import reference_accuracy
 from cleave.reports.terminal import table
 
 train = functools.partial(run_until, "train", done="results.json")
@@ -196,10 +197,24 @@ def report(folder: Path, args: argparse.Namespace) -> None:
         "what is sent", "seeds", "accuracy", "lowest MSE", "times no defence", "explained", "SSIM", "dCor",
         "bytes", "by",
     )  # fmt: skip
+    beside = words(folder, args)
     table("ResNet-20 on CIFAR-10 (JPEG), split at layer2", rows, header)
+    print(beside)
     if args.report:
-        lines = [line(header), line(["---"] * len(header)), *map(line, rows)]
+        lines = [line(header), line(["---"] * len(header)), *map(line, rows), "", beside]
         args.report.write_text("\n".join(lines) + "\n")
+
+
+def words(folder: Path, args: argparse.Namespace) -> str:
+    """Say what all rows are to be read beside: the networks before them, and the error of the mean image."""
+    told = []
+    for name, run in (("the unsplit network", "teacher"), ("the split one before any row", "split_8")):
+        if (folder / run / "results.json").exists():
+            told.append(f"{name} has {percent(reference_accuracy(str(folder / run)))}")
+    attacked = place(folder, BASE, args.seeds[0]) / "attack/attack.json"
+    if attacked.exists():
+        told.append(f"the mean image has an MSE of {json.loads(attacked.read_text())['mean_image_mse']:.4f}")
+    return f"Beside them: {'; '.join(told)}."
 
 
 def _cells(name: str, figures: list[dict[str, Any]], base: list[dict[str, Any]]) -> tuple[str, ...]:

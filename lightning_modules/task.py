@@ -105,9 +105,7 @@ class Task(MeasuredModule):
         self.terms = nn.ModuleDict({child_name(name): term for name, term in named.items()})
         self.others = asked_for(others or {}, list(named.values()), network)
         self.asked = asked_outputs(named.values())
-        rates = {"lr_scales": dict(training.lr_scales), "layer_decay": training.layer_decay}
-        decays = {"decay_norms_and_biases": training.decay_norms_and_biases}
-        self.save_hyperparameters({"seed": training.seed} | rates | decays, logger=False)
+        self.save_hyperparameters(training.recorded, logger=False)
         freeze(network, frozen_modules(network, learning.parts), self.terms, learning.terms)
         self.private = None if training.dp is None else PrivateTraining(training.dp)
         if self.private is not None:
@@ -330,11 +328,13 @@ class Task(MeasuredModule):
 
     def frozen_digest(self) -> str:
         """Return the digest of all that stored outputs depend on."""
-        networks = {owner: self.network_of(owner) for owner in self.asked}
-        return caching.digest_of(self.stored(), networks, self.trained_parts)
+        return caching.digest_of(self.stored(), self._networks(), self.trained_parts)
+
+    def _networks(self) -> dict[str, StagedNetwork]:
+        return {owner: self.network_of(owner) for owner in self.asked}
 
     def _cache_frozen(self) -> None:
-        stored, networks = self.stored(), {owner: self.network_of(owner) for owner in self.asked}
+        stored, networks = self.stored(), self._networks()
         if not stored.outputs:
             return
         data: Any = getattr(self.trainer, "datamodule", None)

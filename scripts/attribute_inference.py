@@ -8,16 +8,15 @@ if __name__ == "__main__":  # the config comes first: --help and a misspelt key 
     run("attribute_inference")
 
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from cleave.deployment.bundle.canonical_json import dump
 from cleave.lightning_modules.callbacks.tracking import log_report, recorded_outcome
-from cleave.reports.attacks.attributes import Inference, as_values, best, csv_rows, print_inferences
-from cleave.reports.csv_file import write_csv
+from cleave.reports.attacks.attributes import as_values, best, csv_rows, print_inferences
 from cleave.reports.terminal import say
+from cleave.reports.written import write_files
 from cleave.scripts.assembly.attacking.victim import victim_of
 from cleave.scripts.assembly.building import instantiate_each, plain
 from cleave.scripts.assembly.leaks.attributes import checked, inferred, labelled_images
@@ -50,23 +49,15 @@ def attribute_inference(cfg: DictConfig) -> dict[str, Path]:
         "majority": as_values(best(found, "majority")),
         "attacks": [as_values(each) for each in found],
     }
-    files = write_report(Path(cfg.paths.output_dir), report, found)
+    contents = {f"{REPORT}.json": dump(report)}
+    files = write_files(Path(cfg.paths.output_dir), contents, f"{REPORT}.csv", csv_rows(found))
+    for file in files.values():
+        say(f"Written: {file}")
     for logger in loggers:
         accuracy = {"attribute/accuracy": best(found).accuracy.value}
         logger.log_metrics(accuracy | {"attribute/majority": best(found, "majority").accuracy.value})
         rows = csv_rows(found)
         log_report(logger, "attributes", list(rows[0]), [list(row.values()) for row in rows], files)
-    return files
-
-
-def write_report(output: Path, report: dict[str, Any], found: list[Inference]) -> dict[str, Path]:
-    """Write the report as JSON and CSV."""
-    output.mkdir(parents=True, exist_ok=True)
-    files = {f"{REPORT}.{kind}": output / f"{REPORT}.{kind}" for kind in ("json", "csv")}
-    files[f"{REPORT}.json"].write_bytes(dump(report))
-    write_csv(files[f"{REPORT}.csv"], csv_rows(found))
-    for file in files.values():
-        say(f"Written: {file}")
     return files
 
 

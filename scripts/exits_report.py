@@ -19,7 +19,6 @@ from cleave.deployment import ExitPolicy
 from cleave.deployment.bundle.canonical_json import dump
 from cleave.lightning_modules.callbacks.tracking import log_report, recorded_outcome
 from cleave.planning import Calibrated, fit_temperatures
-from cleave.reports.csv_file import write_csv
 from cleave.reports.exits.measure import exit_costs, stored_logits
 from cleave.reports.exits.place import place
 from cleave.reports.exits.plots import accuracy_plot, exits_plot, shares_plot
@@ -27,6 +26,7 @@ from cleave.reports.exits.points import Study, bounds, choose, exit_figures, pol
 from cleave.reports.exits.tables import csv_rows, print_report
 from cleave.reports.exits.timing import timed_batches, wall_clock
 from cleave.reports.terminal import say
+from cleave.reports.written import write_files
 from cleave.scripts.assembly.building import instantiate_each, plain
 from cleave.scripts.assembly.exits_settings import checked
 from cleave.scripts.assembly.hints import next_command, vouching
@@ -118,15 +118,11 @@ def chosen_point(study: Study, found: Calibrated, settings: dict[str, Any]) -> d
 
 def write_report(output: Path, report: dict[str, Any], policy: ExitPolicy | None) -> dict[str, Path]:
     """Write the report as JSON, CSV and pictures, and the policy for ``export.py``."""
-    output.mkdir(parents=True, exist_ok=True)
     contents = {f"{REPORT}.json": dump(report)} | {f"{name}.png": draw(report) for name, draw in PLOTS.items()}
     if policy is not None:
         contents[POLICY] = dump(policy.to_dict())
     (output / POLICY).unlink(missing_ok=True)  # that of an earlier report would contradict this one
-    for name, content in contents.items():
-        (output / name).write_bytes(content)
-    write_csv(output / f"{REPORT}.csv", csv_rows(report))
-    return {name: output / name for name in [*contents, f"{REPORT}.csv"]}
+    return write_files(output, contents, f"{REPORT}.csv", csv_rows(report))
 
 
 def log_points(logger: Any, report: dict[str, Any], files: dict[str, Path]) -> None:

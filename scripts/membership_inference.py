@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 from cleave.deployment.bundle.canonical_json import dump
 from cleave.lightning_modules.callbacks.tracking import log_report, recorded_outcome
 from cleave.reports.attacks.membership import FALSE_POSITIVES, Membership, as_row
-from cleave.reports.csv_file import write_csv
 from cleave.reports.terminal import say, table
+from cleave.reports.written import write_files
 from cleave.scripts.assembly.building import instantiate_each, plain
 from cleave.scripts.assembly.leaks.members import Party, attacks_of, checked, party_of
 
@@ -50,7 +50,10 @@ def membership_inference(cfg: DictConfig) -> dict[str, Path]:
         "dp": party.private,
         "attacks": [dataclasses.asdict(each) for each in found],
     }
-    files = write_report(Path(cfg.paths.output_dir), report, found)
+    contents = {f"{REPORT}.json": dump(report)}
+    files = write_files(Path(cfg.paths.output_dir), contents, f"{REPORT}.csv", [as_row(each) for each in found])
+    for file in files.values():
+        say(f"Written: {file}")
     for logger in loggers:
         best = max(found, key=lambda each: each.auc.value)
         logger.log_metrics({"membership/auc": best.auc.value, "membership/tpr": max(e.tpr.value for e in found)})
@@ -84,17 +87,6 @@ def print_memberships(name: str, party: Party, found: list[Membership], accuraci
 def _words(found: Any, factor: float, digits: int) -> str:
     value, low, high = (f"{factor * each:.{digits}f}" for each in (found.value, found.low, found.high))
     return f"{value} [{low}, {high}]"
-
-
-def write_report(output: Path, report: dict[str, Any], found: list[Membership]) -> dict[str, Path]:
-    """Write the report as JSON and CSV."""
-    output.mkdir(parents=True, exist_ok=True)
-    files = {f"{REPORT}.{kind}": output / f"{REPORT}.{kind}" for kind in ("json", "csv")}
-    files[f"{REPORT}.json"].write_bytes(dump(report))
-    write_csv(files[f"{REPORT}.csv"], [as_row(each) for each in found])
-    for file in files.values():
-        say(f"Written: {file}")
-    return files
 
 
 def main(cfg: DictConfig) -> None:

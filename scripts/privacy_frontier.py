@@ -19,11 +19,11 @@ from cleave.deployment.bundle.canonical_json import dump
 from cleave.lightning_modules import signals
 from cleave.lightning_modules.callbacks.tracking import log_report, recorded_outcome
 from cleave.reports.attacks.pictures import grid
-from cleave.reports.csv_file import write_csv
 from cleave.reports.frontier.plots import frontier_plot
 from cleave.reports.frontier.points import FrontierPoint, reaching, weakest_reaching
 from cleave.reports.frontier.tables import as_report, frontier_rows, print_frontier, print_wanted
 from cleave.reports.terminal import console, say, say_next
+from cleave.reports.written import write_files
 from cleave.scripts.assembly.attacking.settings import checked
 from cleave.scripts.assembly.building import instantiate_each, plain
 from cleave.scripts.assembly.frontier.folder import FrontierFolder, shared
@@ -40,7 +40,7 @@ from cleave.scripts.assembly.hints import next_command, vouching
 from cleave.scripts.assembly.idle import say_what_is_idle
 from cleave.scripts.assembly.networks import keyed
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.starting.stopping import going_on, stopped_by
+from cleave.scripts.assembly.starting.stopping import going_on, telling_where_it_goes_on
 from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.train import launches_processes
 
@@ -143,10 +143,7 @@ def write_frontier(
             rows[f"{one.place.words(word)}: {one.mse.value:.3g}"] = kept["rebuilt"][: len(rows["original"])]
     if rows:
         contents[f"{PICTURES}.png"] = grid(rows)
-    for name, content in contents.items():
-        (folder.folder / name).write_bytes(content)
-    write_csv(folder.folder / f"{REPORT}.csv", frontier_rows(found))
-    return {name: folder.folder / name for name in [*contents, f"{REPORT}.csv"]}
+    return write_files(folder.folder, contents, f"{REPORT}.csv", frontier_rows(found))
 
 
 def log_frontier(logger: Any, found: list[FrontierPoint], best: FrontierPoint | None, files: dict[str, Path]) -> None:
@@ -179,17 +176,11 @@ def say_what_follows(cfg: DictConfig, folder: FrontierFolder, best: FrontierPoin
 
 def main(cfg: DictConfig) -> float | None:
     """Measure a frontier, and return the accuracy of the point that reaches the wanted MSE, which a sweep shows."""
-    try:
-        with recorded_outcome():
-            best = frontier(cfg)
-            return None if best is None else best.accuracy
-    except BaseException as error:
-        if (stopped := stopped_by(error)) is None:
-            raise
-        folder = cfg.frontier.folder or cfg.paths.output_dir
-        stopped.add_note(f"Points that were measured are kept in {folder}")
-        stopped.add_note(f"Go on: {going_on(folder, 'privacy_frontier', 'frontier.folder')}")
-        raise stopped from error
+    folder = cfg.frontier.folder or cfg.paths.output_dir
+    kept = telling_where_it_goes_on(folder, "Points that were measured", "privacy_frontier", "frontier.folder")
+    with kept, recorded_outcome():
+        best = frontier(cfg)
+        return None if best is None else best.accuracy
 
 
 if __name__ == "__mp_main__":  # a rank of ddp_spawn

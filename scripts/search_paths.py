@@ -44,7 +44,7 @@ from cleave.scripts.assembly.linking.path_times import block_times, build_links,
 from cleave.scripts.assembly.linking.searching import check, find, worth
 from cleave.scripts.assembly.networks import keyed, plain_value
 from cleave.scripts.assembly.restoring import restore
-from cleave.scripts.assembly.starting.stopping import going_on, stopped_by
+from cleave.scripts.assembly.starting.stopping import telling_where_it_goes_on
 from cleave.scripts.assembly.starting.terminal import quiet
 from cleave.scripts.train import launches_processes, train
 
@@ -204,16 +204,10 @@ def say_what_follows(folder: SearchFolder, result: SearchResult) -> None:
 
 def main(cfg: DictConfig) -> float:
     """Search for a path, and return what it is worth, which a sweep shows."""
-    try:
-        with recorded_outcome():
-            return search(cfg).value
-    except BaseException as error:
-        if (stopped := stopped_by(error)) is None:
-            raise
-        folder = cfg.search.folder or cfg.paths.output_dir
-        stopped.add_note(f"Paths that were trained are kept in {folder}")
-        stopped.add_note(f"Go on: {going_on(folder, 'search_paths', 'search.folder')}")
-        raise stopped from error
+    folder = cfg.search.folder or cfg.paths.output_dir
+    kept = telling_where_it_goes_on(folder, "Paths that were trained", "search_paths", "search.folder")
+    with kept, recorded_outcome():
+        return search(cfg).value
 
 
 if __name__ == "__mp_main__":  # a rank of ddp_spawn

@@ -13,7 +13,7 @@ from opacus.accountants.utils import get_noise_multiplier
 from torch import Tensor, nn
 
 from cleave.architectures import staged_network
-from cleave.architectures.norms import norm_of
+from cleave.architectures.backbones.norms import norm_of
 from cleave.datamodules import Digits
 from cleave.lightning_modules import DPSGD, Classification, Task, Term, Training
 from cleave.lightning_modules.private_training.sample_gradients import SampleGradients, clipped_sum

@@ -160,7 +160,7 @@ def test_what_was_found_is_printed_and_written(searched, tmp_path, capsys):
     assert f"Found: the path {result.path} ({result.reason})" in printed
     assert f"{100 * ORIGINAL:.2f} %" in printed
     files = write_search(tmp_path, rows, problem, result)
-    assert list(files) == ["paths.csv", "paths.png", "iterations.png"]
+    assert list(files) == ["paths.png", "iterations.png", "paths.csv"]
     assert all(file.stat().st_size > 1000 for file in files.values())
     assert read_path_table(files["paths.csv"]).accuracy == ORIGINAL
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from cleave.architectures.inserts.insert import IN, OUT, Half, Halves, Insert, S
 from cleave.architectures.inserts.quantizer import Quantizer, UniformQuantizer
 from cleave.architectures.inserts.sides import Receiver, Sender
 from cleave.architectures.inserts.switchable import select, switchable
-from cleave.architectures.noise.noise import Noise
+from cleave.architectures.noise.noise import LearnedNoise, Noise
 from cleave.deployment import FLOAT_BITS, Codec, Draw, check_bits
 
 Carrier = Callable[[str, Codec, dict[str, Tensor]], Mapping[str, Tensor]]
@@ -88,11 +89,6 @@ class Bottleneck(Insert):
         return isinstance(self.encoder, GaussianEncoder) and self.encoder.sampled
 
     @property
-    def hidden(self) -> bool:
-        """Whether a device lays something over what it sends, or draws it."""
-        return self.sampled or self.noise is not None
-
-    @property
     def plain(self) -> bool:
         """Whether it sends the feature itself as float32 over a perfect link, so that all it makes is that feature."""
         coders = isinstance(self.encoder, nn.Identity) and isinstance(self.decoder, nn.Identity)
@@ -110,20 +106,10 @@ class Bottleneck(Insert):
         plain, distribution = self.plain, ("mean", "log_variance") if self.stochastic else ()
         # In training a prior adds noise, of which nothing is learned.
         learned, noisy = ((), ("quantizer",)) if self.has_prior else (("quantizer",), ())
-        steps = [
-            Step(
-                "encode",
-                (IN,),
-                ("z", *distribution),
-                ("encoder",),
-                kind="encoder",
-                random=self.sampled,
-                selective=True,
-                same=plain,
-            ),
-        ]
+        encode = Step("encode", (IN,), ("z", *distribution), ("encoder",), kind="encoder", selective=True, same=plain)
+        steps = [dataclasses.replace(encode, random=self.sampled)]
         if self.noise is not None:
-            told = ("noise_scale",) if self.noise.learned else ()
+            told = ("noise_scale",) if isinstance(self.noise, LearnedNoise) else ()
             steps.append(Step("disguise", ("z",), ("noised", *told), ("noise",), random=True))
         steps.append(
             Step("quantise", (self.quantised,), ("sent",), learned, noisy_with=noisy, linked="deliver", same=plain)
@@ -154,7 +140,7 @@ class Bottleneck(Insert):
         """Return the representation with the device's noise over it; of learned noise with its scale."""
         assert self.noise is not None
         noised = self.noise(z)
-        return (noised, self.noise.magnitude(z)) if self.noise.learned else noised
+        return (noised, self.noise.magnitude(z)) if isinstance(self.noise, LearnedNoise) else noised
 
     def quantise(self, z: Tensor) -> Tensor:
         """Return the representation quantised and de-quantised, or with the noise that stands for it in training."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cleave.architectures.backbones.norms import norm_of
 from cleave.architectures.inserts.gaussian import make_gaussian
 from cleave.architectures.naming import whole_number
-from cleave.architectures.norms import norm_of
 
 MAP_LAYOUTS = ("NCHW", "NHWC")
 VECTOR_LAYOUTS = ("NLC", "NC")

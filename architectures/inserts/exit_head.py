@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cleave.architectures.backbones.norms import norm_of
 from cleave.architectures.inserts.coders import MAP_LAYOUTS, VECTOR_LAYOUTS, Permute, conv_block
 from cleave.architectures.inserts.insert import IN, Half, Halves, Insert, Step
 from cleave.architectures.naming import whole_number
-from cleave.architectures.norms import norm_of
 
 POOLINGS = ("average", "max", "mix")
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from cleave.architectures.noise.noise import Noise, as_float
+from cleave.architectures.noise.noise import LearnedNoise, as_float
 from cleave.deployment import Draw
 
 
-class _Learned(Noise):
+class _Learned(LearnedNoise):
     """Has parameters in units of the representation's standard deviation on the first training batch."""
 
-    learned: ClassVar[bool] = True
     unit: Tensor
 
     def __init__(self) -> None:

@@ -22,7 +22,6 @@ class Noise(nn.Module, abc.ABC):
     Attributes:
         distribution: What is drawn for each element: ``uniform`` from 0 to 1, ``normal`` of variance 1, ``laplace`` of
             scale 1; ``None`` where nothing is.
-        learned: Whether it has parameters and tells how large its noise is, as ``LAYER/noise_scale``.
 
     Shape:
         - z: (B, ...), the representation.
@@ -30,7 +29,6 @@ class Noise(nn.Module, abc.ABC):
     """
 
     distribution: ClassVar[str | None] = None
-    learned: ClassVar[bool] = False
 
     def build(self, shape: Sequence[int], axis: int = 0) -> None:
         """Make what depends on the representation's shape: that of a sample, and its axis of channels. Here, nothing.
@@ -65,17 +63,17 @@ class Noise(nn.Module, abc.ABC):
     def lay(self, z: Tensor, *drawn: Tensor) -> Tensor:
         """Return the representation with given numbers over it; it can be traced."""
 
-    def magnitude(self, z: Tensor) -> Tensor:
-        """Return how large the noise over each element is, in units of its own; (B, ...).
-
-        Raises:
-            NotImplementedError: It is not ``learned``.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not learn how large its noise is")
-
     def promise(self, classes: int) -> str | None:
         """Return what it promises of one released representation, and what that leaves possible; ``None``: nothing."""
         return None
+
+
+class LearnedNoise(Noise):
+    """Noise with parameters, which a bottleneck tells the size of as ``LAYER/noise_scale``."""
+
+    @abc.abstractmethod
+    def magnitude(self, z: Tensor) -> Tensor:
+        """Return how large the noise over each element is, in units of its own; (B, ...)."""
 
 
 def _numbers(draw: Draw, count: int, device: torch.device) -> Tensor:

@@ -68,6 +68,12 @@ class Training:
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must lie in (0, 1], got {self.layer_decay}; 0.75 is common, null is none")
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as plain values."""
+        names = ("seed", "lr_scales", "layer_decay", "decay_norms_and_biases")
+        return {name: getattr(self, name) for name in names} | {"lr_scales": dict(self.lr_scales)}
+
 
 DEFAULT = Training()
 

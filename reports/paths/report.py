@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from cleave.architectures.linking.path import Path
 from cleave.planning import PathProblem, SearchResult
-from cleave.reports.csv_file import write_csv
 from cleave.reports.paths.plots import iterations_plot, paths_plot
 from cleave.reports.paths.tables import Row
 from cleave.reports.terminal import console, number, table
+from cleave.reports.written import write_files
 
 TABLE = "paths.csv"
 HEADER = ("path", "stage", "accuracy", "average accuracy", "Th_p / Th_0", "worth", "")
@@ -53,10 +53,7 @@ def write_search(
         result: What was found.
         worth: What paths are worth, for the axis.
     """
-    write_csv(folder / TABLE, rows)
     drawn = {}
     if result.trained:
         drawn = {"paths.png": paths_plot(rows), "iterations.png": iterations_plot(problem, result, worth)}
-    for name, content in drawn.items():
-        (folder / name).write_bytes(content)
-    return {name: folder / name for name in (TABLE, *drawn)}
+    return write_files(folder, drawn, TABLE, rows)

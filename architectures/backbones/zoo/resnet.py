@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cleave.architectures.norms import norm_of
+from cleave.architectures.backbones.norms import norm_of
 
 
 class SubsampleShortcut(nn.Module):

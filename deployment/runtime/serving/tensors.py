@@ -146,21 +146,18 @@ def raw_of(tensor: Tensor) -> tuple[str, bytes]:
 
 def add_output(response: Any, name: str, content: Tensor | Sequence[bytes]) -> None:
     """Add a tensor, or a byte string for each sample, to an answer."""
-    if isinstance(content, Tensor):
-        datatype, raw = raw_of(content)
-        response.outputs.add(name=name, datatype=datatype, shape=content.shape)
-    else:
-        raw = joined(content)
-        response.outputs.add(name=name, datatype=BYTES, shape=[len(content)])
-    response.raw_output_contents.append(raw)
+    _add(response.outputs, response.raw_output_contents, name, content)
 
 
 def add_input(request: Any, name: str, content: Tensor | Sequence[bytes]) -> None:
     """Add a tensor, or a byte string for each sample, to a request."""
+    _add(request.inputs, request.raw_input_contents, name, content)
+
+
+def _add(into: Any, raws: Any, name: str, content: Tensor | Sequence[bytes]) -> None:
     if isinstance(content, Tensor):
-        datatype, raw = raw_of(content)
-        request.inputs.add(name=name, datatype=datatype, shape=content.shape)
+        (datatype, raw), shape = raw_of(content), list(content.shape)
     else:
-        raw = joined(content)
-        request.inputs.add(name=name, datatype=BYTES, shape=[len(content)])
-    request.raw_input_contents.append(raw)
+        datatype, raw, shape = BYTES, joined(content), [len(content)]
+    into.add(name=name, datatype=datatype, shape=shape)
+    raws.append(raw)

@@ -15,7 +15,7 @@ from cleave.reports.attacks.information import Information
 from cleave.reports.attacks.pictures import grid
 from cleave.reports.attacks.results import ATTACKER, Attack, as_values, headlines, strongest
 from cleave.reports.attacks.tables import csv_rows
-from cleave.reports.csv_file import write_csv
+from cleave.reports.written import write_files
 from cleave.scripts.assembly.attacking.images import AttackImages, images_of
 from cleave.scripts.assembly.attacking.information import information_of
 from cleave.scripts.assembly.attacking.study import Study
@@ -82,14 +82,10 @@ def carried_out(settings: dict[str, Any], given: Prepared) -> CarriedOut:
 
 def write_report(output: Path, found: CarriedOut) -> dict[str, Path]:
     """Write the report as JSON and CSV, and the grid of originals and reconstructions."""
-    output.mkdir(parents=True, exist_ok=True)
     contents = {f"{REPORT}.json": dump(found.report)}
     if len(found.pictures["original"]):
         contents[f"{REPORT}.png"] = grid(found.pictures)
-    for name, content in contents.items():
-        (output / name).write_bytes(content)
-    write_csv(output / f"{REPORT}.csv", csv_rows(found.attacks))
-    return {name: output / name for name in [*contents, f"{REPORT}.csv"]}
+    return write_files(output, contents, f"{REPORT}.csv", csv_rows(found.attacks))
 
 
 def _described(given: Prepared, study: Study, attacks: list[Attack]) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from cleave.architectures.attacking.decoders import FAMILIES, STRENGTHS
 from cleave.lightning_modules.attacking.training import Schooling
+from cleave.scripts.assembly.attacking.checks import check_device, each, listed, one_source, releases, whole
 from cleave.scripts.assembly.building import plain
-from cleave.scripts.assembly.exits_settings import number, one_of
+from cleave.scripts.assembly.exits_settings import number
 from cleave.scripts.assembly.networks import keyed
 
 RAW, LOGITS, UNAWARE = "raw", "logits", "unaware"
@@ -33,23 +33,16 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
         ValueError: A value is none of those that it may be.
     """
     settings = plain(cfg)
-    if (settings["ckpt_path"] is None) == (settings["bundle"] is None):
-        raise ValueError(
-            f"give one of ckpt_path=FILE and bundle=DIR, got ckpt_path={settings['ckpt_path']} and "
-            f"bundle={settings['bundle']}"
-        )
+    one_source(settings)
     attack, white = settings["attack"], settings["white_box"]
-    attack["families"] = _listed("attack.families", attack["families"], list(FAMILIES))
-    attack["strengths"] = _listed("attack.strengths", attack["strengths"], list(STRENGTHS))
-    settings["controls"] = _listed("controls", settings["controls"], CONTROLS, empty=True)
+    attack["families"] = listed("attack.families", attack["families"], FAMILIES)
+    attack["strengths"] = listed("attack.strengths", attack["strengths"], STRENGTHS)
+    settings["controls"] = listed("controls", settings["controls"], CONTROLS, empty=True)
     for key, all_of_them in _WHOLE.items():
-        _check_whole(key, settings, all_of_them)
-    attack["releases"] = _each(attack["releases"])
-    for times in attack["releases"]:
-        if isinstance(times, bool) or not isinstance(times, int) or times < 1:
-            raise ValueError(f"attack.releases must be whole numbers of at least 1, got {times!r}")
-    attack["releases"] = sorted({1, *attack["releases"]})
-    white["tv"] = _each(white["tv"])
+        whole(settings, key, nullable=all_of_them)
+    whole(settings, "seed", least=0)
+    attack["releases"] = releases(attack["releases"])
+    white["tv"] = each(white["tv"])
     for weight in white["tv"]:
         if not number(weight) or not 0 <= weight < math.inf:
             raise ValueError(f"white_box.tv must be numbers of at least 0, got {weight!r}")
@@ -64,7 +57,7 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check_choices(settings: dict[str, Any]) -> None:
-    white, device, pictures = settings["white_box"]["use"], settings["device"], settings["pictures"]
+    white, pictures = settings["white_box"]["use"], settings["pictures"]
     if white not in (None, True, False):
         raise ValueError(f"white_box.use must be true, false or null, got {white!r}")
     if white and settings["bundle"] is not None:
@@ -83,33 +76,6 @@ def _check_choices(settings: dict[str, Any]) -> None:
         )
     if isinstance(pictures, bool) or not isinstance(pictures, int) or not 0 <= pictures <= 32:
         raise ValueError(f"pictures must be a whole number from 0 to 32, got {pictures!r}")
-    if isinstance(settings["seed"], bool) or not isinstance(settings["seed"], int) or settings["seed"] < 0:
-        raise ValueError(f"seed must be a whole number of at least 0, got {settings['seed']!r}")
     if settings["judge"]["layer"] is not None and settings["judge"]["ckpt_path"] is None:
         raise ValueError(f"judge.layer={settings['judge']['layer']} is a layer of judge.ckpt_path=FILE; give it too")
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: torch finds no CUDA device here; use device=cpu")
-
-
-def _check_whole(key: str, settings: dict[str, Any], nullable: bool) -> None:
-    value: Any = settings
-    for part in key.split("."):
-        value = value[part]
-    if value is None and nullable:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        more = "; null takes all" if nullable else ""
-        raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}{more}")
-
-
-def _each(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [value]
-
-
-def _listed(key: str, value: Any, known: Any, empty: bool = False) -> list[Any]:
-    found = list(dict.fromkeys([] if value is None else _each(value)))
-    for each in found:
-        one_of(key, each, list(known))
-    if not found and not empty:
-        raise ValueError(f"{key} is empty; give some of {', '.join(known)}")
-    return found
+    check_device(settings["device"])

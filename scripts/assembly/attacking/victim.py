@@ -59,10 +59,11 @@ def victim_of(cfg: DictConfig, settings: dict[str, Any]) -> Victim:
         releases = NetworkReleases(**named)
     except ValueError as error:
         raise ValueError(f"ckpt_path={cfg.ckpt_path}: {error}") from error
+    hides = releases.bottleneck.sampled or releases.bottleneck.noise is not None
     return Victim(
         name=str(cfg.ckpt_path),
         releases=releases,
-        unaware=NetworkReleases(**named, noise=False) if releases.bottleneck.hidden else None,
+        unaware=NetworkReleases(**named, noise=False) if hides else None,
         image_input=restored.image_input,
         data=restore_data(restored, cfg.data),
         trained=_plain(restored.config),

@@ -20,12 +20,11 @@ from cleave.reports.attacks.attributes import Inference
 from cleave.reports.attacks.metrics import mean_interval
 from cleave.reports.attacks.results import ATTACKER, CONTROL
 from cleave.reports.terminal import say
+from cleave.scripts.assembly.attacking.checks import check_device, listed, one_source, releases, whole
 from cleave.scripts.assembly.attacking.images import EVERY, own_data, unseen
 from cleave.scripts.assembly.attacking.settings import LOGITS, RAW
 from cleave.scripts.assembly.attacking.victim import Victim
 from cleave.scripts.assembly.building import plain
-from cleave.scripts.assembly.exits_settings import one_of
-from cleave.scripts.assembly.leaks.settings import check_device, whole
 from cleave.scripts.assembly.networks import keyed
 
 CONTROLS = (RAW, LOGITS)
@@ -64,22 +63,13 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
         ValueError: A value is none of those that it may be.
     """
     settings = plain(cfg)
-    if (settings["ckpt_path"] is None) == (settings["bundle"] is None):
-        raise ValueError(
-            f"give one of ckpt_path=FILE and bundle=DIR, got ckpt_path={settings['ckpt_path']} and "
-            f"bundle={settings['bundle']}"
-        )
+    one_source(settings)
     attack = settings["attack"]
-    for holder, key, known in ((attack, "families", list(CLASSIFIERS)), (settings, "controls", CONTROLS)):
-        value = holder[key]
-        holder[key] = [] if value is None else value if isinstance(value, list) else [value]
-        for each in holder[key]:
-            one_of(key if holder is settings else f"attack.{key}", each, list(known))
-    if not attack["families"]:
-        raise ValueError(f"attack.families is empty; give some of {', '.join(CLASSIFIERS)}")
+    attack["families"] = listed("attack.families", attack["families"], CLASSIFIERS)
+    settings["controls"] = listed("controls", settings["controls"], CONTROLS, empty=True)
     for key, nullable in (("targets.images", True), ("attack.images", True), ("resamples", False)):
         whole(settings, key, nullable=nullable)
-    attack["releases"] = sorted({1, *_numbers(attack["releases"])})
+    attack["releases"] = releases(attack["releases"])
     whole(settings, "seed", least=0)
     mapping = settings["attribute"]["of_class"]
     if mapping is not None and not isinstance(mapping, dict):
@@ -93,14 +83,6 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
     with keyed("attack", attack):
         settings["schooling"] = Schooling(attack["epochs"], attack["batch_size"], attack["lr"], settings["seed"])
     return settings
-
-
-def _numbers(value: Any) -> list[int]:
-    found = value if isinstance(value, list) else [value]
-    for times in found:
-        if isinstance(times, bool) or not isinstance(times, int) or times < 1:
-            raise ValueError(f"attack.releases must be whole numbers of at least 1, got {times!r}")
-    return found
 
 
 def labelled_images(cfg: DictConfig, settings: dict[str, Any], victim: Victim) -> AttributeImages:

@@ -19,9 +19,9 @@ from cleave.lightning_modules.callbacks.metadata import read_metadata
 from cleave.lightning_modules.checkpoints.loading import read_checkpoint
 from cleave.reports.attacks.membership import Membership, judged, losses, margins, modified_entropies
 from cleave.reports.terminal import say
+from cleave.scripts.assembly.attacking.checks import check_device, each, whole
 from cleave.scripts.assembly.attacking.images import EVERY
 from cleave.scripts.assembly.building import plain
-from cleave.scripts.assembly.leaks.settings import check_device, whole
 from cleave.scripts.assembly.restoring import Restored, restore, restore_data
 
 SOURCES = (REST, "test")
@@ -74,7 +74,7 @@ def checked(cfg: DictConfig) -> dict[str, Any]:
     if settings["ckpt_path"] is None:
         raise ValueError("give ckpt_path=FILE, a checkpoint of train.py: who was in training is asked of its answers")
     references = settings["references"]
-    settings["references"] = [] if references is None else references if isinstance(references, list) else [references]
+    settings["references"] = [] if references is None else each(references)
     for key in ("members.images", "non_members.images"):
         whole(settings, key, nullable=True)
     whole(settings, "resamples")

@@ -42,6 +42,26 @@ def telling_what_is_kept(cfg: DictConfig) -> Iterator[None]:
         raise stopped from error
 
 
+@contextmanager
+def telling_where_it_goes_on(folder: str, kept: str, script: str, key: str) -> Iterator[None]:
+    """Say that a signal leaves what was measured in a folder, and the command that goes on there.
+
+    Args:
+        folder: The folder.
+        kept: What it keeps, such as ``Points that were measured``.
+        script: The command's name.
+        key: The setting that names the folder.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if (stopped := stopped_by(error)) is None:
+            raise
+        stopped.add_note(f"{kept} are kept in {folder}")
+        stopped.add_note(f"Go on: {going_on(folder, script, key)}")
+        raise stopped from error
+
+
 def stopped_by(error: BaseException) -> Stopped | None:
     """Return the signal behind an exception; what breaks once a signal was received, such as a worker, is its doing."""
     if isinstance(error, Stopped):
