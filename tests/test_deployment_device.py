@@ -92,6 +92,17 @@ def same(answered, expected):
 # --- as a pipeline ----------------------------------------------------------------------------------------------------
 
 
+def test_tries_are_those_of_each_sample_where_a_batch_is_asked_in_parts(folder):
+    batch = images(8)
+    with (
+        serving(folder / "fixed", repository=Repository(samples=3)) as (server, _),
+        device_of(folder, "fixed", server) as device,
+    ):
+        answered = device.run(batch)
+    same(answered, Pipeline(load_bundle(folder / "fixed")).run(batch))
+    assert answered.attempts == (1,) * 8
+
+
 @pytest.mark.parametrize("kind", ["fixed", "float", "sparse", "tiled_png", "entropy", *EXITS])
 def test_over_the_wire_all_is_as_in_one_process_bit_by_bit(kind, folder, server):
     batch = exit_images(8, seed=4) if kind in EXITS else images(8)

@@ -287,7 +287,7 @@ class _Batch:
 
     def __init__(self, device: Device, inputs: Tensor, gathered: Gathered) -> None:
         self.device, self.inputs, self.gathered = device, inputs, gathered
-        self.attempts, self.flags = [0] * len(inputs), [""] * len(inputs)
+        self.flags = [""] * len(inputs)
         self.sent = Sent()
         self.instead = 0.0
 
@@ -296,16 +296,12 @@ class _Batch:
         remote = self.device.remotes.get(place)
         if remote is None:
             raise ServingError("FAILED_PRECONDITION", f"samples go on to {place}, whose server is not known; name it")
-        before = self.sent.attempts
         try:
             return remote.run(arrived, self.sent)
         except ServingError as error:
             if error.code not in AWAY or self.device._instead is None:
                 raise
             return self._instead(arrived)
-        finally:
-            for row in arrived.rows:
-                self.attempts[row] += self.sent.attempts - before
 
     def _instead(self, arrived: Message) -> Outcome:
         start = time.monotonic()
@@ -328,4 +324,5 @@ class _Batch:
             "device": sum(result.part_seconds.values()) + self.instead,
             "encode": sum(result.encode_seconds.values()),
         }
-        return Answered(result, tuple(self.attempts), tuple(self.flags), {**own, **self.sent.seconds})
+        attempts = tuple(self.sent.attempts[row] for row in range(len(self.inputs)))
+        return Answered(result, attempts, tuple(self.flags), {**own, **self.sent.seconds})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from cleave.planning.graphs.closed_sets import TooManySetsError
@@ -12,7 +10,7 @@ from cleave.planning.graphs.min_cut import min_cut
 from cleave.planning.planners.additive import additive
 from cleave.planning.planners.options import PlanOptions
 from cleave.planning.planners.plan import Plan
-from cleave.planning.planners.problem import Problem
+from cleave.planning.planners.problem import Costs, Problem
 from cleave.planning.profiles.link import Link
 from cleave.planning.profiles.profile import Profile
 
@@ -42,22 +40,32 @@ def optimum(graph: LayerGraph, device: Profile, link: Link, server: Profile, opt
         ValueError: A profile is of another network, or nothing is known of the device's power for its energy.
     """
     problem = Problem(graph, device, link, server, options)
-    name = f"optimum ({options.objective})"
+    return _best(problem, _enumerated(problem), options.objective)
+
+
+def _enumerated(problem: Problem) -> tuple[np.ndarray, Costs] | None:
+    """Return all closed sets with what they cost; ``None`` where there are too many to look at each."""
     try:
-        sets = graph.closed_sets(options.limit)
+        sets = problem.graph.closed_sets(problem.options.limit)
     except TooManySetsError as error:
-        if options.exact:
+        if problem.options.exact:
             raise TooManySetsError(f"exact=true asks for every one, but {error}; or raise the limit") from None
-        return _without_enumeration(problem, name)
-    costs = problem.costs(sets)
-    wanted = costs.of(options.objective)
+        return None
+    return sets, problem.costs(sets)
+
+
+def _best(problem: Problem, enumerated: tuple[np.ndarray, Costs] | None, objective: str) -> Plan:
+    name = f"optimum ({objective})"
+    if enumerated is None:
+        return _without_enumeration(problem, name, objective)
+    sets, costs = enumerated
     # Of equally good ones the one of least latency, such as among all that send nothing.
-    best = int(np.lexsort((costs.latency, wanted))[0])
+    best = int(np.lexsort((costs.latency, costs.of(objective)))[0])
     return problem.plan(sets[:, best], name, f"the best of all {sets.shape[1]:,} closed sets", exact=True)
 
 
-def _without_enumeration(problem: Problem, name: str) -> Plan:
-    objective, limit = problem.options.objective, problem.options.limit
+def _without_enumeration(problem: Problem, name: str, objective: str) -> Plan:
+    limit = problem.options.limit
     if objective != "throughput":
         members = min_cut(problem.graph, additive(problem, objective))
         why = f"a minimum cut, which is exact for {objective}; there are more than {limit:,} closed sets"
@@ -81,5 +89,6 @@ def candidate_sets(problem: Problem) -> np.ndarray:
 def optima(graph: LayerGraph, device: Profile, link: Link, server: Profile, options: PlanOptions) -> dict[str, Plan]:
     """Return the optimum of each objective that can be told, by its name; arguments as of :func:`optimum`."""
     names = [name for name in ("latency", "throughput", "energy", "bytes") if name != "energy" or device.power]
-    chosen = {name: dataclasses.replace(options, objective=name) for name in names}
-    return {name: optimum(graph, device, link, server, own) for name, own in chosen.items()}
+    problem = Problem(graph, device, link, server, options)
+    enumerated = _enumerated(problem)
+    return {name: _best(problem, enumerated, name) for name in names}

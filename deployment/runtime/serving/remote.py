@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import time
@@ -33,11 +34,11 @@ class Sent:
     """What it took to ask a placement, of one batch.
 
     Args:
-        attempts: Tries.
+        attempts: Tries by sample; a batch that is too large for the server is asked in parts.
         seconds: Wall-clock seconds by stage: ``link``, ``wait`` in the server's queue, and ``server`` computing.
     """
 
-    attempts: int = 0
+    attempts: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: {"link": 0.0, "wait": 0.0, "server": 0.0})
 
 
@@ -154,12 +155,12 @@ class Remote:
         try:
             response, attempts = self._asked("ModelInfer", request, seconds)
         except ServingError as error:
-            sent.attempts += error.attempts
+            sent.attempts.update(dict.fromkeys(arrived.rows, error.attempts))
             sent.seconds["link"] += time.monotonic() - start
             raise
         wait, server = (response.parameters[f"{each}_seconds"].double_param for each in ("wait", "compute"))
         link = max(time.monotonic() - start - wait - server, 0.0)
-        sent.attempts += attempts
+        sent.attempts.update(dict.fromkeys(arrived.rows, attempts))
         for stage, spent in (("link", link), ("wait", wait), ("server", server)):
             sent.seconds[stage] += spent
         if attempts == 1:
