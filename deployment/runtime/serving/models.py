@@ -167,13 +167,7 @@ class Door(Served):
         if EXIT in self.outputs:
             found[EXIT] = torch.full((rows,), -1, dtype=torch.int64)
             found[EXIT][places] = torch.tensor(outcome.exits, dtype=torch.int64)
-        for target, message in outcome.messages.items():
-            for tensor_name, payloads in message.payloads.items():
-                sent = [b""] * rows
-                for row, payload in zip(message.rows, payloads, strict=True):
-                    sent[row] = payload
-                found[sent_name(tensor_name, target)] = sent
-        return found
+        return found | going_on(outcome, rows)
 
     def _answer(self, outputs: dict[str, Any], rows: int, failed: Mapping[int, CodecError]) -> Answer | ServingError:
         if len(failed) == rows:
@@ -219,6 +213,18 @@ class Alone(Served):
 
     def _made(self, bits: int | None) -> None:
         return None
+
+
+def going_on(outcome: Outcome, rows: int) -> dict[str, list[bytes]]:
+    """Return what goes on to other placements, by the names that answers have for it; no bytes of who does not."""
+    found = {}
+    for target, message in outcome.messages.items():
+        for tensor, payloads in message.payloads.items():
+            sent = [b""] * rows
+            for row, payload in zip(message.rows, payloads, strict=True):
+                sent[row] = payload
+            found[sent_name(tensor, target)] = sent
+    return found
 
 
 def _of_row(error: CodecError, row: int) -> str:

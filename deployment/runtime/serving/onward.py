@@ -15,7 +15,7 @@ from ...codecs.packing import CodecError, PayloadError
 from ..side import Outcome
 from ..trust import Trust
 from ..walk import Message
-from .models import Answer, Door, Served
+from .models import Answer, Door, Served, going_on
 from .remote import Remote, Sent
 from .retrying import Breaker, Retries
 from .signatures import ERROR, EXIT, Given, sent_name
@@ -102,12 +102,7 @@ def _merge(outputs: dict[str, Any], rows: int, outcome: Outcome, errors: Mapping
         for row, error in errors.items():
             words[row] = str(error).encode("utf-8", "replace")[:1000]
         outputs[ERROR] = words
-    for target, message in outcome.messages.items():
-        for tensor_name, payloads in message.payloads.items():
-            sent = [b""] * rows
-            for row, payload in zip(message.rows, payloads, strict=True):
-                sent[row] = payload
-            outputs[sent_name(tensor_name, target)] = sent
+    outputs.update(going_on(outcome, rows))
 
 
 def _message(model: Door, place: str, outputs: dict[str, Any]) -> Message | None:
