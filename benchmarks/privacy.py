@@ -92,7 +92,7 @@ def main() -> None:
     )  # fmt: skip
     for layer in RAW if args.only is None else ():
         raw = place(folder, layer)
-        still = ["split.form=none", f"split.at={layer}", "train=false", "method=cross_entropy"]
+        still = ["split.form=none", f"split.at={layer}", "codec.bits=32", "train=false", "method=cross_entropy"]
         train(raw, args.threads, *common, f"base.ckpt_path={teacher}", *still)
         judged(raw, raw / "checkpoints/best.ckpt", args, 0)
     for seed in args.seeds:
