@@ -47,6 +47,7 @@ ROWS: dict[str, list[str]] = {
     BASE: [],
     "ResSFL, λ = 3": _with(RESSFL, 3),
     "ResSFL, λ = 10": _with(RESSFL, 10),
+    "ResSFL, λ = 20": _with(RESSFL, 20),
     "ResSFL, λ = 30": _with(RESSFL, 30),
     LONG: ["trainer.max_epochs=6"],
     "ResSFL, λ = 50, twice as long": [*_with(RESSFL, 50), "trainer.max_epochs=6"],
@@ -73,6 +74,14 @@ ROWS: dict[str, list[str]] = {
     "8 bits": ["codec.bits=8"],
 }  # fmt: skip
 RAW = ("layer1", "layer2")
+# Where the controls stand beside the attack, and releases are averaged.
+NOISY = "Gaussian, ε = 200"
+WITH_CONTROLS = ["controls=[raw,logits,unaware]", "attack.releases=[1,8]"]
+# A small encoder in place of the layers before the cut, or one behind them, which then learn with it.
+FORMS = {
+    "replace": ["bottleneck.stride=4", "bottleneck.width=48", "bottleneck.decoder_width=48"],
+    "insert": ["bottleneck.stride=2", "bottleneck.depth=2"],
+}
 
 
 def main() -> None:
@@ -92,9 +101,16 @@ def main() -> None:
     )  # fmt: skip
     for layer in RAW if args.only is None else ():
         raw = place(folder, layer)
-        still = ["split.form=none", f"split.at={layer}", "codec.bits=32", "train=false", "method=cross_entropy"]
+        still = [
+            "split.form=none",
+            f"split.at={layer}",
+            "codec.bits=32",
+            "train=false",
+            "export=true",
+            "method=cross_entropy",
+        ]
         train(raw, args.threads, *common, f"base.ckpt_path={teacher}", *still)
-        judged(raw, raw / "checkpoints/best.ckpt", args, 0)
+        judged(raw, f"bundle={raw / 'bundle'}", args, 0)
     for seed in args.seeds:
         for name in args.only or ROWS:
             defended(folder, name, teacher, common, args, seed)
@@ -106,9 +122,9 @@ def defended(folder: Path, name: str, teacher: Path, common: list[str], args: ar
     own = ROWS[name]
     channels = next((each.partition("=")[2] for each in own if each.startswith("bottleneck.channels=")), "8")
     split = [
-        "split.at=layer2", "split.envelope=false", f"bottleneck.channels={channels}", "bottleneck.stride=4",
-        "bottleneck.width=48", "bottleneck.decoder_width=48", "training.channels_last=true",
-        "codec.bits=4", f"teacher.ckpt_path={teacher}",
+        "split.at=layer2", f"split.form={args.form}", *FORMS[args.form], "split.envelope=false",
+        f"bottleneck.channels={channels}", "training.channels_last=true", "codec.bits=4",
+        f"teacher.ckpt_path={teacher}",
     ]  # fmt: skip
     slow = [f"training.lr_scales.{layer}=0.3" for layer in ("layer3", "linear")]
     first = folder / f"split_{channels}"
@@ -129,15 +145,19 @@ def defended(folder: Path, name: str, teacher: Path, common: list[str], args: ar
         # The last weights, not the most accurate: those are of the epoch that hid the least.
         "callbacks.checkpoint=null", f"seed={seed}", *own,
     )  # fmt: skip
-    judged(run, run / "checkpoints/last.ckpt", args, seed)
+    judged(run, f"ckpt_path={run / 'checkpoints/last.ckpt'}", args, seed)
+    if name == NOISY:
+        judged(run, f"ckpt_path={run / 'checkpoints/last.ckpt'}", args, seed, "controls", *WITH_CONTROLS)
 
 
-def judged(run: Path, checkpoint: Path, args: argparse.Namespace, seed: int) -> None:
+def judged(
+    run: Path, victim: str, args: argparse.Namespace, seed: int, name: str = "attack", *overrides: str
+) -> None:  # fmt: skip
     attack(
-        run / "attack", args.threads, f"ckpt_path={checkpoint}", f"attack.images={args.attack_images}",
+        run / name, args.threads, victim, f"data.root={run.parent / 'images'}", f"attack.images={args.attack_images}",
         f"attack.epochs={args.attack_epochs}", "attack.families=[linear,residual]", "attack.strengths=[small]",
-        "attack.releases=[1]", "white_box.use=false", "controls=[]", "information.epochs=1",
-        f"seed={seed}", "data.num_workers=0",
+        "white_box.use=false", "information.epochs=1", f"seed={seed}", "data.num_workers=0",
+        *(overrides or ("controls=[]", "attack.releases=[1]")),
     )  # fmt: skip
 
 
@@ -200,9 +220,28 @@ def report(folder: Path, args: argparse.Namespace) -> None:
     beside = words(folder, args)
     table("ResNet-20 on CIFAR-10 (JPEG), split at layer2", rows, header)
     print(beside)
+    more = controls(place(folder, NOISY, args.seeds[0]) / "controls/attack.json")
+    if more:
+        table(f"Adversaries and controls: {NOISY}", more[1:], more[0])
     if args.report:
         lines = [line(header), line(["---"] * len(header)), *map(line, rows), "", beside]
+        lines += ["", line(more[0]), line(["---"] * 3), *map(line, more[1:])] if more else []
         args.report.write_text("\n".join(lines) + "\n")
+
+
+def controls(file: Path) -> list[tuple[str, ...]]:
+    """Return each adversary's error and what it explains, with intervals, the best first; empty where none is there."""
+    if not file.exists():
+        return []
+    attacks = sorted(json.loads(file.read_text())["attacks"], key=_mse)
+    return [
+        ("adversary", "MSE", "explained"),
+        *((each["title"], *(_interval(each["figures"][name]) for name in ("mse", "explained"))) for each in attacks),
+    ]
+
+
+def _interval(figure: dict[str, float]) -> str:
+    return f"{figure['value']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}]"
 
 
 def words(folder: Path, args: argparse.Namespace) -> str:
@@ -240,6 +279,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--weights", type=Path, required=True, help="pretrained weights of the CIFAR ResNet-20")
     parser.add_argument("--output", type=Path, default=Path("logs/privacy"))
+    parser.add_argument("--form", choices=FORMS, default="replace", help="of the split; a form has its own --output")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--images", type=int, default=10_000, help="training images")
