@@ -113,3 +113,26 @@ def test_a_recipe_killed_inside_a_step_ends_with_the_weights_of_an_uninterrupted
     assert differences(*({k: v for k, v in c.items() if k not in ("cleave", "callbacks")} for c in (one, other))) == []
     best = [load(tmp_path / name / "checkpoints/finetune/best.ckpt")["state_dict"] for name in ("whole", "run")]
     assert differences(*best) == []
+
+
+DEFENCES = {
+    "nopeek": [],
+    "ressfl": ["method.extra_terms.attacker.loss.restarts=2"],
+    "constrained": ["method=cross_entropy", "method.extra_terms.bound.loss.threshold=0.5"],
+    "gaussian": ["noise.epsilon=200"],
+    "laplace": ["noise.epsilon=200", "noise.bound=median"],
+    "cloak": ["method.extra_terms.noise.weight=0.3"],
+    "shredder": ["method=cross_entropy", "split.form=none"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("privacy", DEFENCES)
+def test_a_defended_run_killed_at_a_random_step_ends_with_the_weights_of_an_uninterrupted_one(
+    privacy, tmp_path, teacher_file
+):
+    overrides = [*RUN, *DIGITS, "experiment=digits_hnd", f"base.ckpt_path={teacher_file}", f"privacy={privacy}"]
+    overrides += ["data.batch_size=32", *DEFENCES[privacy]]
+    step = random.Random(privacy).choice(BETWEEN_SAVES)
+    run_script("train", *overrides, folder=tmp_path / "whole")
+    assert_same_end(tmp_path / "whole", killed(overrides, [step], tmp_path / "run"))
