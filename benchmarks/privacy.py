@@ -77,10 +77,11 @@ RAW = ("layer1", "layer2")
 # Where the controls stand beside the attack, and releases are averaged.
 NOISY = "Gaussian, ε = 200"
 WITH_CONTROLS = ["controls=[raw,logits,unaware]", "attack.releases=[1,8]"]
-# A small encoder in place of the layers before the cut, or one behind them, which then learn with it.
+# A small encoder in place of the layers before the cut, or one behind them, which learn with it or rest.
 FORMS = {
-    "replace": ["bottleneck.stride=4", "bottleneck.width=48", "bottleneck.decoder_width=48"],
-    "insert": ["bottleneck.stride=2", "bottleneck.depth=2"],
+    "replace": ["split.form=replace", "bottleneck.stride=4", "bottleneck.width=48", "bottleneck.decoder_width=48"],
+    "insert": ["split.form=insert", "bottleneck.stride=2", "bottleneck.depth=2"],
+    "frozen": ["split.form=insert", "bottleneck.stride=2", "bottleneck.depth=2"],
 }
 
 
@@ -122,26 +123,27 @@ def defended(folder: Path, name: str, teacher: Path, common: list[str], args: ar
     own = ROWS[name]
     channels = next((each.partition("=")[2] for each in own if each.startswith("bottleneck.channels=")), "8")
     split = [
-        "split.at=layer2", f"split.form={args.form}", *FORMS[args.form], "split.envelope=false",
+        "split.at=layer2", *FORMS[args.form], "split.envelope=false",
         f"bottleneck.channels={channels}", "training.channels_last=true", "codec.bits=4",
         f"teacher.ckpt_path={teacher}",
     ]  # fmt: skip
     slow = [f"training.lr_scales.{layer}=0.3" for layer in ("layer3", "linear")]
     first = folder / f"split_{channels}"
     steps = [f"+steps.{step}.trainer.max_epochs=4" for step in ("head", "finetune")]
+    trained = ["method.train=[encoder,decoder,tail]"] if args.form == "frozen" else []
+    cache = ["feature_cache.use=true", "feature_cache.views=3", f"feature_cache.directory={folder / 'cache'}"]
     train(
         first, args.threads, "experiment=bottlefit", "compare={layer2: 1.0, layer3: 1.0}", *common, *split, *steps,
         f"base.ckpt_path={teacher}", "training.optimizer.lr=3e-3", "+steps.finetune.training.optimizer.lr=1e-3",
-        *(f"+steps.finetune.{each}" for each in slow),
+        *(f"+steps.finetune.{each}" for each in [*slow, *trained]), *(cache if args.form == "frozen" else ()),
     )  # fmt: skip
     base = next(iter(first.glob("checkpoints/**/finetune/best.ckpt")), first / "checkpoints/best.ckpt")
     run = place(folder, name, seed)
     long = any(each.startswith("trainer.max_epochs=") for each in own)
     epochs = [] if long else [f"trainer.max_epochs={args.epochs}"]
-    cache = ["feature_cache.use=true", "feature_cache.views=3", f"feature_cache.directory={folder / 'cache'}"]
     train(
         run, args.threads, "method=knowledge_distillation", *common, *split, *(f"+{each}" for each in slow),
-        f"base.ckpt_path={base}", *epochs, "training.optimizer.lr=1e-3", *cache,
+        f"base.ckpt_path={base}", *epochs, "training.optimizer.lr=1e-3", *cache, *trained,
         # The last weights, not the most accurate: those are of the epoch that hid the least.
         "callbacks.checkpoint=null", f"seed={seed}", *own,
     )  # fmt: skip
