@@ -43,6 +43,7 @@ def _with(overrides: Sequence[str], value: float) -> list[str]:
 
 
 BASE, LONG = "no defence", "no defence, twice as long"
+HEAD = "head distillation alone"
 ROWS: dict[str, list[str]] = {
     BASE: [],
     "ResSFL, λ = 3": _with(RESSFL, 3),
@@ -67,8 +68,7 @@ ROWS: dict[str, list[str]] = {
         "privacy=constrained", "method.extra_terms.bound.loss.threshold=0.6",
         "method.extra_terms.attacker.loss.strength=10", "method.extra_terms.attacker.loss.restarts=0",
     ],
-    "2 bits, ResSFL, λ = 3": ["codec.bits=2", *_with(RESSFL, 3)],
-    "NoPeek, λ = 10": _with(NOPEEK, 10),
+    HEAD: ["train=false"],
     "Gaussian, ε = 50": ["privacy=gaussian", "noise.epsilon=50"],
     "Gaussian, ε = 10": ["privacy=gaussian", "noise.epsilon=10"],
     "8 bits": ["codec.bits=8"],
@@ -102,15 +102,10 @@ def main() -> None:
     )  # fmt: skip
     for layer in RAW if args.only is None else ():
         raw = place(folder, layer)
-        still = [
-            "split.form=none",
-            f"split.at={layer}",
-            "codec.bits=32",
-            "train=false",
-            "export=true",
-            "method=cross_entropy",
-        ]
-        train(raw, args.threads, *common, f"base.ckpt_path={teacher}", *still)
+        train(
+            raw, args.threads, *common, f"base.ckpt_path={teacher}", "split.form=none", f"split.at={layer}",
+            "codec.bits=32", "train=false", "export=true", "method=cross_entropy",
+        )  # fmt: skip
         judged(raw, f"bundle={raw / 'bundle'}", args, 0)
     for seed in args.seeds:
         for name in args.only or ROWS:
@@ -137,7 +132,7 @@ def defended(folder: Path, name: str, teacher: Path, common: list[str], args: ar
         f"base.ckpt_path={teacher}", "training.optimizer.lr=3e-3", "+steps.finetune.training.optimizer.lr=1e-3",
         *(f"+steps.finetune.{each}" for each in [*slow, *trained]), *(cache if args.form == "frozen" else ()),
     )  # fmt: skip
-    base = next(iter(first.glob("checkpoints/**/finetune/best.ckpt")), first / "checkpoints/best.ckpt")
+    base = first / f"checkpoints/{'head' if name == HEAD else 'finetune'}/best.ckpt"
     run = place(folder, name, seed)
     long = any(each.startswith("trainer.max_epochs=") for each in own)
     epochs = [] if long else [f"trainer.max_epochs={args.epochs}"]
@@ -147,9 +142,10 @@ def defended(folder: Path, name: str, teacher: Path, common: list[str], args: ar
         # The last weights, not the most accurate: those are of the epoch that hid the least.
         "callbacks.checkpoint=null", f"seed={seed}", *own,
     )  # fmt: skip
-    judged(run, f"ckpt_path={run / 'checkpoints/last.ckpt'}", args, seed)
+    victim = f"ckpt_path={base if name == HEAD else run / 'checkpoints/last.ckpt'}"
+    judged(run, victim, args, seed)
     if name == NOISY:
-        judged(run, f"ckpt_path={run / 'checkpoints/last.ckpt'}", args, seed, "controls", *WITH_CONTROLS)
+        judged(run, victim, args, seed, "controls", *WITH_CONTROLS)
 
 
 def judged(
