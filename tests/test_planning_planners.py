@@ -16,6 +16,7 @@ from cleave.planning import (
     PLANNERS,
     Link,
     PlanOptions,
+    Power,
     TooManySetsError,
     dads_heavy,
     dads_light,
@@ -302,6 +303,12 @@ def test_bubbles_and_bottleneck_are_those_of_the_stages():
         ({"answer": -1}, "answer must be a whole number of at least 0"),
         ({"jobs": 0}, "jobs must be"),
         ({"limit": 0}, "limit must be"),
+        ({"exact": "maybe"}, "exact must be true or false; got 'maybe'"),
+        ({"exact": 1}, "exact must be true or false"),
+        ({"image": True}, "image must be above 0"),
+        ({"image": math.nan}, "image must be above 0"),
+        ({"bits": True}, "bits must be a whole number"),
+        ({"bits": 8.0}, "bits must be a whole number"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options, words):
@@ -325,6 +332,34 @@ def test_energy_needs_a_power():
             planner(case.graph, device, case.link, case.server, case.options)
     assert local(case.graph, device, case.link, case.server, case.options).energy is None
     assert "energy" not in optima(case.graph, device, case.link, case.server, case.options)
+
+
+def test_a_network_of_one_layer_has_two_ends_and_every_planner_takes_one():
+    case = random_case(0, least=1, most=1)
+    assert case.graph.closed_sets().shape == (1, 2)
+    for plan in [*every_plan(*case).values(), *pareto(*case)]:
+        for one in plan.schedule or (plan,):
+            assert {len(one.device_nodes), len(one.server_nodes)} == {0, 1}
+            assert [each.name for each in one.sent] == ([] if one.device_nodes else ["input"])
+
+
+def test_where_nothing_costs_anything_there_is_a_plan_and_it_can_be_written(tmp_path):
+    case = random_case(11, least=9, limit=2, objective="energy", answer=0)
+    free = dict.fromkeys(case.device.seconds, 0.0)
+    device = dataclasses.replace(case.device, seconds=free, power=Power(0, 0, 0))
+    taken = case.graph, device, case.link, dataclasses.replace(case.server, seconds=free), case.options
+    assert optimum(*taken).energy == 0
+    for plan in every_plan(*taken).values():
+        write_plan(tmp_path / "plan.json", plan)
+    write_plan(tmp_path / "plan.json", local(*taken))
+    assert json.loads((tmp_path / "plan.json").read_text())["throughput"] is None
+
+
+def test_a_graph_beyond_the_limit_is_refused_before_any_planner_runs(monkeypatch):
+    case = random_case(11, least=9, limit=2, exact=True)
+    monkeypatch.setitem(PLANNERS, "local", lambda *_: pytest.fail("a planner ran"))
+    with pytest.raises(TooManySetsError, match="exact=true"):
+        every_plan(*case)
 
 
 def test_a_round_trip_counts_where_something_is_sent():

@@ -32,8 +32,8 @@ def dads_light(graph: LayerGraph, device: Profile, link: Link, server: Profile, 
     .. math:: \min_S \; T_e(S) + T_t(S) + T_c(S)
 
     over all closed sets S, several tensors included. After Hu, Bao, Wang and Liu, "Dynamic Adaptive DNN Surgery for
-    Inference Acceleration on the Edge", INFOCOM 2019, section III-B (DSL). A value that several nodes read is sent once,
-    the images are on the device, and no edge leads back from the server.
+    Inference Acceleration on the Edge", INFOCOM 2019, section III-B (DSL). A value that several nodes read is sent
+    once, the images are on the device, and no edge leads back from the server.
 
     Limits: it is the optimum of the sum, one stage after the other; what is sent while the device still computes
     shortens that.
@@ -58,15 +58,14 @@ def dads_heavy(graph: LayerGraph, device: Profile, link: Link, server: Profile, 
 
     .. math:: \min_S \max\{T_e(S), T_t(S), T_c(S)\} \quad\text{(NP-hard)}
 
-    by :math:`\arg\min_S \alpha T_e(S) + T_t(S) + \gamma T_c(S)` for many α and γ, of which the S of the shortest longest
-    stage is kept; then in finer steps around the best α and γ, until that gains no more. After Hu, Bao, Wang and Liu,
-    INFOCOM 2019, section III-C, algorithm 2 (DSH) and theorem 1: as α = γ = 1 is among them, the longest stage is at most
-    three times the least, and four where the answer's way back is a stage too.
+    by :math:`\arg\min_S \alpha T_e(S) + T_t(S) + \gamma T_c(S)` for many α and γ. Of what they find the division of the
+    shortest longest stage is kept; then finer steps around its α and γ follow, until they gain no more. After Hu, Bao,
+    Wang and Liu, INFOCOM 2019, section III-C, algorithm 2 (DSH) and theorem 1: as α = γ = 1 is among them, the longest
+    stage is at most three times the least, and four times where the answer's way back is a stage too.
 
-    The paper steps α and γ by 1 from 0 to ΣF_e / min F_t and ΣF_c / min F_t, hundreds of millions of cuts for a slow
-    device; here the steps are powers of √2, up and down as far. The least weighted sum is read off all closed sets,
-    where they can be enumerated: a minimum cut finds no other. Beyond, it is the least of the cuts that ``optimum`` looks
-    at too.
+    The paper steps α and γ by 1 from 0 to ΣF_e / min F_t and ΣF_c / min F_t, thousands to millions of cuts; here they
+    are powers of √2, up and down as far. The least weighted sum is read off all closed sets, where they can be
+    enumerated: a minimum cut finds no other. Beyond, it is the least of the cuts that ``optimum`` looks at too.
 
     ``why`` tells the gap to the true optimum, or what is known of it.
     """
