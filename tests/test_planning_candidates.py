@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cleave.deployment import ENVELOPE_BYTES
 from cleave.planning import Candidate, Link, PlanOptions, candidate_plan, layer_graph, local, roofline, server
 from cleave.planning.profiles.machine import Machine, Power
 from cleave.reports.rates.results import Point, write_results
+from cleave.scripts.assembly.planning import trained
 from cleave.scripts.assembly.planning.trained import device_and_server_macs, payload_of, read_candidates
 
 from .planning_graphs import random_graph
@@ -119,3 +121,13 @@ def test_networks_of_one_name_are_told_apart_and_a_file_that_is_met_twice_counts
     given = [str(tmp_path), str(tmp_path / "1/results.json"), str(tmp_path / "2")]
     found = read_candidates(given, "resnet20", trusted=False)
     assert [(each.name, each.payload) for each in found] == [("HND: 4 bits", 10.0), ("HND: 4 bits #2", 20.0)]
+
+
+def test_a_path_through_two_networks_is_left_out_whatever_file_it_is_in(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "results.json"
+    write_results(file, [Point("path", "0-1-4-5", 0.8, 10.0, encoder_macs=5)], path={"seconds": 1.0})
+    assert read_candidates([str(file)], "resnet20", trusted=False) == []
+    bundle = SimpleNamespace(config={"links": {"path": [0, 1, 4, 5]}, "backbone": {"name": "resnet20"}})
+    monkeypatch.setattr(trained, "read_manifest", lambda _: bundle)
+    assert trained.of_bundle(tmp_path, "resnet20") == []
+    assert capsys.readouterr().out.count("a path through two networks is left out, as search_paths.py plans those") == 2

@@ -14,11 +14,12 @@ import torch
 from cleave.architectures import StagedNetwork
 from cleave.architectures.modes import evaluating
 from cleave.deployment import ENVELOPE_BYTES, Manifest, read_manifest
+from cleave.deployment.bundle.canonical_json import parse
 from cleave.deployment.bundle.manifest import MANIFEST
 from cleave.lightning_modules.testing import Bytes
 from cleave.planning.candidates import Candidate
 from cleave.reports.rates.collect import find, read
-from cleave.reports.rates.results import Point
+from cleave.reports.rates.results import Point, content
 from cleave.reports.terminal import say
 from cleave.scripts.assembly.restoring import restore, validated
 
@@ -71,12 +72,19 @@ def _is_of(backbone: str, name: str | None, source: Path) -> bool:
     return False
 
 
+def _is_path(linked: bool, source: Path) -> bool:
+    """Return whether a network is a path through two, and say so."""
+    if linked:
+        say(f"{source}: a path through two networks is left out, as search_paths.py plans those")
+    return linked
+
+
 def of_checkpoint(path: Path, backbone: str, trusted: bool) -> list[Candidate]:
     """Read a checkpoint: its parts' costs, the bytes that its codecs make, and what its last validation measured."""
     restored = restore(path, trusted=trusted)
     network = restored.network
-    if any(cost.side for cost in network.costs()):
-        raise ValueError(f"{path} is a path through two networks, which search_paths.py plans; leave it out")
+    if _is_path(any(cost.side for cost in network.costs()), path):
+        return []
     if not _is_of(backbone, restored.config.backbone.get("name"), path):
         return []
     if network.exits:
@@ -115,6 +123,8 @@ def payload_of(network: StagedNetwork) -> float:
 def of_results(file: Path, backbone: str) -> list[Candidate]:
     """Read the points of a file; of the server nothing is known but that it runs no more than the whole network."""
     points = [Point.from_dict(values, where) for where, values in read(file)]
+    if _is_path(file.suffix == ".json" and "path" in parse(content(file)), file):
+        return []
     others = {point.backbone for point in points if point.backbone not in (None, backbone)}
     for name in sorted(filter(None, others)):
         say(f"{file}: results of {name} are left out, as {backbone} is planned")
@@ -140,6 +150,8 @@ def of_results(file: Path, backbone: str) -> list[Candidate]:
 def of_bundle(folder: Path, backbone: str) -> list[Candidate]:
     """Read a bundle's manifest: what its partitions cost by placement, and what was tested."""
     manifest = read_manifest(folder)
+    if _is_path((manifest.config.get("links") or {}).get("path") is not None, folder):
+        return []
     if not _is_of(backbone, (manifest.config.get("backbone") or {}).get("name"), folder):
         return []
     label = folder.resolve().name
