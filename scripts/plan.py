@@ -70,8 +70,7 @@ def plan(cfg: DictConfig) -> dict[str, Plan]:
     print_simulation(best.planner, simulated)
     rows = []
     for rate in settings.rates:
-        link = dataclasses.replace(settings.link, up=rate, down=None, trace=None)
-        rows += plan_rows(plans_at(link, settings, planned, candidates), rate)
+        rows += plan_rows(plans_at(at_rate(settings.link, rate), settings, planned, candidates), rate)
     own = plan_rows(plans | front, float(settings.link.up or math.nan))
     files = write_report(output, {"plans.csv": own, "rates.csv": rows}, pictures(planned, best, simulated, rows))
     write_plan(files["plan.json"], best, **described(cfg, settings, planned))
@@ -82,6 +81,13 @@ def plan(cfg: DictConfig) -> dict[str, Plan]:
         say(f"Written: {file}")
     say_what_follows(cfg, settings, planned, best, planned.graph.nodes.input_shape)
     return plans
+
+
+def at_rate(link: Link, rate: float) -> Link:
+    """Return a link with another constant rate up, and with as many times that down as before."""
+    assert link.up is not None
+    assert link.down is not None
+    return dataclasses.replace(link, up=rate, down=rate * link.down / link.up, trace=None)
 
 
 def check_trace(link: Link, arrivals: list[float]) -> None:

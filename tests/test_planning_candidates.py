@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cleave.deployment import ENVELOPE_BYTES
 from cleave.planning import Candidate, Link, PlanOptions, candidate_plan, layer_graph, local, roofline, server
 from cleave.planning.profiles.machine import Machine, Power
 from cleave.reports.rates.results import Point, write_results
+from cleave.scripts.assembly.planning import trained
 from cleave.scripts.assembly.planning.trained import device_and_server_macs, payload_of, read_candidates
 
 from .planning_graphs import random_graph
@@ -100,5 +102,32 @@ def test_results_of_other_backbones_are_left_out_and_said(tmp_path, capsys):
     (only,) = read_candidates([str(tmp_path)], "resnet20", trusted=False)
     assert (only.name, only.device_macs, only.server_macs, only.payload) == ("HND: resnet20", 10, None, 100.0)
     assert "results of resnet56 are left out, as resnet20 is planned" in capsys.readouterr().out
+    points = [Point("HND", "4 bits", 0.8, 100.0, encoder_macs=macs, backbone="resnet20") for macs in (10, None)]
+    write_results(tmp_path / "results.json", points)
+    (tmp_path / "jpeg").mkdir()
+    baseline = [Point("JPEG", "quality 50", 0.9, 700.0, backbone="resnet20")]
+    write_results(tmp_path / "jpeg/results.json", baseline, kind="baseline")
+    jpeg, hnd = read_candidates([str(tmp_path)], "resnet20", trusted=False)
+    assert (hnd.device_macs, jpeg.device_macs) == (10, 0)
+    assert "HND: 4 bits is left out, as nobody counted its encoder_macs" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"write candidates=\[logs\]"):
         read_candidates("logs", "resnet20", trusted=False)
+
+
+def test_networks_of_one_name_are_told_apart_and_a_file_that_is_met_twice_counts_once(tmp_path):
+    for seed in (1, 2):
+        (tmp_path / str(seed)).mkdir()
+        write_results(tmp_path / f"{seed}/results.json", [Point("HND", "4 bits", 0.8, 10.0 * seed, encoder_macs=5)])
+    given = [str(tmp_path), str(tmp_path / "1/results.json"), str(tmp_path / "2")]
+    found = read_candidates(given, "resnet20", trusted=False)
+    assert [(each.name, each.payload) for each in found] == [("HND: 4 bits", 10.0), ("HND: 4 bits #2", 20.0)]
+
+
+def test_a_path_through_two_networks_is_left_out_whatever_file_it_is_in(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "results.json"
+    write_results(file, [Point("path", "0-1-4-5", 0.8, 10.0, encoder_macs=5)], path={"seconds": 1.0})
+    assert read_candidates([str(file)], "resnet20", trusted=False) == []
+    bundle = SimpleNamespace(config={"links": {"path": [0, 1, 4, 5]}, "backbone": {"name": "resnet20"}})
+    monkeypatch.setattr(trained, "read_manifest", lambda _: bundle)
+    assert trained.of_bundle(tmp_path, "resnet20") == []
+    assert capsys.readouterr().out.count("a path through two networks is left out, as search_paths.py plans those") == 2

@@ -130,6 +130,12 @@ def test_more_sets_than_the_limit_are_refused_in_words_before_they_are_enumerate
             closed_sets(wide, limit)
 
 
+@pytest.mark.parametrize("needs", [[[1], [0]], [[0]], [[], [-1]]])
+def test_a_node_that_needs_a_later_one_is_refused(needs):
+    with pytest.raises(ValueError, match="needs earlier ones only"):
+        closed_sets(needs, 10)
+
+
 def test_a_smaller_limit_holds_after_a_larger_one():
     graph = random_case(3).graph
     graph.closed_sets()

@@ -71,6 +71,8 @@ def test_what_cannot_be_measured_is_refused(network):
     graph = trace_graph(network, torch.randn(1, 3, 4, 4))
     with pytest.raises(ValueError, match=r"images are \(3, 4, 6\), the graph is one of \(3, 4, 4\)"):
         measure_profile(network, graph, torch.randn(1, 3, 4, 6))
+    with pytest.raises(ValueError, match="empty batch"):
+        measure_profile(network, graph, torch.randn(0, 3, 4, 4))
     for given, words in (({"node_seconds": 0}, "node_seconds must be above 0"), ({"threads": 0}, "threads must be")):
         with pytest.raises(ValueError, match=words):
             measure_profile(network, graph, torch.randn(1, 3, 4, 4), **given)
@@ -145,3 +147,6 @@ def test_what_cannot_be_fitted_is_refused(chains):
         fit_regression([(graph, chains[1][1])])
     with pytest.raises(ValueError, match="every time of the profiles is 0"):
         fit_regression([(graph, Profile("toy", graph_digest(graph), dict.fromkeys(profile.seconds, 0.0)))])
+    for folds, words in ((1, "folds must be a whole number of at least 2"), (1000, "folds=1000 are more than")):
+        with pytest.raises(ValueError, match=words):
+            held_out_error(chains, folds)

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from cleave.planning import (
     PLANNERS,
     Link,
     PlanOptions,
+    Power,
     TooManySetsError,
     dads_heavy,
     dads_light,
@@ -32,20 +34,12 @@ from cleave.planning import (
     simulate,
     write_plan,
 )
-from cleave.planning.graphs.min_cut import cut_groups, min_cut
-from cleave.planning.planners.additive import additive
 from cleave.planning.planners.problem import Problem
 from cleave.planning.simulation.work import Task
 
-from .planning_graphs import Case, by_hand, random_case
+from .planning_graphs import by_hand, random_case
 
 CLOSE = {"rel": 1e-9, "abs": 1e-12}
-
-
-def latency_of(case: Case, members: np.ndarray) -> float:
-    """What a division comes to, infinite where it needs a layer of the server."""
-    closed = np.array_equal(members, case.graph.closure(np.flatnonzero(members).tolist()))
-    return float(Problem(*case).costs(members[:, None]).latency[0]) if closed else math.inf
 
 
 def test_the_optimum_is_that_of_brute_force_and_so_is_the_light_cut_of_dads():
@@ -75,41 +69,6 @@ def test_what_a_plan_says_of_its_division_is_what_it_costs_by_hand():
                 assert (one.latency, one.energy) == pytest.approx((wanted.latency, wanted.energy), **CLOSE)
                 assert one.bytes == wanted.bytes
                 assert set(one.device_nodes).isdisjoint(one.server_nodes)
-
-
-def test_a_cut_without_reverse_edges_or_without_auxiliary_nodes_is_wrong_on_these_graphs():
-    wrong = {"reverse": 0, "auxiliary": 0}
-    for seed in range(500):
-        case = random_case(seed)
-        costs = additive(Problem(*case))
-        alone = range(len(case.graph.layers))
-        least = dads_light(*case).latency
-        assert latency_of(case, cut_groups(case.graph, costs, alone)) == pytest.approx(least, **CLOSE)
-        for name in wrong:
-            cut = cut_groups(case.graph, costs, alone, **{name: False})
-            wrong[name] += latency_of(case, cut) > least * (1 + 1e-9)
-    assert all(count > 5 for count in wrong.values()), wrong
-
-
-def test_joining_chains_changes_no_minimum():
-    for seed in range(80):
-        case = random_case(seed, least=8, most=16)
-        costs = additive(Problem(*case))
-        joined, alone = min_cut(case.graph, costs), cut_groups(case.graph, costs, range(len(case.graph.layers)))
-        found = Problem(*case).costs(np.stack([joined, alone], axis=1)).latency
-        assert found[0] == pytest.approx(found[1], **CLOSE)
-
-
-def test_the_heavy_cut_of_dads_is_at_most_three_times_the_optimum_and_tells_its_gap():
-    ratios = []
-    for seed in range(120):
-        case = random_case(seed)
-        plan = dads_heavy(*case)
-        ratios.append(plan.bottleneck / min(max(each.stages) for each in by_hand(case)))
-        assert f"{ratios[-1]:.3f} times" in plan.why
-        assert not plan.exact
-    assert min(ratios) >= 1 - 1e-9
-    assert 1.01 < max(ratios) <= 3
 
 
 def test_neurosurgeon_is_the_best_cut_that_one_tensor_crosses():
@@ -204,7 +163,9 @@ def test_beyond_the_limit_sums_stay_exact_and_the_longest_stage_says_that_it_is_
     assert not any(plan.exact for plan in front)
     with pytest.raises(TooManySetsError, match="exact=true"):
         pareto(*case[:4], dataclasses.replace(case.options, exact=True))
-    assert "not known" in dads_heavy(*case).why
+    heavy = dads_heavy(*case)
+    told = float(re.search(r"here at most ([\d.]+) times it", heavy.why)[1])
+    assert heavy.bottleneck / wanted["throughput"].bottleneck <= told <= 4
 
 
 def test_bits_change_what_is_sent_and_nothing_else():
@@ -251,6 +212,12 @@ def test_bubbles_and_bottleneck_are_those_of_the_stages():
         ({"answer": -1}, "answer must be a whole number of at least 0"),
         ({"jobs": 0}, "jobs must be"),
         ({"limit": 0}, "limit must be"),
+        ({"exact": "maybe"}, "exact must be true or false; got 'maybe'"),
+        ({"exact": 1}, "exact must be true or false"),
+        ({"image": True}, "image must be above 0"),
+        ({"image": math.nan}, "image must be above 0"),
+        ({"bits": True}, "bits must be a whole number"),
+        ({"bits": 8.0}, "bits must be a whole number"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options, words):
@@ -274,6 +241,34 @@ def test_energy_needs_a_power():
             planner(case.graph, device, case.link, case.server, case.options)
     assert local(case.graph, device, case.link, case.server, case.options).energy is None
     assert "energy" not in optima(case.graph, device, case.link, case.server, case.options)
+
+
+def test_a_network_of_one_layer_has_two_ends_and_every_planner_takes_one():
+    case = random_case(0, least=1, most=1)
+    assert case.graph.closed_sets().shape == (1, 2)
+    for plan in [*every_plan(*case).values(), *pareto(*case)]:
+        for one in plan.schedule or (plan,):
+            assert {len(one.device_nodes), len(one.server_nodes)} == {0, 1}
+            assert [each.name for each in one.sent] == ([] if one.device_nodes else ["input"])
+
+
+def test_where_nothing_costs_anything_there_is_a_plan_and_it_can_be_written(tmp_path):
+    case = random_case(11, least=9, limit=2, objective="energy", answer=0)
+    free = dict.fromkeys(case.device.seconds, 0.0)
+    device = dataclasses.replace(case.device, seconds=free, power=Power(0, 0, 0))
+    taken = case.graph, device, case.link, dataclasses.replace(case.server, seconds=free), case.options
+    assert optimum(*taken).energy == 0
+    for plan in every_plan(*taken).values():
+        write_plan(tmp_path / "plan.json", plan)
+    write_plan(tmp_path / "plan.json", local(*taken))
+    assert json.loads((tmp_path / "plan.json").read_text())["throughput"] is None
+
+
+def test_a_graph_beyond_the_limit_is_refused_before_any_planner_runs(monkeypatch):
+    case = random_case(11, least=9, limit=2, exact=True)
+    monkeypatch.setitem(PLANNERS, "local", lambda *_: pytest.fail("a planner ran"))
+    with pytest.raises(TooManySetsError, match="exact=true"):
+        every_plan(*case)
 
 
 def test_a_round_trip_counts_where_something_is_sent():

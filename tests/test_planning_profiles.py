@@ -76,6 +76,11 @@ def test_a_profile_of_another_network_or_input_size_is_refused(graph):
         ({"seconds": [1]}, "seconds must be an object"),
         ({"power": {"idle": -1, "compute": 1, "send": 1}}, "power.idle must be at least 0"),
         ({"power": {"idle": 1}}, "power must be an object of idle, compute and send"),
+        ({"threads": -3}, "threads must be a whole number"),
+        ({"batch": True}, "batch must be a whole number"),
+        ({"whole": -1.0}, "whole of toy must be at least 0"),
+        ({"machine": None}, "machine must be a text"),
+        ({"digest": 5}, "digest of toy must be the SHA-256"),
         ({"how": "guessed"}, "how must be"),
     ],
 )
@@ -100,6 +105,10 @@ def test_a_damaged_profile_is_refused_with_its_file(graph, tmp_path, change, wor
         ({"efficiency": 1.5}, "at most 1"),
         ({"efficiency": None}, "efficiency of toy is missing"),
         ({"launch": -1e-6}, "launch of toy must be at least 0"),
+        ({"launch": float("inf")}, "launch of toy must be at least 0"),
+        ({"rate": True}, "rate of toy must be above 0"),
+        ({"power": {"idle": 1}}, "power of toy must be a Power"),
+        ({"name": None}, "name must be a text"),
     ],
 )
 def test_a_machine_out_of_range_is_refused_by_name(change, words):
@@ -129,7 +138,11 @@ def test_a_negative_power_is_refused(name):
         ({"up": float("nan")}, "up of the link must be above 0"),
         ({"up": 3.0, "down": 0}, "down of the link must be above 0"),
         ({"up": 3.0, "round_trip": -1}, "round_trip of the link must be at least 0"),
+        ({"up": float("inf")}, "up of the link must be above 0"),
+        ({"up": "fast"}, "up of the link must be above 0"),
+        ({"up": True}, "up of the link must be above 0"),
         ({"up": 3.0, "trace": RateTrace((0, 1), (1,))}, "both say the rate up"),
+        ({"up": 3.0, "trace": [(0, 1)]}, "trace of the link must be a RateTrace, the path of a CSV file, or None"),
     ],
 )
 def test_a_link_without_a_rate_is_refused(given, words):
@@ -150,12 +163,44 @@ def test_traces_are_read_and_what_is_none_is_refused(tmp_path):
         "0,0\n1,8\n": "every rate of the trace is 0",
         "0,8\n1\n": "row 2",
         "0,8\n1,fast\n": "row 2",
+        "0,8\n\n1,2,3\n": "row 3",
+        "nan,8\n0,8\n5,8\n": "row 1",
+        "O,8\n0,8\n5,8\n": "row 1",
+        "-1,8\n0,8\n5,8\n": "begin at 0 and ascend",
+        "0,nan\n5,8\n": "row 1",
+        "time,rate\n": "a rate from each time to the next",
     }.items():
         file.write_text(text)
         with pytest.raises(ValueError, match=f"trace.csv.*{words}"):
             read_trace(file)
+    file.write_bytes(b"\xff\xfe0\x00")
+    with pytest.raises(ValueError, match=r"trace\.csv is no CSV file in UTF-8"):
+        read_trace(file)
+    file.write_bytes("\ufeff0,8\n4,0\n".encode())  # as a spreadsheet writes it
+    assert read_trace(file) == RateTrace((0, 4), (8,))
     with pytest.raises(FileNotFoundError):
         Link(trace=tmp_path / "none.csv")
+
+
+def test_a_trace_says_which_of_its_numbers_is_none():
+    for times, words in (((0, float("inf")), "times of a trace must be finite"), ((0, float("nan")), "ascend")):
+        with pytest.raises(ValueError, match=words):
+            RateTrace(times, (8,))
+    assert RateTrace((0, 1, 2, 3), (8, 0, 8)).finish(0.5, 1_000_000) == 2.5  # an outage in the middle
+    assert RateTrace((0, 1, 2), (0, 8)).finish(0.5, 0) == 0.5  # nothing to send waits for nothing
+
+
+def test_a_link_with_a_trace_can_be_copied():
+    link = Link(trace=RateTrace((0, 1), (8,)))
+    assert dataclasses.replace(link, round_trip=0.5) == Link(trace=link.trace, round_trip=0.5)
+
+
+def test_a_profile_is_scaled_by_a_factor_above_0(graph):
+    profile = roofline(graph, MACHINE)
+    assert profile.scaled(2.0).total == pytest.approx(2 * profile.total)
+    for factor in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="factor must be above 0"):
+            profile.scaled(factor)
 
 
 def test_a_linear_link_fits_the_two_points_of_the_placement_survey():

@@ -238,7 +238,10 @@ def test_quantiles_and_arrivals():
 def test_recorded_arrivals_are_read(tmp_path):
     (tmp_path / "a.csv").write_text("time\n0\n0.5\n2\n")
     assert read_arrivals(tmp_path / "a.csv") == [0, 0.5, 2]
-    for text in ("time\n", "0\n-1\n", "1\n0.5\n", "0\nsoon\n"):
+    (tmp_path / "a.csv").write_text(".5\n\n2\n2\n")
+    assert read_arrivals(tmp_path / "a.csv") == [0.5, 2, 2]
+    wrong = ["time\n", "0\n-1\n", "1\n0.5\n", "0\nsoon\n", "-1\n0\n1\n", "1.5s\n2\n", "", "0,1\n2,3\n"]
+    for text in [*wrong, "nan\n0\n", "0\nnan\n1\n", "0\ninf\n"]:
         (tmp_path / "a.csv").write_text(text)
         with pytest.raises(ValueError, match="a.csv"):
             read_arrivals(tmp_path / "a.csv")
@@ -252,10 +255,19 @@ def test_recorded_arrivals_are_read(tmp_path):
         (lambda: simulate([Task(-1.0, stage_work((1,)))], LINK), "arrival of a task must be at least 0"),
         (lambda: simulate([Task(0.0, stage_work((1,)))], LINK, {"uplnk": 1}), "Did you mean 'uplink'"),
         (lambda: simulate([Task(0.0, stage_work((1,)))], LINK, {"uplink": -1}), "queues.uplink must be"),
+        (lambda: simulate([Task(0.0, stage_work((1,)))], LINK, {"uplink": True}), "queues.uplink must be"),
+        (lambda: simulate([Task(float("nan"), stage_work((1,)))], LINK), "arrival of a task must be at least 0"),
         (lambda: stage_work((1, -1)), "must be at least 0"),
+        (lambda: stage_work((1, math.nan)), "must be at least 0"),
+        (lambda: stage_work((1, 2, 3, 4, 5)), "at most 4 stages"),
+        (lambda: Work((Operation("a", 4, 1.0),)), "has no station 4; 0 to 3 are device, uplink"),
+        (lambda: Work((Operation("a", 2, None),)), "must say its seconds"),
+        (lambda: Work((Operation("a", 1, None, -5),)), "the bytes of 'a' must be"),
         (lambda: Work((Operation("a", 0, 1.0, needs=(0,)),)), "must need earlier ones"),
         (lambda: every(-1.0, 3), "every must be at least 0"),
+        (lambda: every(math.inf, 3), "every must be at least 0"),
         (lambda: poisson(0.0, 3, 0), "rate must be above 0"),
+        (lambda: poisson(1.0, 3, None), "seed must be a whole number"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(call, words):

@@ -60,6 +60,12 @@ def test_all_planners_stand_in_one_table_and_are_written(tmp_path, capsys):
     assert {row["plan"] for row in rows} == set(found)
     assert {"gantt.png", "rates.png"} <= {path.name for path in tmp_path.iterdir()}
     assert "tasks under optimum (latency)" in text
+    planned(tmp_path, "rates=[4]", "link.up=4", "link.down=12")
+    at_its_own, over_rates = (
+        {row["plan"]: row["latency"] for row in csv.DictReader((tmp_path / name).read_text().splitlines())}
+        for name in ("plans.csv", "rates.csv")
+    )
+    assert over_rates.items() <= at_its_own.items()  # the way back is as fast in the plot as in the table
     planned(tmp_path, "rates=[]")
     assert not (tmp_path / "rates.png").exists()  # nothing of the plan before
 
@@ -75,8 +81,8 @@ def test_the_printed_training_command_runs(tmp_path, capsys):
     ((script, *words),) = commands_in([line])
     assert script == "train"
     layer = next(word for word in words if word.startswith("split.at=")).removeprefix("split.at=")
-    assert "method=cross_entropy" in words
-    short = [*PLAIN, "trainer.max_epochs=1", "+trainer.limit_train_batches=1", "test=false", "data.image_size=16"]
+    assert {"method=cross_entropy", "codec.bits=4", "data.image_size=16"} <= set(words)  # as it was planned
+    short = [*PLAIN, "trainer.max_epochs=1", "+trainer.limit_train_batches=1", "test=false"]
     run = [*words, *short, "backbone.in_channels=1", "+trainer.limit_val_batches=1"]
     train(compose_config("train", run, tmp_path / "run"))
     assert list((tmp_path / "run/checkpoints").glob("*.ckpt"))
@@ -136,6 +142,7 @@ def test_trained_networks_stand_in_the_same_table(tmp_path, capsys):
     found = planned(tmp_path / "plan", "backbone.in_channels=1", candidates, "rates=[]", network=RESNET)
     trained = {name: one for name, one in found.items() if name.startswith("trained")}
     assert len(trained) == 5
+    assert any(name.startswith("trained (bundle run/bundle") for name in trained)
     checkpoint, results, bundle, to_the_end, early = trained.values()
     (point,) = json.loads((run / "results.json").read_text())["points"]
     assert checkpoint.bytes == results.bytes == bundle.bytes == pytest.approx(point["payload_bytes"])
@@ -151,6 +158,10 @@ def test_trained_networks_stand_in_the_same_table(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "a checkpoint does not know who leaves at its exits" in text
     assert text.count("│ trained (") == 5
+    others = f"candidates=[{file},{run / 'results.json'},{run / 'bundle'}]"
+    found = planned(tmp_path / "other", others, "rates=[]")
+    assert not [name for name in found if name.startswith("trained")]
+    assert capsys.readouterr().out.count(" left out,") == 3
 
 
 @pytest.mark.slow
@@ -185,6 +196,17 @@ def unwrapping(tmp_path: Path, *overrides: str) -> None:
         (["link.up=0"], "link.up of the link must be above 0"),
         (["link.up=-2"], "link.up of the link must be above 0"),
         (["link.up=null"], "link.up of the link is missing"),
+        (["link.up=nan"], "link.up of the link must be above 0"),
+        (["link.up=true"], "link.up of the link must be above 0"),
+        (["options.exact=maybe"], "options.exact must be true or false"),
+        (["rates=5"], "rates must be a list; write rates=[5]; got 5"),
+        (["device=null"], "device must be a group of settings"),
+        (["options=null"], "options must be a group of settings"),
+        (["device_profile=5"], "device_profile must be the JSON file of a profile, here, or null; got 5"),
+        (["candidates=5"], "write candidates=[5]"),
+        (["num_classes=0"], "num_classes must be a whole number of at least 1"),
+        (["image_size=0"], "image_size must be a whole number of at least 1"),
+        (["depth=-1"], "depth must be a whole number of at least 0"),
         (["link.trace=FOLDER/none.csv", "link.up=null"], "none.csv"),
         (["rates=[1,0]"], "rates must be above 0"),
         (["device_profile=none.json"], "device_profile=none.json does not exist"),

@@ -27,7 +27,7 @@ def machine(name: str) -> Machine:
 
 
 def graph_of(name: str, cache: Path) -> tuple[NodeGraph, float | None]:
-    """Return a network's graph, and the seconds of tracing it where it is not kept yet."""
+    """Return a network's graph, and the CPU's seconds of tracing it where it is not kept yet."""
     file = cache / f"{name.replace('/', '_')}.json"
     if file.exists():
         values = json.loads(file.read_text())
@@ -39,9 +39,9 @@ def graph_of(name: str, cache: Path) -> tuple[NodeGraph, float | None]:
     source, _, model = name.partition("/")
     backbone = create_backbone(source, model, num_classes=1000)
     sample = torch.zeros(1, *backbone.input.shape)
-    begin = time.perf_counter()
+    begin = time.process_time()
     graph = trace_graph(backbone.network, sample)
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     cache.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(dataclasses.asdict(graph)))
     return graph, seconds

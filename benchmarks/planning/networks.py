@@ -1,7 +1,8 @@
 """How long planning takes: tracing, contracting, enumerating, and all planners at one bandwidth, network by network.
 
 The time of all planners is also printed as a share of tracing's, which every plan needs once, and drawn over the number
-of closed sets. HRNet has more of them than the limit.
+of closed sets. HRNet has more of them than the limit. Seconds are those that the CPU spent on this process, so that
+others on the machine count less.
 
     python benchmarks/planning/networks.py [--cache DIR] [--plot FILE] [--networks NAME …]
 """
@@ -53,22 +54,22 @@ def main() -> None:
 
 def measured(name: str, cache: Path) -> tuple[tuple[str, ...], int, float]:
     nodes, traced = graph_of(name, cache)
-    begin = time.perf_counter()
+    begin = time.process_time()
     graph = layer_graph(nodes)
-    contracted = time.perf_counter()
+    contracted = time.process_time()
     try:
         count = graph.closed_sets().shape[1]
     except TooManySetsError as error:
         say(f"{name}: {error}")
         count = 0
-    enumerated = time.perf_counter()
+    enumerated = time.process_time()
     device, server = roofline(nodes, machine("jetson_xavier_nx")), roofline(nodes, machine("rtx_a6000"))
     taken = (graph, device, Link(up=20, round_trip=0.005), server, PlanOptions(bits=8))
     graph.single_cuts()
-    start = time.perf_counter()
+    start = time.process_time()
     plans = every_plan(*taken)
     pareto(*taken)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     if not count:
         for key in ("optimum (latency)", "optimum (throughput)", "dads_heavy"):
             say(f"{name}, {key}: {plans[key].why}")

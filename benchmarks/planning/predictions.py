@@ -11,6 +11,7 @@ others on the machine count less. The error is predicted over measured seconds o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -34,6 +35,7 @@ NETWORKS = {"resnet20": ("cifar", "resnet20"), "resnet18": ("torchvision", "resn
 FITTED_TO = (("cifar", "resnet32"), ("cifar", "vgg11_bn"), ("torchvision", "resnet34"))
 SHAPE = (3, 32, 32)
 CLOCK = time.process_time
+PASSES = 3
 
 
 def main() -> None:
@@ -58,16 +60,25 @@ def main() -> None:
     for label, (source, name) in NETWORKS.items():
         network = backbone(source, name)
         graph = trace_graph(network, torch.zeros(1, *SHAPE))
-        own = measure_profile(network, graph, torch.rand(1, *SHAPE), threads=1, clock=CLOCK)
+        # In turns, so that a slow moment of the machine meets both sides of the comparison.
+        passes, deployed = [], dict[str, list[tuple[float, float]]]({cut: [] for cut in CUTS})
+        for _ in range(PASSES):
+            passes.append(measure_profile(network, graph, torch.rand(1, *SHAPE), threads=1, clock=CLOCK))
+            for cut in CUTS:
+                deployed[cut].append(as_deployed(network, cut, args.rounds))
+        own = middle(passes)
         assert own.whole is not None
         say(f"{label}: nodes alone take {own.total / own.whole:.3f} of the whole network's time")
         ways = {"roofline": roofline(graph, machine), "regression": regression.predict(graph), "measured": own}
         for cut in CUTS:
-            measured = as_deployed(network, cut, args.rounds)
+            measured = [statistics.median(column) for column in zip(*deployed[cut], strict=True)]
             sides = layer_graph(graph).sides(layer_graph(graph).closure([ends(graph, cut)]))
             for side, names, seconds in zip(("device", "server"), sides, measured, strict=True):
                 errors = [f"{sum_of(way, names) / seconds - 1:+.3f}" for way in ways.values()]
                 rows.append((f"{label}, {cut}, {side}", f"{1e3 * seconds:.3f}", *errors))
+    for i, way in enumerate(ways):
+        errors = [abs(float(row[2 + i])) for row in rows]
+        say(f"{way}: median of the absolute errors {statistics.median(errors):.3f}")
     table(
         "Relative error of a side's predicted seconds",
         rows,
@@ -78,6 +89,13 @@ def main() -> None:
 def backbone(source: str, name: str) -> nn.Module:
     torch.manual_seed(0)
     return create_backbone(source, name, num_classes=10, image_size=SHAPE[1:]).network.eval()
+
+
+def middle(passes: list[Profile]) -> Profile:
+    """The medians of some profiles of one network."""
+    seconds = {name: statistics.median(each.seconds[name] for each in passes) for name in passes[0].seconds}
+    whole = statistics.median(each.whole or 0.0 for each in passes)
+    return dataclasses.replace(passes[0], seconds=seconds, whole=whole)
 
 
 def ends(graph: object, cut: str) -> int:

@@ -28,7 +28,7 @@ def closed_sets(needs: Sequence[Sequence[int]], limit: int) -> np.ndarray:
 
     Raises:
         TooManySetsError: There are more.
-        ValueError: ``limit`` is no whole number of at least 1.
+        ValueError: ``limit`` is no whole number of at least 1, or a node needs one that is not before it.
 
     Example:
         >>> closed_sets([[], [0], [0]], 10).astype(int)
@@ -37,6 +37,9 @@ def closed_sets(needs: Sequence[Sequence[int]], limit: int) -> np.ndarray:
                [0, 0, 0, 1, 1]])
     """
     whole_number("limit", limit)
+    for node, before in enumerate(needs):
+        if any(not 0 <= each < node for each in before):
+            raise ValueError(f"node {node} needs {list(before)}; each needs earlier ones only, by their numbers")
     count, found = 1, np.zeros((len(needs), min(limit, 1024)), dtype=bool)
     for node, before in enumerate(needs):
         chosen = np.flatnonzero(found[list(before), :count].all(0))

@@ -103,7 +103,7 @@ def cut_groups(
         auxiliary: Whether values have nodes of their own; likewise.
     """
     total = sum(map(sum, (costs.device, costs.server, costs.up))) + costs.away + costs.back
-    scale = PRECISION / max(1e-300, total)
+    scale = PRECISION / total if total > 0 else 0.0  # where nothing costs anything, any cut is as good
     net = networkx.DiGraph()
     net.add_nodes_from([DEVICE, SERVER])
 

@@ -47,8 +47,8 @@ def every_plan(
         TooManySetsError: There are more closed sets than the limit, and ``options.exact`` asks for all.
         ValueError: A profile is of another network.
     """
+    best = optima(graph, device, link, server, options)  # first, as it alone may refuse the graph
     published = options.objective if options.objective == "energy" else "latency"
     own = dataclasses.replace(options, objective=published)
     found = {name: planner(graph, device, link, server, own) for name, planner in PLANNERS.items()}
-    best = optima(graph, device, link, server, options)
     return found | {f"optimum ({name})": plan for name, plan in best.items()}

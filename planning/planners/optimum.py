@@ -25,7 +25,7 @@ def optimum(graph: LayerGraph, device: Profile, link: Link, server: Profile, opt
     Every closed set is looked at where there are at most ``options.limit``; it is the reference for every published
     planner. Beyond, latency, energy and bytes add up over layers and values, so that a minimum cut finds their optimum
     (Hu, Bao, Wang and Liu, "Dynamic Adaptive DNN Surgery for Inference Acceleration on the Edge", INFOCOM 2019, section
-    IV). The least bottleneck stage does not: it is then the best of all cuts in the order of execution, of single
+    III-B). The least bottleneck stage does not: it is then the best of all cuts in the order of execution, of single
     tensors and of weighted minimum cuts, which may not be optimal, and the plan says so.
 
     Args:
@@ -40,10 +40,10 @@ def optimum(graph: LayerGraph, device: Profile, link: Link, server: Profile, opt
         ValueError: A profile is of another network, or nothing is known of the device's power for its energy.
     """
     problem = Problem(graph, device, link, server, options)
-    return _best(problem, _enumerated(problem), options.objective)
+    return _best(problem, enumerated(problem), options.objective)
 
 
-def _enumerated(problem: Problem) -> tuple[np.ndarray, Costs] | None:
+def enumerated(problem: Problem) -> tuple[np.ndarray, Costs] | None:
     """Return all closed sets with what they cost; ``None`` where there are too many to look at each."""
     try:
         sets = problem.graph.closed_sets(problem.options.limit)
@@ -54,11 +54,11 @@ def _enumerated(problem: Problem) -> tuple[np.ndarray, Costs] | None:
     return sets, problem.costs(sets)
 
 
-def _best(problem: Problem, enumerated: tuple[np.ndarray, Costs] | None, objective: str) -> Plan:
+def _best(problem: Problem, known: tuple[np.ndarray, Costs] | None, objective: str) -> Plan:
     name = f"optimum ({objective})"
-    if enumerated is None:
+    if known is None:
         return _without_enumeration(problem, name, objective)
-    sets, costs = enumerated
+    sets, costs = known
     # Of equally good ones the one of least latency, such as among all that send nothing.
     best = int(np.lexsort((costs.latency, costs.of(objective)))[0])
     return problem.plan(sets[:, best], name, f"the best of all {sets.shape[1]:,} closed sets", exact=True)
@@ -90,5 +90,5 @@ def optima(graph: LayerGraph, device: Profile, link: Link, server: Profile, opti
     """Return the optimum of each objective that can be told, by its name; arguments as of :func:`optimum`."""
     names = [name for name in ("latency", "throughput", "energy", "bytes") if name != "energy" or device.power]
     problem = Problem(graph, device, link, server, options)
-    enumerated = _enumerated(problem)
-    return {name: _best(problem, enumerated, name) for name in names}
+    known = enumerated(problem)
+    return {name: _best(problem, known, name) for name in names}

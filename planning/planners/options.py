@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.planning.graphs.layer_graph import LIMIT
-from cleave.planning.profiles.checks import positive
+from cleave.planning.profiles.checks import of_type, positive
 
 OBJECTIVES = ("latency", "throughput", "energy", "bytes")
 # JPEG: mean bytes of an image in table 2 of Matsubara, Levorato and Restuccia, "Split Computing and Early Exiting for
@@ -64,6 +64,7 @@ class PlanOptions:
             positive("image", self.image, "bytes of an image, or the name of a codec")
         if self.answer is not None:
             whole_number("answer", self.answer, least=0)
+        of_type("exact", self.exact, bool, "true or false")
         whole_number("limit", self.limit)
         whole_number("jobs", self.jobs)
 

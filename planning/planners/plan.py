@@ -123,7 +123,9 @@ class Plan:
         values["stages"] = self.stages._asdict()
         values["schedule"] = [{"sent": [s.name for s in one.sent], "stages": one.stages} for one in self.schedule]
         follows = ("latency", "bottleneck", "bottleneck_stage", "throughput", "bubbles", "bytes")
-        return values | {name: getattr(self, name) for name in follows}
+        values |= {name: getattr(self, name) for name in follows}
+        # JSON has no infinity: null is the throughput where nothing takes any time.
+        return values | ({} if math.isfinite(self.throughput) else {"throughput": None})
 
 
 def write_plan(file: Path | str, plan: Plan, **more: Any) -> None:

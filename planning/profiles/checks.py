@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 
@@ -33,6 +34,13 @@ def not_negative(name: str, value: Any, unit: str, *, of: str = "") -> float:
     if not _number(value) or value < 0:
         raise ValueError(f"{name}{whose} must be at least 0, {unit}; got {value!r}")
     return float(value)
+
+
+def of_type(name: str, value: Any, kind: type | UnionType, what: str, *, of: str = "") -> None:
+    """Check that an argument is of its type; ValueError says what it should be."""
+    if not isinstance(value, kind):
+        whose = f" of {of}" if of else ""
+        raise ValueError(f"{name}{whose} must be {what}; got {value!r:.100}")
 
 
 def file_there(file: Path | str, holds: str) -> Path:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cleave.planning.profiles.checks import file_there, not_negative, positive
+from cleave.planning.profiles.checks import file_there, not_negative, of_type, positive
 
 MEGABIT = 1e6
 
@@ -44,7 +43,9 @@ class RateTrace:
             raise ValueError("the times of a trace must begin at 0 and ascend, in seconds")
         for rate, since in zip(self.rates, self.times, strict=False):
             not_negative(f"the rate at {since:g} s", rate, "Mbit/s", of="the trace")
-        if not any(self.rates) or not math.isfinite(self.times[-1]):
+        if not math.isfinite(self.times[-1]):
+            raise ValueError(f"the times of a trace must be finite, in seconds; it ends at {self.times[-1]!r}")
+        if not any(self.rates):
             raise ValueError("every rate of the trace is 0; give rates in Mbit/s")
 
     @property
@@ -64,6 +65,8 @@ class RateTrace:
             ValueError: The trace ends before.
         """
         left, now = 8 * size, start
+        if not left:
+            return now
         for i in range(max(0, bisect_right(self.times, start) - 1), len(self.rates)):
             rate, end = MEGABIT * self.rates[i], self.times[i + 1]
             if rate and left <= rate * (end - now):
@@ -105,8 +108,10 @@ class Link:
     def __post_init__(self) -> None:
         if isinstance(self.trace, str | Path):
             object.__setattr__(self, "trace", read_trace(self.trace))
+        if self.trace is not None:
+            of_type("trace", self.trace, RateTrace, "a RateTrace, the path of a CSV file, or None", of="the link")
         if isinstance(self.trace, RateTrace):
-            if self.up is not None:
+            if self.up is not None and self.up != self.trace.mean:  # which it is where a link is copied
                 raise ValueError(f"up={self.up!r} and a trace both say the rate up; give one of them, the other null")
             object.__setattr__(self, "up", self.trace.mean)
         positive("up", self.up, "Mbit/s", of="the link")
@@ -145,19 +150,32 @@ def read_trace(file: Path | str) -> RateTrace:
         ValueError: A row has no two numbers, or times and rates are no trace.
     """
     file = file_there(file, "times and rates")
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = [row for row in csv.reader(stream) if any(cell.strip() for cell in row)]
-    if rows and not _is_number(rows[0][0]):
-        rows = rows[1:]
-    numbers: list[Sequence[float]] = []
-    for i, row in enumerate(rows):
+    numbers = []
+    for number, row in csv_rows(file):
         if len(row) != 2 or not all(map(_is_number, row)):
-            raise ValueError(f"{file}, row {i + 1}: a trace has a time in seconds and a rate in Mbit/s; got {row}")
+            raise ValueError(f"{file}, row {number}: a trace has a time in seconds and a rate in Mbit/s; got {row}")
         numbers.append([float(cell) for cell in row])
     try:
         return RateTrace(tuple(row[0] for row in numbers), tuple(row[1] for row in numbers[:-1]))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def csv_rows(file: Path) -> list[tuple[int, list[str]]]:
+    """Read the rows of a CSV file that are not empty, each with its number, but for a header of words.
+
+    Raises:
+        ValueError: The file is no text in UTF-8.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            rows = [(i, row) for i, row in enumerate(csv.reader(stream), 1) if any(cell.strip() for cell in row)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} is no CSV file in UTF-8: {error}") from error
+    # A cell of a header begins with a letter, and is none of the words that mean a number.
+    words = [cell.strip().lower() for cell in rows[0][1]] if rows else []
+    header = bool(words) and all(word[:1].isalpha() and word not in ("nan", "inf", "infinity") for word in words)
+    return rows[header:]
 
 
 def _is_number(text: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cleave.planning.profiles.checks import not_negative, positive
+from cleave.planning.profiles.checks import not_negative, of_type, positive
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,13 @@ class Machine:
     power: Power | None = None
 
     def __post_init__(self) -> None:
+        of_type("name", self.name, str, "a text, what the machine is called")
         if self.rate is not None:
             positive("rate", self.rate, "floating-point operations per second", of=self.name)
         if self.bandwidth is not None:
             positive("bandwidth", self.bandwidth, "bytes of memory per second", of=self.name)
         if positive("efficiency", self.efficiency, "a share of the rate", of=self.name) > 1:
             raise ValueError(f"efficiency of {self.name} is a share of its rate, at most 1; got {self.efficiency!r}")
+        if self.power is not None:
+            of_type("power", self.power, Power, "a Power with idle, compute and send in watts, or None", of=self.name)
         not_negative("launch", self.launch, "seconds for each operation", of=self.name)

@@ -57,6 +57,8 @@ def measure_profile(
         raise ValueError(
             f"images are {tuple(images.shape[1:])}, the graph is one of {graph.input_shape}; trace it anew"
         )
+    if not len(images):
+        raise ValueError("images is an empty batch; give at least one image")
     from torch.utils.benchmark import Timer  # which looks for compilers, and is needed here alone
 
     own_clock: dict[str, Any] = {} if clock is None else {"timer": clock}

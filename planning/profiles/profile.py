@@ -13,7 +13,7 @@ from cleave.architectures import NodeGraph
 from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.deployment.bundle.canonical_json import dump, parse
 from cleave.planning.graphs.layer_graph import LayerGraph, graph_digest
-from cleave.planning.profiles.checks import file_there, not_negative
+from cleave.planning.profiles.checks import file_there, not_negative, of_type, positive
 from cleave.planning.profiles.machine import Power
 
 SCHEMA = 1
@@ -37,7 +37,7 @@ class Profile:
             them, and pay for being started one by one.
 
     Raises:
-        ValueError: A time is negative or no number.
+        ValueError: A time is negative or no number, or another value is not what it should be.
     """
 
     machine: str
@@ -50,9 +50,20 @@ class Profile:
     whole: float | None = None
 
     def __post_init__(self) -> None:
+        of_type("machine", self.machine, str, "a text, what the machine is called")
+        of_type("digest", self.digest, str, "the SHA-256 of a graph", of=self.machine)
+        of_type("seconds", self.seconds, Mapping, "the seconds of each node by its name", of=self.machine)
         for name, seconds in self.seconds.items():
             not_negative(f"the time of {name!r}", seconds, "seconds", of=self.machine)
         whole_number("batch", self.batch)
+        if self.threads is not None:
+            whole_number("threads", self.threads)
+        if self.whole is not None:
+            not_negative("whole", self.whole, "seconds of the whole network", of=self.machine)
+        if self.power is not None:
+            of_type(
+                "power", self.power, Power, "a Power with idle, compute and send in watts, or None", of=self.machine
+            )
         if self.how not in ("roofline", "regression", "measured", "given"):
             raise ValueError(f"how must be roofline, regression, measured or given; got {self.how!r}")
 
@@ -82,7 +93,8 @@ class Profile:
         return self
 
     def scaled(self, factor: float) -> Profile:
-        """Return the profile of a machine that takes ``factor`` times as long."""
+        """Return the profile of a machine that takes ``factor`` times as long; ValueError where that is not above 0."""
+        positive("factor", factor, "how many times as long it takes")
         seconds = {name: factor * value for name, value in self.seconds.items()}
         return dataclasses.replace(self, seconds=seconds, whole=None if self.whole is None else factor * self.whole)
 

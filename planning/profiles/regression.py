@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cleave.architectures import GraphNode, NodeGraph
+from cleave.architectures.naming import whole_number
 from cleave.planning.graphs.layer_graph import graph_digest
 from cleave.planning.profiles.machine import Power
 from cleave.planning.profiles.profile import Profile
@@ -101,8 +102,16 @@ def fit_regression(measured: Sequence[tuple[NodeGraph, Profile]]) -> LayerRegres
 
 
 def held_out_error(measured: Sequence[tuple[NodeGraph, Profile]], folds: int = 5) -> HeldOut:
-    """Return how well layers are predicted by a fit to the others, each fifth of them in turn; see :class:`HeldOut`."""
+    """Return how well layers are predicted by a fit to the others, each fifth of them in turn; see :class:`HeldOut`.
+
+    Raises:
+        ValueError: ``folds`` is no whole number of at least 2, or there are fewer layers; or as :func:`fit_regression`.
+    """
     rows = _rows(measured)
+    if whole_number("folds", folds, least=2) > len(rows):
+        raise ValueError(
+            f"folds={folds} are more than the {len(rows)} layers with a time; give fewer, or more networks"
+        )
     machine, total = measured[0][1].machine, sum(row[3] for row in rows)
     errors, sums = [], 0.0
     for fold in range(folds):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
+import math
 import random
 from pathlib import Path
 
 from cleave.architectures.naming import whole_number
 from cleave.planning.profiles.checks import file_there, not_negative, positive
+from cleave.planning.profiles.link import csv_rows
 
 
 def every(seconds: float, count: int) -> list[float]:
@@ -30,9 +31,10 @@ def poisson(rate: float, count: int, seed: int) -> list[float]:
         seed: Of the draws.
 
     Raises:
-        ValueError: The rate is not above 0, or the count no whole number of at least 1.
+        ValueError: The rate is not above 0, the count no whole number of at least 1, or the seed none of at least 0.
     """
     positive("rate", rate, "tasks per second")
+    whole_number("seed", seed, least=0)
     draw, now, found = random.Random(seed), 0.0, []
     for _ in range(whole_number("count", count)):
         now += draw.expovariate(rate)
@@ -48,12 +50,16 @@ def read_arrivals(file: Path | str) -> list[float]:
         ValueError: A row is no time, or the times do not ascend.
     """
     file = file_there(file, "times of arrival")
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = [row[0] for row in csv.reader(stream) if row]
-    try:
-        found = [float(cell) for cell in rows[not rows[0][:1].isdigit() :]] if rows else []
-    except ValueError as error:
-        raise ValueError(f"{file}: each row must be a time in seconds: {error}") from error
-    if not found or any(b < a for a, b in itertools.pairwise(found)) or found[0] < 0:
+    found = []
+    for number, row in csv_rows(file):
+        try:
+            (time,) = map(float, row)
+        except ValueError:
+            raise ValueError(
+                f"{file}, row {number}: each row must be a time in seconds, and nothing else; got {row}"
+            ) from None
+        found.append(time)
+    ascending = all(a <= b for a, b in itertools.pairwise([0.0, *found]))
+    if not found or not ascending or not math.isfinite(found[-1]):
         raise ValueError(f"{file} must hold times of tasks in seconds, from 0 on and ascending")
     return found

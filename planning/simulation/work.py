@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cleave.architectures.naming import did_you_mean
+from cleave.architectures.naming import did_you_mean, whole_number
 from cleave.planning.graphs.layer_graph import LayerGraph
 from cleave.planning.planners.plan import STAGES, Plan
 from cleave.planning.profiles.checks import not_negative
@@ -43,13 +43,24 @@ class Work:
         operations: In the order in which a station prefers them.
 
     Raises:
-        ValueError: An operation needs a later one, or takes a negative time.
+        ValueError: An operation needs a later one, takes a negative time or sends a negative size, or has no such
+            station.
     """
 
     operations: tuple[Operation, ...]
 
     def __post_init__(self) -> None:
         for number, each in enumerate(self.operations):
+            if each.station not in range(len(STAGES)):
+                raise ValueError(
+                    f"operation {number} ({each.name}) has no station {each.station!r}; "
+                    f"0 to {len(STAGES) - 1} are {', '.join(STAGES)}"
+                )
+            if each.seconds is None and each.station in (DEVICE, SERVER):
+                raise ValueError(
+                    f"operation {number} ({each.name}) must say its seconds: no link tells those of a machine"
+                )
+            whole_number(f"the bytes of {each.name!r}", each.bytes, least=0)
             if any(not 0 <= before < number for before in each.needs):
                 raise ValueError(f"operation {number} ({each.name}) must need earlier ones only, got {each.needs}")
             if each.seconds is not None:
@@ -120,7 +131,12 @@ def stage_work(seconds: Sequence[float], sizes: tuple[int, int] = (0, 0)) -> Wor
     Args:
         seconds: Of device, uplink, server and, where there is one, downlink; a stage of 0 seconds is left out.
         sizes: Bytes up and back, for the count alone.
+
+    Raises:
+        ValueError: There are more than four stages, or one of them is negative.
     """
+    if len(seconds) > len(STAGES):
+        raise ValueError(f"seconds are those of at most {len(STAGES)} stages, {', '.join(STAGES)}; got {list(seconds)}")
     found: list[Operation] = []
     for station, value in enumerate(seconds):
         if value:

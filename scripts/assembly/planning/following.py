@@ -6,6 +6,7 @@ import contextlib
 import re
 import shlex
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cleave.architectures import CutError, staged_network
+from cleave.deployment.codecs.packing import MAX_BITS, MIN_BITS
 from cleave.lightning_modules.command_line import quoted
 from cleave.planning import Plan
 from cleave.planning.planners.problem import Problem
@@ -37,7 +39,8 @@ def say_what_follows(cfg: DictConfig, settings: Settings, planned: Planned, best
     if not best.sent or [each.name for each in best.sent] == ["input"]:
         where = "on the server, which is sent images" if best.sent else "on the device"
         say(f"The whole network runs {where}: train it unsplit, and export the checkpoint")
-        next_command("train", {"method": "classification", "export": True}, chosen_backbone(cfg))
+        whole = {"method": "classification", **_image_size(cfg), "export": True}
+        next_command("train", whole, chosen_backbone(cfg))
         next_command("export", {"ckpt_path": "FILE"})
         return
     found = trainable_split(settings, planned, best, shape)
@@ -47,8 +50,17 @@ def say_what_follows(cfg: DictConfig, settings: Settings, planned: Planned, best
     layer, form = found
     if len(best.sent) > 1:
         say(f"{len(best.sent)} tensors pass this cut, which partition makes; of single layers the best is {layer}")
-    chosen = {"method": "cross_entropy", "split.at": layer} | ({} if form == FORMS[0] else {"split.form": form})
+    elif layer != {node.name: node.layer for node in planned.graph.nodes.nodes}[best.sent[0].name]:
+        say(f"No bottleneck can stand where {best.sent[0].name} passes on; of the other layers the best is {layer}")
+    chosen: dict[str, Any] = {"method": "cross_entropy", "split.at": layer, **_image_size(cfg)}
+    chosen |= {} if form == FORMS[0] else {"split.form": form}
+    if MIN_BITS <= settings.options.bits <= MAX_BITS:
+        chosen["codec.bits"] = settings.options.bits
     next_command("train", chosen, chosen_backbone(cfg))
+
+
+def _image_size(cfg: DictConfig) -> dict[str, int]:
+    return {} if cfg.image_size is None else {"data.image_size": cfg.image_size}
 
 
 def trainable_split(settings: Settings, planned: Planned, best: Plan, shape: Iterable[int]) -> tuple[str, str] | None:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from cleave.architectures import CutError, NodeGraph, count_macs, count_params, cut_points, trace_graph
+from cleave.architectures.naming import whole_number
 from cleave.planning import (
     LayerGraph,
     Link,
@@ -25,12 +26,13 @@ from cleave.planning import (
     write_profile,
 )
 from cleave.planning.graphs.chain import chain_graph
-from cleave.planning.profiles.checks import positive
+from cleave.planning.profiles.checks import of_type, positive
 from cleave.planning.profiles.measured import measure_profile
 from cleave.reports.terminal import say
 from cleave.scripts.assembly.networks import build_backbone, keyed
 
 HERE = "here"
+GROUPS = ("device", "server", "link", "options")
 
 
 class Settings(NamedTuple):
@@ -77,23 +79,48 @@ def read_settings(cfg: DictConfig) -> Settings:
         FileNotFoundError: There is no such profile or trace.
     """
     built = {}
-    for key in ("device", "server", "link", "options"):
+    _check_counts(cfg)
+    for key in GROUPS:
         with keyed(key, dict.fromkeys(_names(cfg[key]))):
             built[key] = instantiate(cfg[key], _convert_="all")
-    rates = tuple(positive("rates", rate, "Mbit/s up, each of them") for rate in cfg.rates or ())
+    rates = tuple(positive("rates", rate, "Mbit/s up, each of them") for rate in _listed("rates", cfg.rates))
     given = {}
     for side in ("device", "server"):
         file = cfg[f"{side}_profile"]
         if file is not None and file != HERE:
+            of_type(f"{side}_profile", file, str, f"the JSON file of a profile, {HERE}, or null")
             if not Path(file).is_file():
                 raise FileNotFoundError(f"{side}_profile={file} does not exist; give a JSON file of seconds, or {HERE}")
             given[side] = read_profile(file)
         elif file is None:
             _check_rates(side, built[side])
-    power = given["device"].power if "device" in given else built["device"].power
-    if built["options"].objective == "energy" and power is None:
-        raise ValueError("options.objective=energy needs the watts of the device; set device.power, or another one")
+    if built["options"].objective == "energy":
+        if "device" in given and given["device"].power is None:
+            raise ValueError(
+                f"options.objective=energy needs the watts of the device, and device_profile={cfg.device_profile} has "
+                "none; give its power idle, compute and send in watts"
+            )
+        if "device" not in given and built["device"].power is None:
+            raise ValueError("options.objective=energy needs the watts of the device; set device.power, or another one")
     return Settings(**built, rates=rates, given=given)
+
+
+def _check_counts(cfg: DictConfig) -> None:
+    for key in GROUPS:
+        of_type(key, cfg[key], DictConfig, f"a group of settings, as {key}.NAME=VALUE; not null")
+    whole_number("num_classes", cfg.num_classes)
+    if cfg.image_size is not None:
+        whole_number("image_size", cfg.image_size)
+    if cfg.depth is not None:
+        whole_number("depth", cfg.depth, least=0)
+
+
+def _listed(key: str, values: Any) -> list[Any]:
+    """Return the entries of a list; null has none."""
+    if values is None:
+        return []
+    of_type(key, values, ListConfig | list, f"a list; write {key}=[{values}]")
+    return list(values)
 
 
 def _names(group: DictConfig) -> list[str]:
@@ -177,4 +204,6 @@ def _profile(
         f"Measured for the {side}: {1e3 * profile.total:.4g} ms node by node, {1e3 * profile.whole:.4g} ms as a whole, "
         f"a ratio of {profile.total / profile.whole:.3f}; {profile.threads} threads, batch {profile.batch}; {file}"
     )
+    if machine.power is not None:
+        say(f"Its watts are those of {side}={machine.name}, as nothing here measures them")
     return profile
