@@ -39,7 +39,7 @@ def main() -> None:
             costs.measure(kind, options.requests, options.warm_up, options.peers)
     elif options.what == "streams":
         streams.tasks(options.tasks)
-        streams.batching(seconds=10.0)
+        streams.batching(seconds=5.0)
     elif options.what == "memory":
         memory.flat(options.minutes, options.rate, options.reloads)
     elif options.what == "device":
