@@ -241,6 +241,7 @@ def repeat_partition(**changes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (set_in("schema", value=99), r"has schema 99, written by .*: update Cleave, or export it with this version"),
         (set_in("schema", value=2), r"has schema 2, written by cleave .* and torch .*; .* reads 5: export it again"),
         (set_in("schema", value=True), "has schema True"),
         (remove("schema"), "has schema None"),

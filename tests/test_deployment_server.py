@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -342,6 +343,19 @@ def test_a_wrong_request_is_told_what_is_wrong_and_a_right_one_is_answered_after
     assert caller.status(request_of("sample.tail", {"payload": payloads})) == ("OK", "")
 
 
+def test_a_width_that_a_codec_has_not_is_told(folder, caller):
+    for kind, bits, words in (
+        *(("sample", bits, "bits must be 2 to 16") for bits in (0, 1, -3, 17, 2**40)),
+        ("float", 4, "without a quantiser: bits must stay 32, got 4"),
+        ("entropy", 4, "bits"),
+        ("sample", 7, "payload 0 was made at 5 bits, this side reads 7 bits"),
+    ):
+        payloads = Pipeline(load_bundle(folder / kind)).run(images(2)).payloads["cut"]
+        code, told = caller.status(request_of(f"{kind}.tail", {"payload": payloads}, {"bits": bits}))
+        assert code == "INVALID_ARGUMENT", f"{kind} {bits}: {code} {told}"
+        assert words in told
+
+
 def test_unknown_models_and_versions_are_named(caller):
     code, words = caller.status(request_of("fixd.tail", {"payload": [b""]}))
     assert code == "NOT_FOUND"
@@ -411,8 +425,12 @@ def test_a_bundle_is_verified_before_it_is_served(folder, tmp_path):
     shutil.copytree(folder / "fixed", tmp_path / "bad")
     (tmp_path / "bad" / "tail.pt").write_bytes(b"damaged")
     (tmp_path / "link").symlink_to(folder / "fixed")
+    shutil.copytree(folder / "fixed", tmp_path / "newer")
+    manifest = tmp_path / "newer" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema": 99}))
+    newer = "newer cannot be served: .*has schema 99, .*: update Cleave, or export it with this version"
     with serving(tmp_path / "good", repository=Repository(folder=tmp_path)) as (_, caller):
-        for name, words in (("bad", "tail.pt has 7 bytes"), ("link", "has no bundle 'link'")):
+        for name, words in (("bad", "tail.pt has 7 bytes"), ("link", "has no bundle 'link'"), ("newer", newer)):
             with pytest.raises(grpc.RpcError, match=words):
                 caller("RepositoryModelLoad", model_name=name)
         assert [each.name for each in caller("RepositoryIndex", ready=True).models] == ["good.tail"]
@@ -446,6 +464,11 @@ def test_what_cannot_be_served_is_named(folder, tmp_path):
         Repository().add(tmp_path)
     with pytest.raises(BundleError, match="this bundle has no placement 'sever'.*Did you mean 'server'"):
         Repository(placement="sever").add(folder / "fixed")
+    parts, edges = returning_parts()
+    export_bundle(tmp_path / "linked", parts, edges, input=INPUT, outputs=OUTPUTS, images=images())
+    words = "local is entered 2 times for one request, .*; serve host instead, and let local call it"
+    with pytest.raises(BundleError, match=words):
+        Repository(placement="local").add(tmp_path / "linked")
     with pytest.raises(ValueError, match="repository=.* is no folder"):
         Repository(folder=tmp_path / "nowhere")
     with pytest.raises(ServingError, match="there is no model 'x'; served is nothing"):

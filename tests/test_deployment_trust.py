@@ -8,11 +8,11 @@ import subprocess
 import grpc
 import pytest
 
-from cleave.deployment import Server, Trust
+from cleave.deployment import Device, Retries, Server, ServingError, Trust, load_bundle
 from cleave.deployment.runtime.serving.repository import Repository
 from cleave.deployment.runtime.trust import allowed, is_loopback
 
-from .deployment_networks import images, make_bundle
+from .deployment_networks import exit_bundle, exit_images, images, make_bundle
 from .serving_client import Caller, request_of, serving
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
@@ -38,6 +38,9 @@ def keys(tmp_path_factory):
         openssl("x509", "-req", "-in", folder / "r.csr", *by, "-days", 2, "-out", folder / f"{name}.pem")
     openssl("x509", "-req", "-in", folder / "r.csr", *by, "-days", -1, "-out", folder / "expired.pem")
     shutil.copy(folder / "client.key", folder / "expired.key")
+    old = ["-in", folder / "r.csr", "-signkey", folder / "client.key", "-extfile", folder / "ca.ext"]
+    (folder / "ca.ext").write_text("basicConstraints=critical,CA:TRUE\n")
+    openssl("x509", "-req", *old, "-days", -1, "-out", folder / "old.pem")
     (folder / "token").write_text(TOKEN + "\n")
     return folder
 
@@ -46,6 +49,13 @@ def keys(tmp_path_factory):
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle") / "net"
     make_bundle(folder, "whole")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("early") / "early"
+    exit_bundle(folder, placements=("device", "server", "server"), split="layer1")
     return folder
 
 
@@ -83,6 +93,50 @@ def test_mutual_tls_asks_clients_too(keys, bundle):
     with serving(bundle, trust=asking) as (server, _):
         assert code_of(secure(server, Trust(authorities=keys / "ca.pem"))) == "UNAVAILABLE"
         assert code_of(secure(server, trust(keys, "client", authorities=keys / "ca.pem"))) is True
+
+
+class Unchecked(Trust):
+    """Certificates that were good when a server began."""
+
+    def __post_init__(self):
+        return
+
+
+@pytest.mark.parametrize(
+    ("served", "asking", "words"),
+    [
+        ("expired", "ca", "its certificate is refused: certificate has expired; the server needs a new one"),
+        ("other", "ca", "its certificate is of another host; call it by the name"),
+        ("server", "other", "its certificate is refused: unable to get local issuer.*; name those who vouch"),
+        (None, "ca", "it speaks no TLS; serve with certificate=FILE"),
+    ],
+)
+def test_a_device_says_whom_it_does_not_trust_and_asks_no_more(served, asking, words, keys, early):
+    own = Trust() if served is None else Unchecked(keys / f"{served}.pem", keys / f"{served}.key")
+    by = Trust(authorities=keys / f"{asking}.pem")
+    with serving(early, trust=own) as (server, _):
+        error = refused(early, f"localhost:{server.port}", by, f"localhost:{server.port}: {words}")
+    assert (error.code, error.attempts) == ("UNAUTHENTICATED", 1)
+
+
+def test_a_device_without_what_the_server_asks_for_is_told_so(keys, early):
+    (keys / "wrong").write_text(TOKEN[::-1])
+    with serving(early, trust=Trust(token=keys / "token")) as (server, _):
+        for own in (None, Trust(token=keys / "wrong")):
+            error = refused(early, f"127.0.0.1:{server.port}", own, "the token is missing or wrong")
+            assert (error.code, error.attempts) == ("UNAUTHENTICATED", 1)
+    words = "it may ask for TLS .* or for a certificate of this side"
+    with serving(early, trust=trust(keys, "server", authorities=keys / "ca.pem")) as (server, _):
+        assert refused(early, f"127.0.0.1:{server.port}", None, words, "error").code == "UNAVAILABLE"
+
+
+def refused(folder, address, trust_, words, fallback="exit"):
+    """What a device says of a server that it asks; a fallback hides nothing where the server is there."""
+    retries = Retries(timeout=20, attempts=2)
+    with Device(load_bundle(folder), address, trust=trust_, retries=retries, fallback=fallback) as device:
+        with pytest.raises(ServingError, match=words) as error:
+            device.run(exit_images(4))
+        return error.value
 
 
 def test_every_method_asks_for_the_token(keys, bundle):
@@ -133,6 +187,8 @@ def test_keys_that_cannot_be_used_are_named_before_anybody_connects(keys, tmp_pa
         ({"certificate": keys / "token", "key": keys / "server.key"}, "cannot be used together"),
         ({"certificate": keys / "expired.pem", "key": keys / "expired.key"}, "certificate has expired; make a new one"),
         ({"authorities": tmp_path / "nowhere"}, "authorities=.* is no file"),
+        ({"authorities": keys / "token"}, "authorities=.* has no certificates in PEM"),
+        ({"authorities": keys / "old.pem"}, "authorities=.*: certificate has expired"),
     ):
         with pytest.raises(ValueError, match=words):
             Trust(**given)

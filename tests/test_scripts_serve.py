@@ -203,6 +203,9 @@ def test_a_picture_that_is_none_is_named(folder, server, tmp_path):
 # --- videos -----------------------------------------------------------------------------------------------------------
 
 
+opencv_count = 7
+
+
 class Capture:
     """A stand-in for OpenCV's reader: as many frames as the name says."""
 
@@ -211,10 +214,17 @@ class Capture:
     def __init__(self, source):
         self.opened.append(source)
         name = "3.mp4" if source == 0 else str(source)
-        self.left = int(Path(name).stem) if re.fullmatch(r"\d+\.mp4", name) else -1
+        # `3of5.mp4` says that it has five frames, and ends behind three.
+        found = re.fullmatch(r"(\d+)(?:of(\d+))?\.mp4", name)
+        self.left = int(found[1]) if found else -1
+        self.promised = float(found[2] or found[1]) if found else 0.0
 
     def isOpened(self):  # noqa: N802
         return self.left >= 0
+
+    def get(self, wanted):
+        assert wanted == opencv_count
+        return self.promised
 
     def read(self):
         if not self.left:
@@ -228,7 +238,9 @@ class Capture:
 
 @pytest.fixture
 def opencv(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace(VideoCapture=Capture))
+    monkeypatch.setitem(
+        sys.modules, "cv2", types.SimpleNamespace(VideoCapture=Capture, CAP_PROP_FRAME_COUNT=opencv_count)
+    )
 
 
 def test_frames_of_a_video_and_of_a_camera_are_pictures(folder, server, tmp_path, opencv):
@@ -246,6 +258,18 @@ def test_a_video_without_frames_and_one_that_is_none_are_named(folder, tmp_path,
     for source, words in (("x.mp4", "the video x.mp4 cannot be opened"), (5, "the camera 5 cannot be opened")):
         with pytest.raises(ImageError, match=words):
             infer(compose_config("infer", [f"bundle={folder}/net", f"input={source}"], tmp_path))
+
+
+def test_a_video_that_is_cut_off_is_named_behind_its_last_frame(folder, server, tmp_path, opencv):
+    seen: list[str] = []
+    words = r"the video 3of5\.mp4 ends after 3 of its 5 frames: it is cut off; limit=3 takes these"
+    with pytest.raises(ImageError, match=words):
+        seen.extend(map(str, frames("3of5.mp4")))
+    assert len(seen) == len(list(frames("3of5.mp4", limit=3))) == 3
+    assert len(list(frames("3of5.mp4", limit=2))) == 2
+    with pytest.raises(ImageError, match=words):
+        asking(folder, tmp_path, server, "input=3of5.mp4", "limit=4")
+    assert Capture.opened == []
 
 
 def test_frames_need_their_extra(monkeypatch):

@@ -252,9 +252,9 @@ def _check_schema(values: Any) -> None:
         written = ""
         if isinstance(versions, dict) and versions:
             written = f", written by {' and '.join(f'{name} {version}' for name, version in versions.items())}"
-        raise BundleError(
-            f"the manifest has schema {found!r}{written}; this version of Cleave reads {SCHEMA}: export it again"
-        )
+        newer = isinstance(found, int) and found > SCHEMA
+        way = "update Cleave, or export it with this version" if newer else "export it again"
+        raise BundleError(f"the manifest has schema {found!r}{written}; this version of Cleave reads {SCHEMA}: {way}")
     try:
         found = digest({key: value for key, value in values.items() if key != "digest"})
     except (TypeError, ValueError) as error:

@@ -21,7 +21,8 @@ def frames(source: str | Path | int, limit: int | None = None) -> Iterator[Image
 
     Raises:
         ImportError: OpenCV is not installed.
-        ImageError: It cannot be opened, or has no frame that can be read.
+        ImageError: It cannot be opened, or has no frame that can be read; or, behind the last one that can be, it is a
+            file that says that it has more.
     """
     try:
         import cv2
@@ -43,5 +44,11 @@ def frames(source: str | Path | int, limit: int | None = None) -> Iterator[Image
             yield Image.fromarray(pixels[:, :, ::-1].copy())
         if not count:
             raise ImageError(f"{what} has no frame that can be read")
+        # A camera knows no number of frames, and other streams say 0 or less.
+        promised = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if not isinstance(source, int) else 0
+        if count != limit and count < promised:
+            raise ImageError(
+                f"{what} ends after {count} of its {promised} frames: it is cut off; limit={count} takes these"
+            )
     finally:
         capture.release()

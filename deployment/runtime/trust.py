@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import ipaddress
+import re
 import ssl
+import time
 from pathlib import Path
 from typing import Any
 
 _MOST_TOKEN_BYTES = 4096
 _MOST_PEM_BYTES = 2**20
+_REFUSED = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([^:]*)")
+_OTHER_HOST = re.compile(r"(?i)hostname verification|peer name \S+ is not in peer certificate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Trust:
             _read(name, getattr(self, name))
         if self.certificate is not None:
             check_certificate(self.certificate, self.key)
+        if self.authorities is not None:
+            check_authorities(self.authorities)
 
     @property
     def encrypts(self) -> bool:
@@ -112,6 +118,30 @@ def allowed(metadata: Any, secret: str) -> bool:
     return hmac.compare_digest(text.encode(), f"Bearer {secret}".encode())
 
 
+def explained(code: str, words: str) -> tuple[str, str]:
+    """Return the status and words of a failed call, plainly where two ends do not trust each other.
+
+    gRPC gives that the status of a server that is away, UNAVAILABLE, but no other try would help.
+    """
+    if code != "UNAVAILABLE":
+        return code, words
+    if found := _REFUSED.search(words):
+        expired = "expired" in found[1]
+        way = "the server needs a new one" if expired else "name those who vouch for it by authorities=FILE"
+        return "UNAUTHENTICATED", f"its certificate is refused: {found[1].strip()}; {way}"
+    if _OTHER_HOST.search(words):
+        return "UNAUTHENTICATED", "its certificate is of another host; call it by the name that its certificate has"
+    if "WRONG_VERSION_NUMBER" in words:
+        return (
+            "UNAUTHENTICATED",
+            "it speaks no TLS; serve with certificate=FILE key=FILE, or call it without authorities",
+        )
+    if "failed to connect" in words and "Socket closed" in words:
+        # Also what a server that stops does, so it stays UNAVAILABLE.
+        return code, f"{words}; it may ask for TLS (authorities=FILE), or for a certificate of this side"
+    return code, words
+
+
 def check_certificate(certificate: str | Path, key: str | Path | None) -> None:
     """Raise :class:`ValueError` unless a certificate and its key belong together and are valid today.
 
@@ -130,6 +160,19 @@ def check_certificate(certificate: str | Path, key: str | Path | None) -> None:
             raise ValueError(f"certificate={certificate}: {error.verify_message}; make a new one") from error
     except (ssl.SSLError, OSError) as error:
         raise ValueError(f"certificate={certificate} and key={key} cannot be used together: {error}") from error
+
+
+def check_authorities(file: str | Path) -> None:
+    """Raise :class:`ValueError` unless a file has certificates, one of which at least is valid today."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(file)
+    except (ssl.SSLError, OSError) as error:
+        raise ValueError(f"authorities={file} has no certificates in PEM that can be read: {error}") from error
+    ends = [ssl.cert_time_to_seconds(str(each["notAfter"])) for each in context.get_ca_certs()]
+    # Where all are of authorities, that is all that there is.
+    if ends and len(ends) == context.cert_store_stats()["x509"] and max(ends) < time.time():
+        raise ValueError(f"authorities={file}: certificate has expired; get a new one of the other end")
 
 
 def _shake(server: ssl.SSLContext, client: ssl.SSLContext) -> None:

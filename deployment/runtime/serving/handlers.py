@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -45,6 +46,8 @@ class Handlers:
         self.onward = onward
         self.repository, self.batcher, self.metrics, self.version = repository, batcher, metrics, version
         self.draining = False
+        # Each thread that has loaded a model keeps memory of its own for that, so it is always the same one.
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._changed = threading.Condition()
         self._active = 0
 
@@ -109,7 +112,7 @@ class Handlers:
 
     def load(self, request: Any) -> Any:
         """Serve a bundle of the repository."""
-        self.repository.load(_named(request))
+        self._loader.submit(self.repository.load, _named(request)).result()
         return message("RepositoryModelLoadResponse")()
 
     def unload(self, request: Any) -> Any:

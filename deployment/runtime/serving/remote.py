@@ -16,7 +16,7 @@ from torch import Tensor
 from ...bundle.files import BundleError
 from ...codecs.packing import CodecError, PayloadError
 from ..side import Outcome, Side
-from ..trust import Trust
+from ..trust import Trust, explained
 from ..walk import Message
 from .protocol import METHODS, message, set_parameters
 from .repository import MEBIBYTE
@@ -190,9 +190,9 @@ class Remote:
             try:
                 response = self._stubs[method](request, timeout=left, metadata=self._metadata)
             except grpc.RpcError as error:
-                code = error.code().name
+                code, words = explained(error.code().name, error.details() or "")
                 self.breaker.note(code)
-                raise ServingError(code, f"{self.address}: {error.details()}") from error
+                raise ServingError(code, f"{self.address}: {words}") from error
             self.breaker.note("OK")
             return response
 

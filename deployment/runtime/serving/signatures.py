@@ -14,6 +14,7 @@ from ...bundle.edges import Crossing
 from ...bundle.envelope import ENVELOPE_BYTES
 from ...bundle.files import BundleError
 from ...bundle.manifest import Manifest
+from ...bundle.route import Route
 from ...bundle.specs import TensorSpec
 from ...codecs.codec import Codec
 from ...codecs.uniform import usable_range
@@ -64,22 +65,32 @@ class Given:
 
 def only_visit(manifest: Manifest, placement: str) -> None:
     """Raise :class:`BundleError` unless all that comes to a placement about one request comes in one message."""
-    route, arrivals = manifest.route, 0
+    counts = _visits(manifest.route)
+    if counts[placement] == 1:
+        return
+    others = [place for place, count in counts.items() if count == 1]
+    way = (
+        f"serve {' or '.join(others)} instead, and let {placement} call it" if others else "run the bundle by Pipeline"
+    )
+    raise BundleError(
+        f"{placement} is entered {counts[placement]} times for one request, and a server keeps nothing between "
+        f"requests; {way}"
+    )
+
+
+def _visits(route: Route) -> dict[str, int]:
+    """Return how many messages come to each placement about one request."""
     walks = {each: _Dry(route, each) for each in route.placements}
     visits = {each: Visit() for each in walks}
+    counts = dict.fromkeys(walks, 0)
 
     def step(each: str, message: Message) -> dict[str, Message]:
-        nonlocal arrivals
-        arrivals += each == placement
+        counts[each] += 1
         return walks[each].step(visits[each], message)
 
     steps = {each: (lambda message, each=each: step(each, message)) for each in walks}
     follow(steps, route.entry, Message((0,), {route.input: torch.zeros(1)}))
-    if arrivals != 1:
-        raise BundleError(
-            f"{placement} is entered {arrivals} times for one request, and a server keeps nothing between requests; "
-            f"serve another placement of {listed(route.placements)}, and let {placement} call it"
-        )
+    return counts
 
 
 class _Dry(Walk):
