@@ -191,7 +191,7 @@ def test_a_service_that_is_called_sends_back_what_it_has_made(tmp_path):
         sent = local.run(images(), request=1).messages["host"]
         answer = outputs_of(caller.infer(request_of("linked.help", {"payload": sent.payloads["there"]})))
         assert answer["back@local"] == Pipeline(bundle).run(images()).payloads["back"]
-    with pytest.raises(BundleError, match="local is entered 2 times for one request.*serve another placement"):
+    with pytest.raises(BundleError, match="local is entered 2 times for one request.*serve host instead"):
         Repository(placement="local").add(tmp_path / "linked")
 
 
