@@ -6,7 +6,10 @@ import collections
 import contextlib
 import random
 import socket
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -17,6 +20,7 @@ from cleave.deployment import Pipeline, Repository, Server, load_bundle
 
 from .deployment_networks import images, make_bundle
 from .serving_client import Caller, outputs_of, request_of, serving, until
+from .training_helpers import ROOT, python_path
 
 MAY = {"OK", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "NOT_FOUND", "CANCELLED"}
 
@@ -164,3 +168,136 @@ def test_an_interrupted_stream_is_asked_again_for_what_had_no_answer(bundle):
     finally:
         server.close()
         caller.channel.close()
+
+
+SERVER = """
+import sys, torch
+from cleave.deployment import Repository, Server
+torch.set_num_threads(1)
+repository = Repository(folder=sys.argv[1])
+repository.add(sys.argv[1] + "/net")
+with Server(repository, port=int(sys.argv[2]), queue=6) as server:
+    print(server.port, flush=True)
+    server.wait()
+"""
+
+
+class Killed:
+    """A server in a process of its own, which can be killed and comes back on its port."""
+
+    def __init__(self, folder):
+        self.folder, self.port = str(folder), 0
+        self.away = threading.Event()
+        self.start()
+
+    def start(self):
+        command = [sys.executable, "-c", SERVER, self.folder, str(self.port)]
+        env = {"PYTHONPATH": python_path(), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+        self.port = int(self.process.stdout.readline())
+        self.away.clear()
+
+    def kill(self):
+        self.away.set()
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def streamed(caller, requests, first, count, note, stalls):
+    """Ask in one stream, and note what became of each; who stalls reads nothing until all is sent that can be."""
+    due = {str(number): requests[number % len(requests)] for number in range(first, first + count)}
+
+    def asked():
+        for name, (request, _) in list(due.items()):
+            named = type(request)()
+            named.CopyFrom(request)
+            named.id = name
+            yield named
+
+    code = "OK"
+    try:
+        call = caller.stub("ModelStreamInfer")(asked(), timeout=60)
+        time.sleep(0.5 if stalls else 0)
+        for answer in call:
+            name = answer.infer_response.id
+            if answer.error_message:
+                note(int(name), answer.infer_response.parameters["status"].string_param)
+            else:
+                right(answer.infer_response, due[name][1])
+                note(int(name), "OK")
+            del due[name]  # a second answer is a KeyError
+    except grpc.RpcError as error:
+        code = error.code().name
+    assert code != "OK" or not due, f"the stream ended without {sorted(due)}"
+    for name in due:
+        note(int(name), code)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_thousand_requests_through_all_faults_at_once(bundle):
+    requests, count, chance = known(bundle, 64), 10_000, random.Random(5)
+    logits = torch.cat([each for _, each in requests])
+    apart = (logits[:, None] - logits[None]).abs().amax(2) + torch.eye(len(logits))
+    assert apart.min() > 1e-4  # an answer to another request is seen
+    outcomes = collections.defaultdict(list)
+    lock, done = threading.Lock(), threading.Event()
+    server = Killed(bundle.directory.parent)
+    caller = Caller(server.port)
+
+    def note(number, code):
+        with lock:
+            outcomes[number].append(code)
+
+    def one(number, late):
+        request, expected = requests[number % len(requests)]
+        try:
+            right(caller.infer(request, timeout=0.0005 if late else 60), expected)
+            note(number, "OK")
+        except grpc.RpcError as error:
+            note(number, error.code().name)
+
+    def faults():
+        for number in range(10**6):
+            if done.wait(1.0):
+                return
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", server.port)) as half:
+                half.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0")
+                half.shutdown(socket.SHUT_WR)
+            for method in ("RepositoryModelUnload", "RepositoryModelLoad") if number % 3 == 1 else ():
+                with contextlib.suppress(grpc.RpcError):
+                    caller(method, model_name="net")
+            if number in (3, 9):
+                server.kill()
+                server.start()
+
+    thread = threading.Thread(target=faults)
+    thread.start()
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            waiting, number = [], 0
+            while number < count:
+                if chance.random() < 0.02:
+                    waiting.append(pool.submit(streamed, caller, requests, number, 20, note, chance.random() < 0.3))
+                    number += 20
+                else:
+                    waiting.append(pool.submit(one, number, chance.random() < 0.2))
+                    number += 1
+                # While the server is away all fail at once, so few are asked then.
+                time.sleep(0.5 if server.away.is_set() else 0.002)
+            for each in waiting:
+                each.result()  # an answer that is wrong, or came twice, is raised here
+    finally:
+        done.set()
+        thread.join()
+        server.kill()
+        caller.channel.close()
+    assert sorted(outcomes) == list(range(len(outcomes)))
+    assert len(outcomes) >= count
+    assert {len(each) for each in outcomes.values()} == {1}
+    codes = collections.Counter(each[0] for each in outcomes.values())
+    print(dict(codes))
+    assert codes.keys() <= MAY, codes
+    assert codes["OK"] > count / 4, codes
+    assert min(codes[name] for name in ("DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "NOT_FOUND", "UNAVAILABLE")) > 0
