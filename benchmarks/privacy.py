@@ -6,7 +6,7 @@ from the teacher's logits, as the row without a defence does.
 Then the same adversaries learn to rebuild the images from what is sent. Half of ``test/`` is for reporting; the other
 half chooses epochs, of the networks and of the adversaries. A run that is there is not repeated.
 
-    python benchmarks/privacy.py --data DIR --weights resnet20.th [--only nopeek …] [--seeds 0 1 2] [--report FILE.md]
+    python benchmarks/privacy.py --data DIR --weights resnet20.th [--form FORM] [--only ROW …] [--seeds 0 1 2]
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ ROWS: dict[str, list[str]] = {
     LONG: ["trainer.max_epochs=6"],
     "ResSFL, λ = 50, twice as long": [*_with(RESSFL, 50), "trainer.max_epochs=6"],
 }  # fmt: skip
-RAW = ("layer1", "layer2")
+RAW = {"raw layer1": "layer1", "raw layer2": "layer2"}
 # Where the controls stand beside the attack, and releases are averaged.
 NOISY = "Gaussian, ε = 200"
 WITH_CONTROLS = ["controls=[raw,logits,unaware]", "attack.releases=[1,8]"]
@@ -100,15 +100,16 @@ def main() -> None:
         "trainer.max_epochs=3", "training.optimizer._target_=torch.optim.SGD", "training.optimizer.lr=0.02",
         "+training.optimizer.momentum=0.9", "training.optimizer.weight_decay=1e-4",
     )  # fmt: skip
-    for layer in RAW if args.only is None else ():
-        raw = place(folder, layer)
+    wanted = args.only or [*RAW, *ROWS]
+    for name in filter(RAW.__contains__, wanted):
+        raw = place(folder, name)
         train(
-            raw, args.threads, *common, f"base.ckpt_path={teacher}", "split.form=none", f"split.at={layer}",
+            raw, args.threads, *common, f"base.ckpt_path={teacher}", "split.form=none", f"split.at={RAW[name]}",
             "codec.bits=32", "train=false", "export=true", "method=cross_entropy",
         )  # fmt: skip
         judged(raw, f"bundle={raw / 'bundle'}", args, 0)
     for seed in args.seeds:
-        for name in args.only or ROWS:
+        for name in filter(ROWS.__contains__, wanted):
             defended(folder, name, teacher, common, args, seed)
     report(folder, args)
 
@@ -162,7 +163,7 @@ def judged(
 def place(folder: Path, name: str, seed: int | None = None) -> Path:
     """Return where a row's run lies; a config's overrides know no commas and spaces."""
     plain = re.sub(r"\W+", "_", name.replace("λ", "weight").replace("ε", "epsilon"))
-    return folder / (f"raw_{plain}" if seed is None else f"{plain}_seed_{seed}")
+    return folder / (plain if seed is None else f"{plain}_seed_{seed}")
 
 
 def prepared(data: Path, folder: Path, each: int) -> Path:
@@ -191,7 +192,7 @@ def found(run: Path) -> dict[str, Any] | None:
     return {
         "dcor": correlation.get("value"),
         "accuracy": point.get("accuracy"), "bytes": point.get("payload_bytes"), "mse": _mse(best),
-        "by": best["title"],
+        "by": best["family"],
         **{name: best["figures"][name]["value"] for name in ("explained", "ssim")},
     }  # fmt: skip
 
@@ -203,7 +204,7 @@ def _mse(attack: dict[str, Any]) -> float:
 
 def report(folder: Path, args: argparse.Namespace) -> None:
     """Print what is there so far beside the same bottleneck without a defence; write it as Markdown if asked."""
-    runs = {f"raw {layer}": [found(place(folder, layer))] for layer in RAW}
+    runs = {name: [found(place(folder, name))] for name in RAW}
     runs |= {name: [found(place(folder, name, seed)) for seed in args.seeds] for name in ROWS}
     there = {name: [each for each in figures if each is not None] for name, figures in runs.items()}
     rows = [
@@ -278,7 +279,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, required=True, help="pretrained weights of the CIFAR ResNet-20")
     parser.add_argument("--output", type=Path, default=Path("logs/privacy"))
     parser.add_argument("--form", choices=FORMS, default="replace", help="of the split; a form has its own --output")
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--only", nargs="+", choices=[*RAW, *ROWS], metavar="ROW", help=", ".join([*RAW, *ROWS]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--images", type=int, default=10_000, help="training images")
     parser.add_argument("--epochs", type=int, default=3, help="of each row, behind the split network's")

@@ -203,7 +203,7 @@ def test_a_picture_that_is_none_is_named(folder, server, tmp_path):
 # --- videos -----------------------------------------------------------------------------------------------------------
 
 
-opencv_count = 7
+FRAME_COUNT = 7  # as OpenCV calls it by number
 
 
 class Capture:
@@ -223,7 +223,7 @@ class Capture:
         return self.left >= 0
 
     def get(self, wanted):
-        assert wanted == opencv_count
+        assert wanted == FRAME_COUNT
         return self.promised
 
     def read(self):
@@ -239,7 +239,7 @@ class Capture:
 @pytest.fixture
 def opencv(monkeypatch):
     monkeypatch.setitem(
-        sys.modules, "cv2", types.SimpleNamespace(VideoCapture=Capture, CAP_PROP_FRAME_COUNT=opencv_count)
+        sys.modules, "cv2", types.SimpleNamespace(VideoCapture=Capture, CAP_PROP_FRAME_COUNT=FRAME_COUNT)
     )
 
 
@@ -267,6 +267,9 @@ def test_a_video_that_is_cut_off_is_named_behind_its_last_frame(folder, server, 
         seen.extend(map(str, frames("3of5.mp4")))
     assert len(seen) == len(list(frames("3of5.mp4", limit=3))) == 3
     assert len(list(frames("3of5.mp4", limit=2))) == 2
+    assert len(list(frames("98of100.mp4"))) == 98  # an estimate that is a little off
+    with pytest.raises(ImageError, match="97 of its 100"):
+        list(frames("97of100.mp4"))
     with pytest.raises(ImageError, match=words):
         asking(folder, tmp_path, server, "input=3of5.mp4", "limit=4")
     assert Capture.opened == []

@@ -44,9 +44,9 @@ def frames(source: str | Path | int, limit: int | None = None) -> Iterator[Image
             yield Image.fromarray(pixels[:, :, ::-1].copy())
         if not count:
             raise ImageError(f"{what} has no frame that can be read")
-        # A camera knows no number of frames, and other streams say 0 or less.
+        # A camera knows no number of frames, and other streams say 0 or less; some files only estimate theirs.
         promised = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if not isinstance(source, int) else 0
-        if count != limit and count < promised:
+        if count != limit and count + promised // 50 < promised:
             raise ImageError(
                 f"{what} ends after {count} of its {promised} frames: it is cut off; limit={count} takes these"
             )
