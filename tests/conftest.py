@@ -5,9 +5,39 @@ import os
 # Tensors here are tiny: threads cost more than they save, above all where tests start processes of their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def chance_of_a_file() -> None:
+    """What a file's fixtures draw does not depend on the files before."""
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def chance(chance_of_a_file: None) -> None:
+    """What a test draws does not depend on the tests before."""
+    _seed()
+
+
+@pytest.fixture
+def same_draws(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], bytes]:
+    """Bundles draw from a generator that begins anew in each test, and not from the system's."""
+    draw = np.random.default_rng(0).bytes
+    monkeypatch.setattr("cleave.deployment.bundle.draws.os.urandom", draw)
+    return draw
 
 
 @pytest.fixture(scope="session", autouse=True)

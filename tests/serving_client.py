@@ -11,11 +11,13 @@ from typing import Any
 import grpc
 import torch
 
-from cleave.deployment import Server
+from cleave.deployment import Retries, Server
 from cleave.deployment.runtime.serving.protocol import METHODS, message, set_parameters
 from cleave.deployment.runtime.serving.repository import Repository
 from cleave.deployment.runtime.serving.tensors import add_input, split
 
+# For answers that must come, however busy the machine is.
+PATIENT = Retries(timeout=120.0)
 DTYPES = {"FP32": torch.float32, "INT64": torch.int64, "INT32": torch.int32, "UINT8": torch.uint8}
 
 
@@ -88,7 +90,7 @@ def serving(*folders: Any, repository: Repository | None = None, **settings: Any
 
 def until(condition: Any) -> None:
     """Wait for what other threads do."""
-    for _ in range(2000):
+    for _ in range(12000):
         if condition():
             return
         time.sleep(0.005)
@@ -96,14 +98,16 @@ def until(condition: Any) -> None:
 
 
 class Gate:
-    """Holds a model's computing until it is opened."""
+    """Holds a model's computing until it is opened; ``held`` are the requests of its last batch."""
 
     def __init__(self, model):
         self.reached, self.open, self.sizes, self._run = threading.Event(), threading.Event(), [], model.run
+        self.held = 0
         model.run = self
 
     def __call__(self, given):
+        self.held = len(given)
         self.reached.set()
-        self.open.wait(30)
+        self.open.wait(120)
         self.sizes.append([each.rows for each in given])
         return self._run(given)

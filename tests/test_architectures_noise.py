@@ -28,6 +28,7 @@ NOISES = {
     "nullification": RandomNullification(0.3),
     "by magnitude": MagnitudeNullification(0.3),
 }
+pytestmark = pytest.mark.usefixtures("same_draws")
 
 
 def drawn(*shape, seed=0):

@@ -17,6 +17,7 @@ from cleave.losses import NoiseScaleLoss
 from .training_helpers import bundle_outputs
 
 SHAPE = (6, 5, 4)
+pytestmark = pytest.mark.usefixtures("same_draws")
 
 
 def drawn(*shape, seed=0):

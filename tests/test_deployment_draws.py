@@ -24,6 +24,7 @@ from cleave.deployment import (
 )
 
 LAWS = {"uniform": stats.uniform(), "normal": stats.norm(), "laplace": stats.laplace()}
+pytestmark = pytest.mark.usefixtures("same_draws")
 
 
 @pytest.mark.parametrize("distribution", LAWS)

@@ -12,7 +12,7 @@ from cleave.deployment import Breaker, Device, Pipeline, Retries, load_bundle
 from cleave.deployment.runtime.emulated_link import EmulatedLink, LinkSettings, TokenBucket, Trace, megabits
 
 from .deployment_networks import images, make_bundle
-from .serving_client import serving
+from .serving_client import PATIENT, serving
 
 
 class Clock:
@@ -134,7 +134,9 @@ def test_a_device_answers_over_a_slow_link_as_over_none(tmp_path):
         settings = LinkSettings(megabits(20), delay=0.005, jitter=0.002)
         with (
             EmulatedLink(server.port, settings) as link,
-            Device(load_bundle(tmp_path / "net", placement="device"), f"127.0.0.1:{link.port}") as device,
+            Device(
+                load_bundle(tmp_path / "net", placement="device"), f"127.0.0.1:{link.port}", retries=PATIENT
+            ) as device,
         ):
             answered = device.run(images(3))
             assert torch.equal(answered.result.logits, expected.logits)

@@ -21,9 +21,9 @@ from cleave.deployment import (
 )
 
 from .deployment_networks import exit_bundle, exit_images, images, make_bundle
-from .serving_client import Caller, Gate, outputs_of, request_of, serving
+from .serving_client import PATIENT, Caller, Gate, outputs_of, request_of, serving
 
-QUICK = Retries(timeout=5.0, attempts=2, pause=0.01)
+QUICK = Retries(timeout=60.0, attempts=2, pause=0.01)
 
 
 @contextlib.contextmanager
@@ -87,14 +87,14 @@ def test_an_edge_that_does_not_go_on_sends_back_what_goes_on(tmp_path):
         answer = outputs_of(caller.infer(request_of("net.middle", {"payload": expected.payloads["cut"]})))
         assert answer["next@server"] == expected.payloads["next"]
         with (
-            Device(bundle, f"127.0.0.1:{edge.port}") as device,
+            Device(bundle, f"127.0.0.1:{edge.port}", retries=PATIENT) as device,
             pytest.raises(ServingError, match="samples go on to server, whose server is not known"),
         ):
             device.run(images(3))
         # The device itself may call all of them.
         with serving(tmp_path / "net", repository=Repository(placement="server")) as (cloud, _):
             both = {"edge": f"127.0.0.1:{edge.port}", "server": f"127.0.0.1:{cloud.port}"}
-            with Device(bundle, both) as device:
+            with Device(bundle, both, retries=PATIENT) as device:
                 result = device.run(images(3)).result
             assert torch.equal(result.logits, expected.logits)
             assert result.payloads == expected.payloads
