@@ -204,6 +204,34 @@ def test_draining_answers_what_was_accepted_and_refuses_the_rest(bundle):
                 server.drain(wrong)
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_those_who_ask_without_a_pause_are_refused_with_one_status(bundle, streams):
+    with serving(bundle.directory) as (server, caller):
+        request, answered, refused, stop = asking(bundle), [], [], threading.Event()
+
+        def ask():
+            while not stop.is_set():
+                try:
+                    if streams:
+                        answers = list(caller.stub("ModelStreamInfer")(iter([request] * 3), timeout=60))
+                        answered.extend(each for each in answers if not each.error_message)
+                    else:
+                        answered.append(caller.infer(request))
+                except grpc.RpcError as error:
+                    refused.append(error.code().name)
+
+        with ThreadPoolExecutor(6) as pool:
+            for _ in range(6):
+                pool.submit(ask)
+            until(lambda: len(answered) > 20)
+            assert server.drain(60.0)
+            until(lambda: len(refused) > 6)
+            stop.set()
+        assert set(refused) == {"UNAVAILABLE"}
+        if not streams:
+            assert server.metrics.counts()["OK"] == len(answered)
+
+
 def test_what_is_not_answered_in_time_is_refused_in_the_end(bundle):
     with serving(bundle.directory) as (server, caller):
         gate = held(server)

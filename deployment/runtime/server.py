@@ -25,6 +25,8 @@ from .trust import Trust, allowed
 _LOG = logging.getLogger(__name__)
 # Threads for all that is no inference, so that a full queue still tells that it is alive.
 _SPARE = 8
+# Seconds without a new call, before gRPC is stopped.
+_QUIET = 0.1
 _MOST_MESSAGE_BYTES = 2**31 - 1
 
 
@@ -160,8 +162,10 @@ class Server:
         if self._health is not None:
             self._health.enter_graceful_shutdown()
         answered = self._batcher.drain(seconds)
+        self._handlers.ending.hold()
         self._streams.drain()
         answered = self._handlers.idle(max(end - time.monotonic(), 0.0)) and answered
+        self._handlers.ending.quiet(_QUIET, max(min(end - time.monotonic(), 3.0), 0.0))
         # What has been answered may still be on its way to a socket.
         self.close(max(min(end - time.monotonic(), 1.0), 0.05))
         return answered
@@ -172,6 +176,7 @@ class Server:
             return
         self._handlers.draining = True
         stopped = self._server.stop(seconds)
+        self._handlers.ending.release()
         self._batcher.close()
         stopped.wait()
         if self._metrics_server is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from .batching import Batcher, Job
+from .ending import Ending
 from .metrics import Metrics
 from .models import Answer, Served
 from .onward import Onward
@@ -38,6 +39,10 @@ class Handlers:
         metrics: What is counted.
         version: The server's version, for its metadata.
         onward: The servers of placements behind this one, if any.
+
+    Attributes:
+        draining: Whether what comes is refused.
+        ending: What holds refusals while the server stops.
     """
 
     def __init__(
@@ -45,7 +50,7 @@ class Handlers:
     ) -> None:
         self.onward = onward
         self.repository, self.batcher, self.metrics, self.version = repository, batcher, metrics, version
-        self.draining = False
+        self.draining, self.ending = False, Ending()
         # Each thread that has loaded a model keeps memory of its own for that, so it is always the same one.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._changed = threading.Condition()
@@ -72,9 +77,19 @@ class Handlers:
             if name == STREAM:
                 found[name] = grpc.stream_stream_rpc_method_handler(stream, **ends)
             else:
-                behaviour = self.infer if name == "ModelInfer" else _guarded(own[name])
+                behaviour = self.infer if name == "ModelInfer" else self._guarded(own[name])
                 found[name] = grpc.unary_unary_rpc_method_handler(behaviour, **ends)
         return grpc.method_handlers_generic_handler(SERVICE, found)
+
+    def _guarded(self, behaviour: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+        def guarded(request: Any, context: Any) -> Any:
+            self.ending.pause()
+            try:
+                return behaviour(request)
+            except ServingError as error:
+                return context.abort(getattr(grpc.StatusCode, error.code), str(error))
+
+        return guarded
 
     def server_metadata(self, request: Any) -> Any:
         """Say what this server is."""
@@ -128,12 +143,14 @@ class Handlers:
             context.add_callback(job.cancel)
             return self.finished(request, job, lambda: self.respond(request, job))
         except ServingError as error:
-            return context.abort(getattr(grpc.StatusCode, error.code), str(error))
+            wrong = error
         except Exception as error:
             _LOG.exception("a request failed")
-            return context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"[:1000])
+            wrong = ServingError("INTERNAL", f"{type(error).__name__}: {error}"[:1000])
         finally:
             self.leave()
+        self.ending.pause()
+        return context.abort(getattr(grpc.StatusCode, wrong.code), str(wrong))
 
     def begin(self, request: Any, context: Any, done: Callable[[Job], None] | None = None) -> Job:
         """Read a request and let it wait for its turn; :class:`ServingError` where it is refused."""
@@ -240,13 +257,3 @@ def _check_digest(request: Any, own: str) -> None:
             "FAILED_PRECONDITION",
             f"the client has the bundle {found[:64]}, this server {own}; give both sides the same bundle",
         )
-
-
-def _guarded(behaviour: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
-    def guarded(request: Any, context: Any) -> Any:
-        try:
-            return behaviour(request)
-        except ServingError as error:
-            return context.abort(getattr(grpc.StatusCode, error.code), str(error))
-
-    return guarded

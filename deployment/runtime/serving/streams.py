@@ -37,6 +37,8 @@ class Streams:
                 self._open.add(stream)
         if full:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self.most} streams are open already; try again later")
+        if self.handlers.draining:
+            stream.drain()
         try:
             yield from stream.answers()
         finally:
@@ -72,6 +74,8 @@ class _Stream:
         try:
             while not (self._ended and not self._due):
                 if self._draining and not self._due:
+                    self._leave()
+                    self.handlers.ending.pause()
                     self.context.abort(grpc.StatusCode.UNAVAILABLE, DRAINING)
                 item = self._ready.get()
                 if item is None:
