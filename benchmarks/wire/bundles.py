@@ -8,11 +8,13 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import grpc
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,7 @@ from cleave.deployment import (
 
 FLOATS, CODES = (64, 56, 56), (2048,)
 CLASSES = tuple(f"class {number}" for number in range(10))
+BARE = ("bare.Bare", "Call")
 KINDS = ("floats", "packed", "tail")
 
 
@@ -118,6 +121,17 @@ def serve_grpc(pipe: Connection, folder: Path, seconds: float = 0.0, samples: in
     with Server(repository, port=port, metrics_port=0) as server:
         pipe.send(server.port)
         pipe.recv()
+
+
+def serve_bare(pipe: Connection, answer: bytes) -> None:
+    """Answer whatever comes over gRPC with the same bytes, and look at nothing: what no server over gRPC can save."""
+    server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", -1)])
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: answer)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(BARE[0], {BARE[1]: handler})])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    pipe.send(port)
+    pipe.recv()
 
 
 def serve_tcp(pipe: Connection, folder: Path) -> None:

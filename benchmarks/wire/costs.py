@@ -20,7 +20,7 @@ from cleave.deployment.runtime.serving.protocol import METHODS, message
 from cleave.deployment.runtime.serving.remote import Sent
 from cleave.deployment.runtime.serving.tensors import add_input
 
-from .bundles import FLOATS, make_bundle, process, quantile, received, say, serve_grpc, serve_tcp
+from .bundles import BARE, FLOATS, make_bundle, process, quantile, received, say, serve_bare, serve_grpc, serve_tcp
 
 PEER = Path(__file__).with_name("kserve_peer.py")
 WORDS = {
@@ -70,6 +70,9 @@ def own_ways(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     _, tcp_port = stack.enter_context(process(serve_tcp, folder))
     connection = stack.enter_context(socket.create_connection(("127.0.0.1", tcp_port)))
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _, bare_port = stack.enter_context(process(serve_bare, b"\0" * 40))
+    channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{bare_port}"))
+    nothing = channel.unary_unary("/" + "/".join(BARE))
     client = stack.enter_context(Device(bundle, f"127.0.0.1:{port}"))
     client.connect()
     remote = client.remotes["server"]
@@ -82,6 +85,7 @@ def own_ways(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     return {
         "in process": timed(lambda: server.run(sent, request=0)),
         "raw TCP": timed(by_tcp),
+        "gRPC, and nothing behind it": timed(lambda: nothing(payload, timeout=60)),
         "our client, our server": timed(lambda: remote.run(sent, Sent())),
         "port": port,
     }
@@ -184,11 +188,14 @@ def report(kind: str, requests: int, spent: dict[str, list[float]]) -> None:
     theirs = "KServe's model, in process"
     over = {way: at - middle[theirs if "KServe's server" in way else "in process"] for way, at in middle.items()}
     over.pop(theirs, None)
+    # Nothing is computed there, so nothing is taken off.
+    over["gRPC, and nothing behind it"] = bare = middle["gRPC, and nothing behind it"]
     for way, times in spent.items():
         values = "".join(f"{quantile(times, q):9.3f}" for q in (0.5, 0.9, 0.99))
         say(f"{way:33}{values}{f'{over[way]:.3f}' if way in over else '':>22}")
     own = over["our client, our server"]
-    say(f"ours over raw TCP: {own / over['raw TCP']:.2f} times")
+    tcp = over["raw TCP"]
+    say(f"over raw TCP: gRPC with nothing behind it {bare / tcp:.2f} times, ours {own / tcp:.2f} times")
     for other in ("KServe's client, KServe's server", "a bare call, KServe's server"):
         if other in over:
             say(f"ours over {other}: {own / over[other]:.0%}")

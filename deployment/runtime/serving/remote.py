@@ -164,7 +164,7 @@ class Remote:
         for stage, spent in (("link", link), ("wait", wait), ("server", server)):
             sent.seconds[stage] += spent
         if attempts == 1:
-            self.link.add(request.ByteSize() + response.ByteSize(), link)
+            self.link.add(_bytes_of(arrived) + response.ByteSize(), link)
         return response
 
     def _request(self, arrived: Message) -> Any:
@@ -218,9 +218,14 @@ class Remote:
         if exits is not None:
             here = [place for place in here if exits[place] >= 0]
         outcome = Outcome(rows=tuple(rows[place] for place in here))
-        places = torch.tensor(here, dtype=torch.int64)
-        outcome.outputs = {name: value[places] for name, value in results.items()} if here else {}
-        outcome.exits = () if exits is None else tuple(exits[places].tolist())
+        if len(here) == len(rows):
+            outcome.outputs = results
+        elif here:
+            places = torch.tensor(here, dtype=torch.int64)
+            outcome.outputs = {name: value[places] for name, value in results.items()}
+        if exits is not None:
+            known = exits.tolist()
+            outcome.exits = tuple(known[place] for place in here)
         for crossing in self.signature.crossings:
             payloads = found.get(f"{crossing.tensor}@{crossing.target}")
             if payloads is not None and any(payloads):
@@ -228,6 +233,13 @@ class Remote:
                 onward = outcome.messages.setdefault(crossing.target, Message(tuple(rows[i] for i in going), {}))
                 onward.payloads[crossing.tensor] = [payloads[i] for i in going]
         return outcome, errors
+
+
+def _bytes_of(arrived: Message) -> int:
+    """Return the bytes of what is sent; what a message has around them is little."""
+    return sum(
+        value.nbytes if isinstance(value, Tensor) else sum(map(len, value)) for value in arrived.payloads.values()
+    )
 
 
 def _read(response: Any, signature: Signature) -> dict[str, Any]:
