@@ -25,6 +25,8 @@ from .trust import Trust, allowed
 _LOG = logging.getLogger(__name__)
 # Threads for all that is no inference, so that a full queue still tells that it is alive.
 _SPARE = 8
+# Threads that a server begins with.
+_AT_ONCE = 256
 # Seconds without a new call, before gRPC is stopped.
 _QUIET = 0.1
 _MOST_MESSAGE_BYTES = 2**31 - 1
@@ -91,8 +93,9 @@ class Server:
             self._handlers = Handlers(repository, self._batcher, self.metrics, version, onward)
             self._streams = Streams(self._handlers, streams)
             threads = queue + workers * repository.samples + streams + _SPARE
+            self._threads = _started(threads)
             self._server = grpc.server(
-                ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
+                self._threads,
                 interceptors=[] if secret is None else [_Guard(secret)],
                 maximum_concurrent_rpcs=threads,
                 # Without the last, two servers would share a port, and answer by turns.
@@ -179,6 +182,7 @@ class Server:
         self._handlers.ending.release()
         self._batcher.close()
         stopped.wait()
+        self._threads.shutdown(wait=False)
         if self._metrics_server is not None:
             self._metrics_server.close()
         if self._handlers.onward is not None:
@@ -205,6 +209,19 @@ def _message_limit(asked: int | None, repository: Repository) -> int:
     if (needed := max([0, *(model.most_bytes() for model in repository.served)])) > limit:
         raise ValueError(f"message_bytes={limit} is too little for what is served, which needs {needed}")
     return limit
+
+
+def _started(count: int) -> ThreadPoolExecutor:
+    """Return threads that run already, all of them where they are not very many.
+
+    A pool makes a thread whenever more calls than ever come at once: under faults its memory grows for hours.
+    """
+    now = min(count, _AT_ONCE)
+    pool, all_run = ThreadPoolExecutor(count, thread_name_prefix="grpc"), threading.Barrier(now + 1)
+    for _ in range(now):
+        pool.submit(all_run.wait)
+    all_run.wait()
+    return pool
 
 
 def _sizes(limit: int) -> list[tuple[str, int]]:

@@ -51,7 +51,7 @@ class Handlers:
         self.onward = onward
         self.repository, self.batcher, self.metrics, self.version = repository, batcher, metrics, version
         self.draining, self.ending = False, Ending()
-        # Each thread that has loaded a model keeps memory of its own for that, so it is always the same one.
+        # Each thread that has loaded or freed a model keeps memory of its own for that, so it is always the same one.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._changed = threading.Condition()
         self._active = 0
@@ -132,7 +132,7 @@ class Handlers:
 
     def unload(self, request: Any) -> Any:
         """Serve a bundle no longer."""
-        self.repository.unload(_named(request))
+        self._loader.submit(self.repository.unload, _named(request)).result()
         return message("RepositoryModelUnloadResponse")()
 
     def infer(self, request: Any, context: Any) -> Any:
