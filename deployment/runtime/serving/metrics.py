@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import http.server
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -45,8 +46,8 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._requests: dict[tuple[str, str], int] = {}
-        self._seconds: dict[tuple[str, str], _Histogram] = {}
-        self._batches: dict[str, _Histogram] = {}
+        self._seconds = collections.defaultdict[tuple[str, str], _Histogram](lambda: _Histogram(_SECONDS))
+        self._batches = collections.defaultdict[str, _Histogram](lambda: _Histogram(_SIZES))
         self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
 
     def request(self, model: str, status: str, seconds: Mapping[str, float]) -> None:
@@ -54,12 +55,12 @@ class Metrics:
         with self._lock:
             self._requests[model, status] = self._requests.get((model, status), 0) + 1
             for stage, spent in seconds.items():
-                self._seconds.setdefault((model, stage), _Histogram(_SECONDS)).add(spent)
+                self._seconds[model, stage].add(spent)
 
     def batch(self, model: str, samples: int) -> None:
         """Count a batch that was computed."""
         with self._lock:
-            self._batches.setdefault(model, _Histogram(_SIZES)).add(samples)
+            self._batches[model].add(samples)
 
     def counts(self) -> dict[str, int]:
         """Return how many requests ended with each status."""

@@ -199,7 +199,7 @@ class Remote:
         self.breaker.check()
         if seconds <= 0:
             raise ServingError("DEADLINE_EXCEEDED", f"there was no time left to ask {self.address}")
-        return dataclasses.replace(self.retries, timeout=min(self.retries.timeout, seconds)).run(call)
+        return self.retries.run(call, within=seconds)
 
     def _outcome(self, response: Any, rows: tuple[int, ...]) -> tuple[Outcome, dict[int, CodecError]]:
         """Return an answer as a side's outcome; :class:`ServingError` where it is none."""

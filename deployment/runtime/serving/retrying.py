@@ -52,6 +52,7 @@ class Retries:
         call: Callable[[float], Answered],
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        within: float = math.inf,
     ) -> tuple[Answered, int]:
         """Call until it is answered, and return the answer and how many tries that took.
 
@@ -59,12 +60,13 @@ class Retries:
             call: Takes the seconds that are left; raises :class:`ServingError`.
             clock: Tells the time.
             sleep: Waits.
+            within: Most seconds, where that is less than ``timeout``.
 
         Raises:
             ServingError: The last one of ``call``, with ``attempts`` noted: it says that another try would not help, or
                 there was no time, or no try, left.
         """
-        end = clock() + self.timeout
+        end = clock() + min(self.timeout, within)
         for attempt in range(1, self.attempts + 1):
             try:
                 return call(max(end - clock(), 0.001)), attempt
