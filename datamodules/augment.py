@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from cleave.deployment import ImageInput
 
-from .sampling import draw
+from .drawing import draw
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ from cleave.deployment import ImageInput
 from .augment import Augmentation
 from .caching.cache import AUTO_CACHE_BYTES, PixelCache
 from .caching.feature_cache import FeatureCache
+from .drawing import Key, sample_seeds
 from .look import corrupt_pictures
 from .mixing import Mixing
-from .sampling import Key, sample_seeds
 from .sources import CorruptImageError, ImageSource
 
 Batch = dict[str, Any]

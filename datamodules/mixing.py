@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .sampling import draw
+from .drawing import draw
 
 _SHARE, _WHICH, _ROW, _COLUMN = 101, 102, 103, 104  # streams of random numbers, apart from those of augmentations
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .arguments import check_whole
-from .sampling import stream_seed
+from .drawing import stream_seed
 from .sources import ImageSource
 
 REST = "rest"

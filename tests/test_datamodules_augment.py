@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from cleave.datamodules.augment import PRESETS, Augmentation, cpu_seed, mirror, padded_crop
-from cleave.datamodules.sampling import draw, sample_seeds
+from cleave.datamodules.drawing import draw, sample_seeds
 from cleave.deployment import ImageInput
 
 GREY = ImageInput(height=8, width=8, color_mode="L", mean=(0.5,), std=(0.5,))

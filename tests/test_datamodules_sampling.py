@@ -5,16 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler, TensorDataset
 
-from cleave.datamodules.sampling import (
-    EpochLoader,
-    EpochSampler,
-    ShardSampler,
-    draw,
-    even_batch_size,
-    mix,
-    sample_seeds,
-    stream_seed,
-)
+from cleave.datamodules.drawing import draw, mix, sample_seeds, stream_seed
+from cleave.datamodules.sampling import EpochLoader, EpochSampler, ShardSampler, even_batch_size
 
 
 def numbers(count: int) -> TensorDataset:

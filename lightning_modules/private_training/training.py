@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from cleave.architectures import Bottleneck, UniformQuantizer
 from cleave.architectures.modes import evaluating
-from cleave.datamodules.sampling import PoissonSampler, stream_seed
+from cleave.datamodules.drawing import stream_seed
+from cleave.datamodules.sampling import PoissonSampler
 from cleave.lightning_modules.private_training.checks import check_batch, check_sums, check_trainer, count_of
 from cleave.lightning_modules.private_training.sample_gradients import SampleGradients, clipped_sum
 from cleave.lightning_modules.private_training.settings import DPSGD
