@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import urllib.error
 import urllib.request
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from cleave.deployment import Pipeline, Repository, Server, load_bundle
-from cleave.deployment.runtime.serving.batching import Batcher, checked_threads
+from cleave.deployment.runtime.serving.batching import Batcher, Job, checked_threads
 
 from .deployment_networks import images, make_bundle
 from .serving_client import Gate, outputs_of, request_of, serving, until
@@ -168,6 +169,36 @@ def test_streams_are_bounded_and_leave_nothing_behind(bundle):
         gate.open.set()
         until(lambda: not server._streams._open and server._handlers.idle(0))
         assert next(caller.stub("ModelStreamInfer")(iter([asking(bundle)]), timeout=60)).infer_response.outputs
+
+
+def known_jobs():
+    return sum(type(each) is Job for each in gc.get_objects())
+
+
+def test_a_request_is_forgotten_when_it_has_ended_however_it_did(bundle):
+    with serving(bundle.directory, queue=2) as (server, caller):
+        wrong = asking(bundle)
+        wrong.raw_input_contents[0] = wrong.raw_input_contents[0][:-1]
+        caller.status(wrong)
+        gc.collect()
+        before = known_jobs()
+        gc.disable()  # what hangs together in a circle stays until all of memory is searched
+        try:
+            for _ in range(8):
+                assert caller.status(asking(bundle))[0] == "OK"
+                assert caller.status(wrong)[0] == "INVALID_ARGUMENT"
+                assert caller.status(asking(bundle, timeout=1))[0] == "DEADLINE_EXCEEDED"  # a microsecond
+                caller.stub("ModelInfer").future(asking(bundle), timeout=60).cancel()
+                answers = list(caller.stub("ModelStreamInfer")(iter([asking(bundle), wrong] * 2), timeout=60))
+                assert len(answers) == 4
+                left = caller.stub("ModelStreamInfer")(iter([asking(bundle), wrong] * 4), timeout=60)
+                next(left)
+                left.cancel()
+            until(lambda: not server._streams._open and server._handlers.idle(0))
+            # Threads that wait for work may hold their last one.
+            assert known_jobs() < before + 4
+        finally:
+            gc.enable()
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------

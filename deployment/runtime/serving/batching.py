@@ -48,9 +48,10 @@ class Job:
             if self.result is not None:
                 return False
             self.result = result
+            done, self._done = self._done, None
         self._settled.set()
-        if self._done is not None:
-            self._done(self)
+        if done is not None:
+            done(self)
         return True
 
     def cancel(self) -> None:
@@ -73,7 +74,10 @@ class Job:
         result = self.result
         if isinstance(result, Answer):
             return result
-        raise result if result is not None else ServingError("INTERNAL", "the request has no answer")
+        if result is None:
+            raise ServingError("INTERNAL", "the request has no answer")
+        # Raised itself, it would hold on to this frame, and so to the request, until all of memory is searched.
+        raise ServingError(result.code, str(result))
 
 
 class Batcher:
@@ -153,13 +157,21 @@ class Batcher:
             thread.join()
 
     def _work(self) -> None:
-        while (batch := self._next()) is not None:
-            try:
-                self._compute(batch)
-            finally:
-                with self._changed:
-                    self._running -= 1
-                    self._changed.notify_all()
+        while self._worked():
+            continue
+
+    def _worked(self) -> bool:
+        """Compute what comes next, and keep nothing of it; return whether anything did."""
+        batch = self._next()
+        if batch is None:
+            return False
+        try:
+            self._compute(batch)
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+        return True
 
     def _next(self) -> list[Job] | None:
         """Wait for requests that go together; ``None``: there will be none."""

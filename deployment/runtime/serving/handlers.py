@@ -143,14 +143,14 @@ class Handlers:
             context.add_callback(job.cancel)
             return self.finished(request, job, lambda: self.respond(request, job))
         except ServingError as error:
-            wrong = error
+            code, words = error.code, str(error)
         except Exception as error:
             _LOG.exception("a request failed")
-            wrong = ServingError("INTERNAL", f"{type(error).__name__}: {error}"[:1000])
+            code, words = "INTERNAL", f"{type(error).__name__}: {error}"[:1000]
         finally:
             self.leave()
         self.ending.pause()
-        return context.abort(getattr(grpc.StatusCode, wrong.code), str(wrong))
+        return context.abort(getattr(grpc.StatusCode, code), words)
 
     def begin(self, request: Any, context: Any, done: Callable[[Job], None] | None = None) -> Job:
         """Read a request and let it wait for its turn; :class:`ServingError` where it is refused."""

@@ -93,14 +93,16 @@ class _Stream:
     def _answer(self, request: Any, job: Job | None, error: ServingError | None) -> Any:
         found = message("ModelStreamInferResponse")()
         try:
-            if job is None:
-                raise error or ServingError("INTERNAL", "the request has no answer")
-            answer = self.handlers.finished(request, job, lambda: self.handlers.respond(request, job))
-            found.infer_response.CopyFrom(answer)
+            if job is not None:
+                answer = self.handlers.finished(request, job, lambda: self.handlers.respond(request, job))
+                found.infer_response.CopyFrom(answer)
+                return found
+            code, words = ("INTERNAL", "the request has no answer") if error is None else (error.code, str(error))
         except ServingError as wrong:
-            found.error_message = str(wrong)
-            found.infer_response.id = request.id
-            set_parameters(found.infer_response.parameters, {"status": wrong.code})
+            code, words = wrong.code, str(wrong)
+        found.error_message = words
+        found.infer_response.id = request.id
+        set_parameters(found.infer_response.parameters, {"status": code})
         return found
 
     def _settled(self) -> None:
@@ -121,8 +123,8 @@ class _Stream:
                 if request is None:
                     break
                 self._begin(request)
-        except grpc.RpcError:  # the client has gone
-            pass
+        except grpc.RpcError as error:  # the client has gone
+            error.__traceback__ = None  # gRPC holds on to the error, and that to this frame
         finally:
             self._ended = True
             self._ready.put(None)
