@@ -113,7 +113,8 @@ _MADE: list[tuple[Callable[[dict[str, Any]], nn.Module], dict[str, Any], nn.Modu
 def made_once(make: Callable[[dict[str, Any]], Network], settings: dict[str, Any]) -> Network:
     """Return a deep copy of what was made of equal settings, as cutting takes longer than most tests.
 
-    What draws next draws what it would draw behind the making itself, which has to seed its own draws.
+    What draws next draws what it would draw behind the making itself, which has to seed its own draws. Settings hold no
+    tensors, which cannot be compared as a whole.
     """
     for maker, known, network, state in _MADE:
         if maker is make and known == settings:
