@@ -115,7 +115,8 @@ def train_step(network: nn.Module, owner: nn.Module, x: Tensor) -> dict[str, Ten
     return {"out": out.detach(), **found, **{f"buffer {name}": b for name, b in owner.named_buffers()}}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# SelecSLS, the largest, is cut in eval mode below.
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f == "selecsls")) for f in FAMILIES])
 def test_stages_reproduce_the_backbone_in_both_modes(family):
     network, at, sample = make(family)
     twin = copy.deepcopy(network)
