@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from .parsed_configs import parse_once
+
+parse_once()
+
 
 def _seed() -> None:
     random.seed(0)

@@ -12,9 +12,13 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from cleave import lightning_modules  # noqa: F401  and with it torch, Lightning, timm and torchvision
+from parsed_configs import parse_once
+
+from cleave.scripts import train  # noqa: F401  and with it torch, Lightning, timm, torchvision and Hydra
+from cleave.scripts.assembly.building import compose_config
 
 
 def run(request: dict[str, Any]) -> int:
@@ -40,6 +44,9 @@ def run(request: dict[str, Any]) -> int:
 
 def main() -> None:
     """Answer requests until standard input is closed."""
+    parse_once()
+    with TemporaryDirectory() as folder:
+        compose_config("train", [], Path(folder))  # Hydra looks for its plugins once
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     for line in requests:
         if (child := os.fork()) == 0:
