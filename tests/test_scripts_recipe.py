@@ -18,6 +18,7 @@ from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.train import train
 
+from .quick_cases import some_quick
 from .training_helpers import DIGITS, PLAIN, ROOT, differences, load, run_script
 
 EPOCHS, BATCHES, EVERY = 2, 4, 3
@@ -308,7 +309,17 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+# Another key of the same part.
+ALIKE = {
+    "+steps.head.method.train=[head]",
+    "+steps.finetune.training.optimizer.lr=-1",
+    "+steps.finetune.method.train=[]",
+    "steps.finetune.method.loss.temperature=0",
+    "steps.head=null",
+}
+
+
+@pytest.mark.parametrize("mistake", some_quick(MISTAKES, lambda mistake: mistake not in ALIKE))
 def test_a_mistake_in_any_step_is_told_before_the_first_is_trained(mistake, tmp_path, teacher_file):
     with pytest.raises(ValueError, match=MISTAKES[mistake]):
         run(teacher_file, tmp_path, "logger=csv", mistake)
