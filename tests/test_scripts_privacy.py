@@ -17,11 +17,12 @@ from cleave.scripts.train import train
 
 from .training_helpers import PLAIN
 
-EVALUATE = ["trainer=cpu", "logger=none", "+trainer.enable_progress_bar=false"]
+FEW = "+trainer.limit_test_batches=2"
+EVALUATE = ["trainer=cpu", "logger=none", "+trainer.enable_progress_bar=false", FEW]
 CONSTRAINED = ["privacy=constrained", "method=cross_entropy", "method.extra_terms.bound.loss.threshold=0.5"]
 TERM = "method.extra_terms.nopeek"
 CORRECTED = ["privacy=nopeek", f"{TERM}.loss.bias_corrected=true"]
-SHORT = [*PLAIN, "experiment=digits_hnd", "trainer.max_epochs=1", "+trainer.limit_train_batches=3", "export=true"]
+SHORT = [*PLAIN, "experiment=digits_hnd", "trainer.max_epochs=1", "+trainer.limit_train_batches=3", "export=true", FEW]
 
 
 def trained(folder: Path, base: Path, *overrides: str) -> dict[str, float]:

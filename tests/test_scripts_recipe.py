@@ -129,7 +129,11 @@ def parameters(file: Path) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in network.named_weights()}
 
 
-@pytest.mark.parametrize("callbacks", [[], ["callbacks=ema", "callbacks.ema.decay=0.5"]], ids=["best", "averaged"])
+@pytest.mark.parametrize(
+    "callbacks",
+    [[], pytest.param(["callbacks=ema", "callbacks.ema.decay=0.5"], marks=pytest.mark.slow)],
+    ids=["best", "averaged"],
+)
 def test_a_step_starts_from_the_best_weights_of_the_one_before(tmp_path, teacher_file, callbacks):
     worst = ["callbacks.checkpoint.monitor=epoch", "callbacks.checkpoint.mode=min"]  # the first is the best
     run(teacher_file, tmp_path, *callbacks, *worst, *STILL, "test=false")
@@ -192,9 +196,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert (point(one)["epochs"], point(one)["method"]) == (point(other)["epochs"], point(other)["method"])
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "inside the first step")) for case in KILLED]
-)
+@pytest.mark.parametrize("case", some_quick(KILLED, lambda case: case == "inside the second step"))
 def test_a_killed_run_ends_as_an_uninterrupted_one(case, whole, tmp_path, teacher_file):
     from training_helpers import KilledError
 
