@@ -6,12 +6,31 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from .parsed_configs import parse_once
+
+
+def _leave_probes() -> None:
+    """Have slipcover leave its probes where they are.
+
+    Before Python 3.12 it looks through all modules each time it takes some out, over and over in a run of thousands of
+    tests, which costs more than the probes do. Its option for that does not reach the workers of xdist.
+    """
+    plugin = sys.modules.get("slipcover.pytest_plugin")
+    if (measuring := getattr(plugin, "_slipcover_instance", None)) is not None:
+        measuring.d_miss_threshold = 2**30
+
+
+# Before anything of Cleave is imported.
+_leave_probes()
+parse_once()
 
 
 def _seed() -> None:

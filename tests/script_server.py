@@ -14,6 +14,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import hydra.compose  # noqa: F401
+from omegaconf import OmegaConf
+from parsed_configs import parse_once
+
 from cleave import lightning_modules  # noqa: F401  and with it torch, Lightning, timm and torchvision
 
 
@@ -40,6 +44,9 @@ def run(request: dict[str, Any]) -> int:
 
 def main() -> None:
     """Answer requests until standard input is closed."""
+    parse_once()
+    for file in (Path(__file__).resolve().parent.parent / "conf").rglob("*.yaml"):
+        OmegaConf.load(file)  # and nothing is composed: each script finds the plugins of its own path
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     for line in requests:
         if (child := os.fork()) == 0:

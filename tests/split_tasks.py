@@ -39,6 +39,8 @@ from cleave.losses import (
     ReconstructionLoss,
 )
 
+from .tiny_networks import made_once
+
 NAMES = [str(i) for i in range(10)]
 ADAM = functools.partial(torch.optim.AdamW, lr=1e-2)
 LAYERS = {"layer2": 1.0, "layer3": 0.5}
@@ -118,6 +120,10 @@ def teacher(network: nn.Module | None = None) -> dict[str, Frozen]:
 
 def split_network(**settings: Any) -> StagedNetwork:
     """Split at layer2, cut at layer3 too, 3x4x4 codes of 4 bits; cut from eval mode, which leaves nothing to chance."""
+    return made_once(_split_network, settings)
+
+
+def _split_network(settings: dict[str, Any]) -> StagedNetwork:
     coders = None if settings.get("form") == "none" else {"channels": 3, "width": 8}
     defaults = {"bottleneck": coders, "codec": {"bits": 4}, "cuts": ["layer3"]}
     network = build_network(backbone().eval(), "layer2", torch.randn(2, 1, 8, 8), **defaults | settings)

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torchvision.models import vision_transformer
 
 from cleave.architectures import create_backbone
 from cleave.architectures.backbones import factory
@@ -85,7 +86,11 @@ def test_a_size_among_the_fields_of_the_input_counts_as_well():
     assert backbone.input.shape == (3, 64, 96)
 
 
-def test_torchvisions_transformers_are_built_for_the_size_too():
+def test_torchvisions_transformers_are_built_for_the_size_too(monkeypatch):
+    build = vision_transformer.VisionTransformer
+    monkeypatch.setattr(
+        vision_transformer, "VisionTransformer", lambda **settings: build(**settings | {"num_layers": 1})
+    )
     backbone = create_backbone("torchvision", "vit_b_32", num_classes=3, image_size=(64, 64))
     assert backbone.input.shape == (3, 64, 64)
     assert backbone.network.image_size == 64

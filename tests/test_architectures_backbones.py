@@ -33,18 +33,24 @@ def test_cifar(name):
     assert backbone.network.get_submodule(backbone.classifier[0]).weight.shape[0] == 7
 
 
+HUBS = [
+    ("timm", "resnet18", {"drop_path_rate": 0.1}),
+    ("timm", "vit_tiny_patch16_224", {"img_size": 32}),
+    ("timm", "resnet18.tv_in1k", {}),
+    ("torchvision", "resnet18", {}),
+    ("torchvision", "squeezenet1_1", {"dropout": 0.1}),
+    ("torchvision", "vit_b_32", {"image_size": 64}),
+]
+
+
 @pytest.mark.parametrize(
-    ("source", "name", "kwargs"),
-    [
-        ("timm", "resnet18", {"drop_path_rate": 0.1}),
-        ("timm", "vit_tiny_patch16_224", {"img_size": 32}),
-        ("timm", "resnet18.tv_in1k", {}),
-        ("torchvision", "resnet18", {}),
-        ("torchvision", "squeezenet1_1", {"dropout": 0.1}),
-        ("torchvision", "vit_b_32", {"image_size": 64}),
+    ("source", "name", "kwargs", "in_channels"),
+    [  # grey and colour by turns in `make test`
+        pytest.param(*hub, channels, marks=[pytest.mark.slow] * (channels != (1, 3)[number % 2]))
+        for number, hub in enumerate(HUBS)
+        for channels in (1, 3)
     ],
 )
-@pytest.mark.parametrize("in_channels", [1, 3])
 def test_hubs_build_without_network(source, name, kwargs, in_channels):
     backbone = create_backbone(source, name, 6, in_channels=in_channels, kwargs=kwargs)
     assert backbone.network.training

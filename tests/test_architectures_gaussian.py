@@ -44,7 +44,7 @@ def test_samples_follow_the_distribution(variance):
     x = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.3, -0.7]])
     mean, log_variance = encoder.distribution(x)
     torch.manual_seed(0)
-    count = 40_000
+    count = 8_000
     z = torch.stack([encoder(x) for _ in range(20)] + [encoder.sample(mean, log_variance) for _ in range(count - 20)])
     std = (0.5 * log_variance).exp()
     # Five standard errors of the mean, and of the variance.

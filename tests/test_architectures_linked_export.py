@@ -21,6 +21,7 @@ from .linked_networks import (
     local_blocks,
     seeded,
 )
+from .tiny_networks import made_once
 
 INPUT = ImageInput(height=8, width=8, mean=(0.5,) * 3, std=(0.25,) * 3)
 CODERS = {"bottleneck": {"channels": 2, "width": 4}, "codec": {"bits": 8, "range": "sample"}}
@@ -33,9 +34,14 @@ def images(count=6):
 
 
 def service(**changes):
+    return made_once(linked, changes)
+
+
+def linked(changes):
     torch.manual_seed(3)
     samples = (LOCAL_SAMPLE, HOST_SAMPLE)
-    path = changes.pop("path", [0, 1, 4, 5])
+    changes = {"path": [0, 1, 4, 5]} | changes
+    path = changes.pop("path")
     host = None if path[1] is None else seeded(Host)
     network = linked_network(seeded(Local), host, samples, (LOCAL_BLOCKS, HOST_BLOCKS), path, **changes)
     return network.train().eval()

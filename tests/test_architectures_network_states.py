@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cleave.architectures import StagedNetwork, create_backbone, multi_exit_network, split_network, staged_network
+from cleave.architectures import StagedNetwork, multi_exit_network, split_network, staged_network
+from cleave.architectures.backbones.zoo import CifarResNet
 
 from .tiny_networks import CODERS, CODES, FAMILIES, SAMPLE, Tiny, batch, build, family, seeded
 
@@ -63,7 +64,7 @@ def test_no_further_cut_renames_a_weight(cuts: list[str]) -> None:
 
 def create() -> nn.Module:
     torch.manual_seed(0)
-    return create_backbone("cifar", "resnet20", num_classes=4, in_channels=1).network
+    return CifarResNet(8, num_classes=4, in_channels=1)
 
 
 def test_a_state_is_loaded_inside_another_module_and_what_is_missing_has_its_public_name() -> None:

@@ -24,8 +24,13 @@ def images(batch: int = 1, size: int = 64) -> Tensor:
 
 @pytest.fixture(scope="module")
 def googlenet() -> nn.Module:
+    """Three of its nine blocks of branches."""
     torch.manual_seed(0)
-    return tv.googlenet(aux_logits=False, init_weights=False, num_classes=10)
+    network = tv.googlenet(aux_logits=False, init_weights=False, num_classes=10)
+    for name in ("inception4b", "inception4c", "inception4d", "inception4e", "inception5a", "inception5b"):
+        setattr(network, name, nn.Identity())
+    network.fc = nn.Linear(512, 10)
+    return network
 
 
 def train_step(network: nn.Module, owner: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -115,8 +120,9 @@ def test_any_division_along_the_edges_reproduces_the_network(googlenet, seed):
     part_of = {"input": 0}
     for node in nodes:
         earliest = max((part_of[source] for source in node.inputs), default=0)
-        part_of[node.name] = min(earliest + (chance.random() < 0.08), 5)
+        part_of[node.name] = min(earliest + (chance.random() < 0.2), 5)
     sets = [[node.name for node in nodes if part_of[node.name] == part] for part in range(max(part_of.values()) + 1)]
+    sets = [names for names in sets if names]
     assert len(sets) > 2
     check_parity(googlenet, sets, images())
 
@@ -124,7 +130,7 @@ def test_any_division_along_the_edges_reproduces_the_network(googlenet, seed):
 @pytest.mark.parametrize("end", ["stages.0.blocks.1/mul", "stages.0.blocks.1.conv_dw", "stages.1.blocks.0/add"])
 def test_steps_of_training_alone_go_with_the_nodes_they_serve(end):
     """Drop-path is a dozen nodes in training and none in eval mode; the planner sees the latter."""
-    network = timm.create_model("convnext_atto", drop_path_rate=0.5)
+    network = timm.create_model("convnext_atto", depths=(2, 1, 1, 1), drop_path_rate=0.5)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

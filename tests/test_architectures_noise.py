@@ -12,10 +12,10 @@ from cleave.architectures import (
     LaplaceMechanism,
     MagnitudeNullification,
     RandomNullification,
-    create_backbone,
     gaussian_sigma,
     split_network,
 )
+from cleave.architectures.backbones.zoo import CifarResNet
 from cleave.datamodules import Digits
 from cleave.deployment import Pipeline, load_bundle
 
@@ -89,7 +89,7 @@ def test_nullification_at_random_and_by_magnitude():
 @pytest.mark.parametrize("name", NOISES)
 def test_a_bundle_with_noise_passes_the_gate_and_is_as_noisy_as_the_network(name, tmp_path):
     torch.manual_seed(0)
-    data, backbone = Digits(image_size=8), create_backbone("cifar", "resnet20", 10, in_channels=1).network
+    data, backbone = Digits(image_size=8), CifarResNet(8, in_channels=1)
     codec = {"bits": 8, "range": "sample"}
     network = split_network(backbone, "layer1", torch.randn(2, 1, 8, 8), codec=codec, noise=NOISES[name]).eval()
     parts = network.inserts_at("layer1")[0]
@@ -114,7 +114,7 @@ def test_a_bundle_with_noise_passes_the_gate_and_is_as_noisy_as_the_network(name
 
 def test_noise_is_laid_once_and_before_the_quantiser():
     torch.manual_seed(0)
-    backbone = create_backbone("cifar", "resnet20", 10, in_channels=1).network
+    backbone = CifarResNet(8, in_channels=1)
     noise = GaussianMechanism(sigma=0.5, bound=None)
     network = split_network(
         backbone, "layer1", torch.randn(2, 1, 8, 8), codec={"bits": 6, "range": "sample"}, noise=noise

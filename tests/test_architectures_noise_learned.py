@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from cleave.architectures import ChannelMask, Cloak, Shredder, create_backbone, split_network
+from cleave.architectures import ChannelMask, Cloak, Shredder, split_network
+from cleave.architectures.backbones.zoo import CifarResNet
 from cleave.datamodules import Digits
 from cleave.deployment import Pipeline, load_bundle
 from cleave.lightning_modules import CrossEntropy, Term
@@ -31,7 +32,7 @@ def made(noise, shape=SHAPE, **kwargs):
 
 def split(layer="layer1", **settings):
     torch.manual_seed(0)
-    backbone = create_backbone("cifar", "resnet20", 10, in_channels=1).network
+    backbone = CifarResNet(8, in_channels=1)
     codec = {"bits": 8, "range": "sample"}
     return split_network(backbone, layer, torch.randn(2, 1, 8, 8), codec=codec, **settings)
 

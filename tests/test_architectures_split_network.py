@@ -21,20 +21,26 @@ from cleave.architectures import (
     entropy_codec,
     split_network,
 )
+from cleave.architectures.backbones.zoo import CifarResNet
 from cleave.architectures.normalize import Normalize
 from cleave.deployment import CodecError, ImageInput
+
+from .tiny_networks import made_once
 
 SAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def backbone() -> nn.Module:
     torch.manual_seed(0)
-    return create_backbone("cifar", "resnet20", num_classes=10).network
+    return CifarResNet(8)
 
 
 def split(**settings: Any) -> StagedNetwork:
-    settings = {"at": "layer2", "sample": SAMPLE} | settings
-    return split_network(backbone(), **settings)
+    return made_once(_split, settings)
+
+
+def _split(settings: dict[str, Any]) -> StagedNetwork:
+    return split_network(backbone(), **{"at": "layer2", "sample": SAMPLE} | settings)
 
 
 def measured(**settings: Any) -> StagedNetwork:

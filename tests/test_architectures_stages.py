@@ -11,10 +11,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.vgg import make_layers
 
 from cleave.architectures.cutting import stages as module_under_test
 from cleave.architectures.cutting.recording import StageTracer
 from cleave.architectures.cutting.stages import CutError, Stages, cut
+
+from .tiny_networks import made_once
 
 tv = torchvision.models
 
@@ -33,19 +37,36 @@ def images(batch: int = 1, size: int = 64) -> Tensor:
 
 
 def vgg_features() -> nn.Module:
-    """VGG without the 120 million weights of its classifier."""
+    """VGG of few channels, without the 120 million weights of its classifier."""
     pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5))
-    layers = {"features": tv.vgg11_bn().features, "pool": pool, "classifier": nn.Linear(512, 10)}
+    channels = [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"]
+    layers = {"features": make_layers(channels, batch_norm=True), "pool": pool, "classifier": nn.Linear(64, 10)}
     return nn.Sequential(OrderedDict(layers))
+
+
+def alexnet() -> nn.Module:
+    """AlexNet with 64 features in its classifier in place of 4096."""
+    network = tv.alexnet(num_classes=10)
+    network.classifier[1], network.classifier[4], network.classifier[6] = (
+        nn.Linear(9216, 64),
+        nn.Linear(64, 64),
+        nn.Linear(64, 10),
+    )
+    return network
+
+
+def resnet() -> nn.Module:
+    """A ResNet whose later stages have one block each."""
+    return tv.ResNet(BasicBlock, [2, 1, 1, 1])
 
 
 # name: network, cuts, image size; dropout, drop-path and batch norm on wherever there are any
 FAMILIES = {
     "resnet18": (lambda: tv.resnet18(), ["maxpool", "layer1.0", "layer2", "avgpool"], 64),
-    "alexnet": (lambda: tv.alexnet(), ["features.0", "features.2", "avgpool", "classifier.1"], 64),
+    "alexnet": (alexnet, ["features.0", "features.2", "avgpool", "classifier.1"], 64),
     "vgg11_bn": (vgg_features, ["features.1", "features.4", "features.28"], 32),
     "densenet": (
-        lambda: timm.create_model("densenet121", drop_rate=0.2),
+        lambda: timm.create_model("densenet121", growth_rate=8, block_config=(2, 2, 2, 2), drop_rate=0.2),
         ["features.denseblock1", "features.transition2.pool", "features.denseblock4"],
         64,
     ),
@@ -66,17 +87,23 @@ FAMILIES = {
         64,
     ),
     "efficientnet": (
-        lambda: timm.create_model("efficientnet_b0", drop_rate=0.2, drop_path_rate=0.2),
-        ["conv_stem", "blocks.2.0", "blocks.5", "global_pool"],
+        lambda: timm.create_model("test_efficientnet", drop_rate=0.2, drop_path_rate=0.2),
+        ["conv_stem", "blocks.2.0", "blocks.4", "global_pool"],
         64,
     ),
 }
 
 
 def make(family: str) -> tuple[nn.Module, list[str], Tensor]:
-    build, at, size = FAMILIES[family]
+    _, at, size = FAMILIES[family]
+    made = {"family": family}
+    network = _make(made) if family == "selecsls" else made_once(_make, made)  # its 30 million weights are not kept
+    return network, at, images(1, size)
+
+
+def _make(settings: dict[str, str]) -> nn.Module:
     torch.manual_seed(0)
-    return perturbed(build()), at, images(1, size)
+    return perturbed(FAMILIES[settings["family"]][0]())
 
 
 def train_step(network: nn.Module, owner: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -88,7 +115,8 @@ def train_step(network: nn.Module, owner: nn.Module, x: Tensor) -> dict[str, Ten
     return {"out": out.detach(), **found, **{f"buffer {name}": b for name, b in owner.named_buffers()}}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# SelecSLS, the largest, is cut in eval mode below.
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f == "selecsls")) for f in FAMILIES])
 def test_stages_reproduce_the_backbone_in_both_modes(family):
     network, at, sample = make(family)
     twin = copy.deepcopy(network)
@@ -435,26 +463,26 @@ class Counting(nn.Module):
 
 
 REFUSALS = {
-    "an unknown layer": (tv.resnet18, ["layer22"], r"ResNet has no layer 'layer22'\. Did you mean 'layer2'"),
+    "an unknown layer": (resnet, ["layer22"], r"ResNet has no layer 'layer22'\. Did you mean 'layer2'"),
     "several tensors": (
-        tv.resnet18,
+        resnet,
         ["layer1.0.bn1"],
         r"cut after 'layer1\.0\.bn1' is crossed by 2 tensors: 'maxpool', 'layer1\.0\.bn1'",
     ),
     "several tensors between operations": (
-        tv.resnet18,
+        resnet,
         ["layer1", "layer2.0.conv2"],
         r"crossed by 2 tensors: 'layer1\.1\.relu:2|'layer1'",
     ),
     "a value that is no tensor": (Shapes, ["conv"], r"crossed by 2 values: 'getattr' \(Size\), 'conv'\."),
     "out of order": (
-        tv.resnet18,
+        resnet,
         ["layer2", "layer1", "fc"],
         "out of order: the backbone runs them as layer1, layer2, fc",
     ),
-    "given twice": (tv.resnet18, ["layer1", "layer1"], "'layer1' is given twice"),
+    "given twice": (resnet, ["layer1", "layer1"], "'layer1' is given twice"),
     "one tensor under two names": (
-        tv.resnet18,
+        resnet,
         ["layer1.1", "layer1"],
         "'layer1.1' and 'layer1' end with the same tensor",
     ),
@@ -468,7 +496,7 @@ REFUSALS = {
         r"cannot be taken apart here: .* in the forward of DataDependent branches on the values of a tensor",
     ),
     "another function": (Counting, ["conv"], "do not reproduce Counting in eval mode"),
-    "a string": (tv.resnet18, "layer1", r"at is a list of layer names, got the string 'layer1'"),
+    "a string": (resnet, "layer1", r"at is a list of layer names, got the string 'layer1'"),
 }
 
 
@@ -505,12 +533,12 @@ def test_crossvit_is_refused_in_words():
 @pytest.mark.parametrize("sample", [None, torch.zeros(0, 3, 64, 64), torch.zeros(3)])
 def test_a_sample_that_is_no_batch_is_refused(sample):
     with pytest.raises(CutError, match="sample is a batch, one tensor"):
-        cut(tv.resnet18(), ["layer1"], sample)
+        cut(resnet(), ["layer1"], sample)
 
 
 def test_a_sample_that_the_backbone_does_not_take_is_refused():
     with pytest.raises(CutError, match=r"ResNet itself does not run in eval mode on a sample of shape \(1, 1, 8, 8\)"):
-        cut(tv.resnet18(), ["layer1"], torch.zeros(1, 1, 8, 8))
+        cut(resnet(), ["layer1"], torch.zeros(1, 1, 8, 8))
 
 
 def test_a_cut_that_would_mistrace_is_found_by_the_check_and_traced_deeper(monkeypatch):

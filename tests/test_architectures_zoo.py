@@ -1,5 +1,6 @@
 import copy
 import io
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -9,6 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cleave.architectures.backbones.zoo import CIFAR_NETWORKS, CifarMobileNet, CifarResNet, CifarVGG
 from cleave.architectures.backbones.zoo.resnet import SubsampleShortcut
+
+
+def deep_slow(names: Iterable[str]) -> list[object]:
+    """Names of networks, of which the deepest, a ResNet as the others are, is tried by `make test-full` alone."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name == "resnet110")) for name in sorted(names)]
 
 
 def count(network: nn.Module) -> int:
@@ -113,7 +119,7 @@ def test_alexnet_convolutions_are_the_published_ones():
     assert shapes[0][0] == (64, 3, 5, 5)
 
 
-@pytest.mark.parametrize("name", CIFAR_NETWORKS)
+@pytest.mark.parametrize("name", deep_slow(CIFAR_NETWORKS))
 @pytest.mark.parametrize("pixels", [8, 15, 32, 64])
 def test_takes_any_image_size(name, pixels):
     network = CIFAR_NETWORKS[name](num_classes=7, in_channels=1).eval()
@@ -135,7 +141,7 @@ def test_traces_copies_and_pickles(name):
         assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
 
 
-@pytest.mark.parametrize("name", sorted(CIFAR_NETWORKS.keys() - {"resnet32", "resnet44", "resnet56"}))
+@pytest.mark.parametrize("name", deep_slow(CIFAR_NETWORKS.keys() - {"resnet32", "resnet44", "resnet56"}))
 # torch deprecates TorchScript, which devices still run
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_torchscript_at_another_batch_size(name):

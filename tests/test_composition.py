@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,14 +109,32 @@ def exported(checkpoint: Path, bundle: Path, *options: str) -> Path:
     )
 
 
-def params(rows: list[Row]) -> list[object]:
-    return [pytest.param(row, id="-".join(row[:4]), marks=[pytest.mark.slow] * row.slow) for row in rows]
+def params(rows: list[Row], quick: Container[str] = CODES) -> list[object]:
+    return [
+        pytest.param(row, id="-".join(row[:4]), marks=[pytest.mark.slow] * (row.slow or row.codes not in quick))
+        for row in rows
+    ]
 
 
-@pytest.mark.parametrize("row", params([row for row in ROWS if row.refused is None]))
-def test_combinations_train_test_resume_export_and_run(row, tmp_path, teacher_file):
-    whole, half = tmp_path / "whole", tmp_path / "half"
-    metrics = trained(whole, *overrides(row, teacher_file))
+RUN = [row for row in ROWS if row.refused is None]
+
+
+class Whole(NamedTuple):
+    """A row that was trained and tested without a break."""
+
+    row: Row
+    folder: Path
+    metrics: dict[str, float]
+
+
+@pytest.fixture(scope="module", params=params(RUN))
+def whole(request, tmp_path_factory, teacher_file) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    return Whole(request.param, folder, trained(folder, *overrides(request.param, teacher_file)))
+
+
+def test_combinations_train_test_export_and_run(whole, tmp_path):
+    row, metrics = whole.row, whole.metrics
     assert metrics["test/payload_bytes"] > 0
     exits = ["layer2", "layer3", "final"] if row.form == "replace" else ["layer1", "layer2", "layer3", "final"]
     assert {f"test/acc_exit/{name}" for name in exits} <= metrics.keys()
@@ -125,14 +144,7 @@ def test_combinations_train_test_resume_export_and_run(row, tmp_path, teacher_fi
         assert {"test/bits2/acc", "test/bits4/acc", "test/bits4/payload_bytes"} <= metrics.keys()
         assert metrics["test/bits4/payload_bytes"] == 2 * metrics["test/bits2/payload_bytes"] - ENVELOPE_BYTES
 
-    trained(half, *overrides(row, teacher_file), "trainer.max_epochs=1", "test=false")
-    resumed = half / "checkpoints/last.ckpt"
-    trained(tmp_path / "resumed", *overrides(row, teacher_file), f"ckpt_path={resumed}", "test=false")
-    straight, again = weights(whole), weights(tmp_path / "resumed")
-    assert straight.keys() == again.keys()
-    assert all(torch.equal(straight[name], again[name]) for name in straight)
-
-    bundle = exported(whole / "checkpoints/best.ckpt", tmp_path / "bundle")
+    bundle = exported(whole.folder / "checkpoints/best.ckpt", tmp_path / "bundle")
     loaded = load_bundle(bundle)
     loaded.self_test()
     result = Pipeline(loaded).run(Digits(image_size=8).sample_batch("test", 8)["images"])
@@ -142,6 +154,18 @@ def test_combinations_train_test_resume_export_and_run(row, tmp_path, teacher_fi
     on_device = len(exits) - (3 if row.form == "insert" else 4) + 1
     sent = [count > 0 for count in result.payload_bytes]
     assert sent == [int(left) >= on_device for left in result.exits] or row.form == "replace"
+
+
+# A prior is learned beside the codes, and stochastic ones are drawn: both must go on where they were.
+@pytest.mark.parametrize("whole", params(RUN, quick=("prior", "stochastic")), indirect=True)
+def test_combinations_go_on_exactly(whole, tmp_path, teacher_file):
+    row, half = whole.row, tmp_path / "half"
+    trained(half, *overrides(row, teacher_file), "trainer.max_epochs=1", "test=false")
+    resumed = half / "checkpoints/last.ckpt"
+    trained(tmp_path / "resumed", *overrides(row, teacher_file), f"ckpt_path={resumed}", "test=false")
+    straight, again = weights(whole.folder), weights(tmp_path / "resumed")
+    assert straight.keys() == again.keys()
+    assert all(torch.equal(straight[name], again[name]) for name in straight)
 
 
 @pytest.mark.parametrize("row", params([row for row in ROWS if row.refused]))
@@ -157,7 +181,7 @@ def test_every_pair_stands_in_some_row():
             assert {(row[i], row[j]) for row in ROWS} == {(a, b) for a in first for b in second}
 
 
-@pytest.mark.parametrize("form", ["insert", "replace"])
+@pytest.mark.parametrize("form", ["insert", pytest.param("replace", marks=pytest.mark.slow)])
 def test_two_bottlenecks_on_one_route(form, tmp_path, teacher_file):
     row = Row("uniform", "perfect", form, "kd")
     given = [*overrides(row, teacher_file), "split.at=[layer2,layer3]", "exits.at=null", "~method.extra_terms.exits"]

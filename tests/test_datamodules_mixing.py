@@ -5,7 +5,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from cleave.architectures import create_backbone, multi_exit_network, split_network
+from cleave.architectures import multi_exit_network, split_network
+from cleave.architectures.backbones.zoo import CifarResNet
 from cleave.datamodules import Digits
 from cleave.datamodules.extras import built, further_transforms
 from cleave.datamodules.mixing import Mixing
@@ -187,7 +188,7 @@ def test_parts_besides_labels_are_not_mixed():
 def tasks():
     """Tasks of all kinds of losses that read labels."""
     sample = torch.rand(2, 1, 8, 8)
-    backbone = create_backbone("cifar", "resnet20", num_classes=10, in_channels=1).network
+    backbone = CifarResNet(8, in_channels=1)
     teacher = {"teacher": Frozen(backbone)}
     split = split_network(backbone, "layer2", sample, bottleneck={"channels": 2})
     early = multi_exit_network(backbone, sample, at=["layer1"])
@@ -214,8 +215,8 @@ def test_mixed_training_resumes_exactly_and_its_checkpoint_needs_no_trust_for_tr
     own = "[{_target_: tests.test_datamodules_mixing.Darker}]"
     run = [*PLAIN, *(each.replace("training_helpers", "tests.training_helpers") for each in small("DropoutNet"))]
     run += ["data.mixup=0.4", "data.cutmix=1.0", "data.color_jitter=0.4", "data.random_erasing=0.2", "test=false"]
-    run += [f"data.transforms={own}", "training=warmup_cosine", "trainer.max_epochs=2", "data.batch_size=256"]
-    run += ["callbacks.last.every_n_train_steps=1", "+trainer.limit_val_batches=1"]
+    run += [f"data.transforms={own}", "training=warmup_cosine", "trainer.max_epochs=2", "data.batch_size=64"]
+    run += ["callbacks.last.every_n_train_steps=1", "+trainer.limit_val_batches=1", "+trainer.limit_train_batches=4"]
     train(compose_config("train", run, tmp_path / "whole"))
     stop = ["+callbacks.stop._target_=tests.training_helpers.FailAt", "+callbacks.stop.step=3"]
     with pytest.raises(KilledError):

@@ -73,16 +73,22 @@ def assert_same_end(whole: Classifier, resumed: Classifier, last: bool) -> None:
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+WAYS: list[tuple[dict[str, Any], list[int], list[int]]] = [  # with steps for `make test` and for `make test-full`
+    ({}, [4, 6], [1, 9, 18]),
+    ({"workers": 2}, [], [4, 6, 11]),
+    ({"accumulate_grad_batches": 4}, [1], [2, 3]),
+    ({"val_check_interval": 2}, [1, 8], [2, 6, 13]),
+    ({"max_steps": 15}, [14], [4, 6]),
+    ({"limit_train_batches": 4}, [3], [4, 6]),
+    ({"workers": 2, "val_check_interval": 3, "accumulate_grad_batches": 2}, [4], [1, 3]),
+]
+
+
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        ({}, [1, 4, 6, 9, 18]),
-        pytest.param({"workers": 2}, [4, 6, 11], marks=pytest.mark.slow),
-        ({"accumulate_grad_batches": 4}, [1, 2, 3]),
-        ({"val_check_interval": 2}, [1, 2, 6, 8, 13]),
-        ({"max_steps": 15}, [4, 6, 14]),
-        ({"limit_train_batches": 4}, [3, 4, 6]),
-        ({"workers": 2, "val_check_interval": 3, "accumulate_grad_batches": 2}, [1, 3, 4]),
+        *((options, steps) for options, steps, _ in WAYS if steps),
+        *(pytest.param(options, steps, marks=pytest.mark.slow) for options, _, steps in WAYS),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) or "plain" if isinstance(value, dict) else None,
 )
@@ -96,7 +102,9 @@ def test_resuming_at_any_step_is_exact(tmp_path: Path, options: dict[str, Any], 
         assert [at for at in resumed.validated if at > step] == after
 
 
-@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"max_steps": 15}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"workers": 2}, marks=pytest.mark.slow), {"max_steps": 15}], ids=str
+)
 def test_resuming_at_an_epochs_end_is_exact(tmp_path: Path, options: dict[str, Any]) -> None:
     whole = run(tmp_path, **options)
     for step in (EPOCH, 2 * EPOCH):

@@ -72,7 +72,7 @@ def test_a_sound_bundle_loads(folder):
     assert load_bundle(str(folder)).manifest == bundle.manifest == read_manifest(folder)
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", [pytest.param(part, marks=[pytest.mark.slow] * (part > 1)) for part in range(8)])
 def test_any_changed_byte_of_the_manifest_is_found(folder, part):
     path = folder / "manifest.json"
     sound = path.read_bytes()
@@ -522,7 +522,7 @@ print(json.dumps({{
 """
 
 
-@pytest.mark.parametrize("kind", ["fixed", "three"])
+@pytest.mark.parametrize("kind", [pytest.param("fixed", marks=pytest.mark.slow), "three"])
 def test_a_bundle_runs_alone_on_a_device(tmp_path, kind):
     paths = []
     for i, size in enumerate([(20, 14), (8, 8), (9, 33)]):

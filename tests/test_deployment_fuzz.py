@@ -220,9 +220,9 @@ def try_files(folder, count, seed):
 
 
 def test_changed_manifests_payloads_and_files_are_refused_by_documented_errors(tmp_path):
-    assert try_manifests(tmp_path / "manifests", 600, seed=0) < 300
-    assert 0 < try_payloads(1500, seed=0) < 1500
-    assert try_files(tmp_path, 24, seed=0) < 12
+    assert try_manifests(tmp_path / "manifests", 200, seed=0) < 100
+    assert 0 < try_payloads(500, seed=0) < 500
+    assert try_files(tmp_path, 16, seed=0) < 8
 
 
 @pytest.mark.slow

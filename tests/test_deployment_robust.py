@@ -622,8 +622,17 @@ def part_sample(folder):
 # Autocast, samples, types, paths, the first call
 
 
-@pytest.mark.parametrize("kind", ["fixed", "sample", "float", "whole"])
-@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode, torch.no_grad])
+MODES = [contextlib.nullcontext, torch.inference_mode, torch.no_grad]
+KINDS = ["fixed", "sample", "float", "whole"]
+# Each kind and each mode once in `make test`.
+BY_TURNS = [
+    pytest.param(kind, mode, marks=[pytest.mark.slow] * ((k - m) % 3 != 0))
+    for k, kind in enumerate(KINDS)
+    for m, mode in enumerate(MODES)
+]
+
+
+@pytest.mark.parametrize(("kind", "mode"), BY_TURNS)
 def test_autocast_does_not_reach_into_a_bundle(tmp_path, kind, mode):
     bundle = make_bundle(tmp_path / "bundle", kind)
     expected = Pipeline(bundle).run(images())
@@ -775,6 +784,7 @@ def test_partitions_have_run_before_the_first_request(folder, monkeypatch):
     assert {rows for (rows,) in calls} == {1, 5}
 
 
+@pytest.mark.slow
 def test_the_first_request_takes_no_longer_than_later_ones(folder):
     code = f"""
 import time, torch

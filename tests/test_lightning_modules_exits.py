@@ -44,6 +44,7 @@ from .split_tasks import (
     training,
     whole,
 )
+from .tiny_networks import made_once
 
 SPLIT = {"split": "layer2", "bottleneck": {"channels": 3, "width": 8}, "codec": {"bits": 4}}
 LOSSES: dict[type[Task], Any] = {
@@ -55,6 +56,10 @@ LOSSES: dict[type[Task], Any] = {
 
 
 def multi_exit(**settings: Any) -> StagedNetwork:
+    return made_once(_multi_exit, settings)
+
+
+def _multi_exit(settings: dict[str, Any]) -> StagedNetwork:
     torch.manual_seed(1)
     return multi_exit_network(backbone(), torch.randn(2, 1, 8, 8), **{"at": ["layer1", "layer2"]} | settings)
 

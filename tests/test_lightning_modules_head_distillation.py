@@ -1,4 +1,3 @@
-import copy
 import functools
 
 import pytest
@@ -13,7 +12,8 @@ from cleave.deployment import ENVELOPE_BYTES
 from cleave.lightning_modules import Frozen, HeadDistillation, Training
 from cleave.losses import HeadDistillationLoss
 
-from .split_tasks import Pairs, bottleneck_of, parts_of
+from .split_tasks import Pairs, backbone, bottleneck_of, parts_of
+from .tiny_networks import made_once
 
 ADAM = Training(optimizer=functools.partial(torch.optim.AdamW, lr=1e-2))
 
@@ -24,12 +24,14 @@ def batches(n=24, shape=(1, 8, 8)):
     return DataLoader(data, batch_size=8)
 
 
+def split(settings):
+    network = backbone().eval()
+    return split_network(network, "layer2", torch.randn(2, 1, 8, 8), **settings)
+
+
 def build(form="replace", **settings):
-    torch.manual_seed(0)
-    backbone = create_backbone("cifar", "resnet20", num_classes=10, in_channels=1).network
-    teacher = {"teacher": Frozen(copy.deepcopy(backbone), "teacher.ckpt", "0" * 64)}
-    split = {"form": form, "bottleneck": {"channels": 3, "width": 8}, "codec": {"bits": 4}}
-    network = split_network(backbone.eval(), "layer2", torch.randn(2, 1, 8, 8), **split)
+    teacher = {"teacher": Frozen(backbone(), "teacher.ckpt", "0" * 64)}
+    network = made_once(split, {"form": form, "bottleneck": {"channels": 3, "width": 8}, "codec": {"bits": 4}})
     return HeadDistillation(network, loss=HeadDistillationLoss(), others=teacher, training=ADAM, **settings)
 
 
@@ -153,13 +155,20 @@ def test_the_objective_is_the_distance_of_the_features():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("kind", ["learned", "observed", "sample"])
+@pytest.mark.parametrize(
+    ("precision", "kind"),
+    [
+        ("bf16-true", "learned"),
+        ("bf16-mixed", "observed"),
+        ("bf16-true", "sample"),
+        pytest.param("bf16-mixed", "learned", marks=pytest.mark.slow),
+        pytest.param("bf16-true", "observed", marks=pytest.mark.slow),
+        pytest.param("bf16-mixed", "sample", marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision_trains_and_keeps_the_range_in_single(precision, kind):
-    codec = {"bits": 4, "range": kind}
-    backbone = create_backbone("cifar", "resnet20", num_classes=10, in_channels=1).network
-    network = split_network(backbone, "layer2", torch.randn(2, 1, 8, 8), codec=codec)
-    teacher = {"teacher": Frozen(copy.deepcopy(backbone))}
+    network = made_once(split, {"codec": {"bits": 4, "range": kind}})
+    teacher = {"teacher": Frozen(backbone())}
     task = HeadDistillation(network, loss=HeadDistillationLoss(), others=teacher, training=ADAM)
     trainer = fit(task, epochs=1, precision=precision)
     trainer.test(task, batches(), verbose=False)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from cleave.architectures import create_backbone, split_network
+from cleave.architectures import split_network
+from cleave.architectures.backbones.zoo import CifarResNet
 from cleave.datamodules import Digits
 from cleave.lightning_modules import CrossEntropy, Term, Training
 from cleave.losses import AdversarialReconstructionLoss, BoundedLoss, structural_similarity
@@ -117,7 +118,7 @@ def test_decoders_start_anew_at_even_distances_and_once():
 
 def task_of(strength=None, **terms):
     torch.manual_seed(0)
-    backbone = create_backbone("cifar", "resnet20", 10, in_channels=1).network
+    backbone = CifarResNet(8, in_channels=1)
     network = split_network(
         backbone, "layer1", torch.randn(2, 1, 8, 8), bottleneck={"channels": 3}, codec={"bits": 4, "range": "sample"}
     )

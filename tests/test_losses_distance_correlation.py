@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import math
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import distributed
 
 from cleave.losses import DistanceCorrelationLoss, distance_correlation
 
@@ -154,29 +156,35 @@ def test_no_gradient_reaches_the_images():
     assert z.grad.abs().sum() > 0
 
 
-RANK = """
+def run_rank(rank, meeting, out):
+    """One of two processes with every second row of a batch; it writes what it finds."""
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    x, z = torch.load(out + ".in", weights_only=True)
+    mine = z[rank::2].requires_grad_()
+    for gather in (True, False):
+        mine.grad = None
+        found = DistanceCorrelationLoss(gather=gather)(x[rank::2], mine)
+        found.backward()
+        torch.save((found.detach(), mine.grad), f"{out}.{rank}.{gather}")
+    distributed.destroy_process_group()
+
+
+OTHER_RANK = """
 import sys, torch
 from torch import distributed
 from cleave.losses import DistanceCorrelationLoss
-rank, meeting, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-x, z = torch.load(out + ".in", weights_only=True)
-mine = z[rank::2].requires_grad_()
-for gather in (True, False):
-    mine.grad = None
-    found = DistanceCorrelationLoss(gather=gather)(x[rank::2], mine)
-    found.backward()
-    torch.save((found.detach(), mine.grad), f"{out}.{rank}.{gather}")
-distributed.destroy_process_group()
 """
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_gather is deprecated:FutureWarning")
 def test_two_ranks_are_one_batch_or_two(tmp_path):
     x, z = drawn(10, 6), drawn(10, 4, seed=1)
     torch.save((x, z), tmp_path / "out.in")
     paths = [str(tmp_path / "meeting"), str(tmp_path / "out")]
-    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", RANK, str(rank), *paths]) for rank in range(2)]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    code = OTHER_RANK + inspect.getsource(run_rank) + "run_rank(1, *sys.argv[1:])"
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *paths]) as other:
+        run_rank(0, *paths)
+    assert other.returncode == 0
     for gather in (True, False):
         found = [torch.load(tmp_path / f"out.{rank}.{gather}", weights_only=True) for rank in range(2)]
         whole = z.clone().requires_grad_()

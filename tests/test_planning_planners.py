@@ -42,8 +42,9 @@ from .planning_graphs import by_hand, random_case
 CLOSE = {"rel": 1e-9, "abs": 1e-12}
 
 
-def test_the_optimum_is_that_of_brute_force_and_so_is_the_light_cut_of_dads():
-    for seed in range(500):
+@pytest.mark.parametrize("seeds", [128, pytest.param(500, marks=pytest.mark.slow)])
+def test_the_optimum_is_that_of_brute_force_and_so_is_the_light_cut_of_dads(seeds):
+    for seed in range(seeds):
         case = random_case(seed, bits=1 + seed % 32)
         divisions = list(by_hand(case))
         best = optima(*case)

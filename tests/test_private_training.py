@@ -20,6 +20,7 @@ from cleave.lightning_modules.private_training.sample_gradients import SampleGra
 from cleave.lightning_modules.private_training.training import PrivateTraining
 from cleave.losses import AdversarialReconstructionLoss, BoundedLoss, DistanceCorrelationLoss
 
+from .tiny_networks import made_once
 from .training_helpers import bundle_outputs, differences, quiet_trainer
 
 SAMPLE = torch.zeros(2, 1, 8, 8)
@@ -44,8 +45,13 @@ class Net(nn.Module):
 
 
 def network(norm="group", **settings):
+    return made_once(_network, {"norm": norm} | settings)
+
+
+def _network(settings):
     torch.manual_seed(0)
-    return staged_network(Net(norm), SAMPLE, **settings)
+    settings = dict(settings)
+    return staged_network(Net(settings.pop("norm")), SAMPLE, **settings)
 
 
 def split(norm="group", **settings):

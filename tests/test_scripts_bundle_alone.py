@@ -61,7 +61,7 @@ def made(folder: Path, teacher_file: Path, *overrides: str) -> tuple[Path, dict[
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, teacher_file) -> tuple[Path, dict[str, float]]:
-    return made(tmp_path_factory.mktemp("student"), teacher_file)
+    return made(tmp_path_factory.mktemp("student"), teacher_file, "+trainer.limit_train_batches=8")
 
 
 def run_alone(tmp_path: Path, bundle: Path, *widths: int | None) -> list[list[float]]:
@@ -116,6 +116,7 @@ def test_an_entropy_coded_bundle_brings_its_tables(tmp_path, teacher_file):
     assert [sum(table) for table in codec["frequencies"]] == [2**16] * 4
 
 
+@pytest.mark.slow  # test_scripts_methods runs each width in the process that trained it
 def test_a_bundle_of_several_widths_runs_at_each(tmp_path, teacher_file):
     bundle, metrics = made(
         tmp_path / "run", teacher_file, "method=cross_entropy", "codec.widths=[2,4,8]", "trainer.max_epochs=3"

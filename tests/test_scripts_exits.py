@@ -37,7 +37,10 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
         ["method=exits_joint", "exits.count=2", "exits.gradient_equilibrium=true", "training.compile=false"],
         ["method=exits_separate", EXITS, "base.ckpt_path=TEACHER", "method.train=[exits/layer2]"],
         ["method=exits_distilled", EXITS, "base.ckpt_path=TEACHER", "method.loss.source=teacher"],
-        ["method=exits_distilled", EXITS, "teacher.ckpt_path=TEACHER", "method.loss.source=teacher"],
+        pytest.param(
+            ["method=exits_distilled", EXITS, "teacher.ckpt_path=TEACHER", "method.loss.source=teacher"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_each_method_trains_tests_and_is_rebuilt_from_its_checkpoint(

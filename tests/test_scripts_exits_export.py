@@ -193,8 +193,15 @@ def test_a_route_may_come_back_to_where_it_began(ran: Ran, tmp_path: Path) -> No
     check(ran, bundle)
 
 
-@pytest.mark.parametrize("places", [["device", "device", "server"], ["device", "edge", "cloud"]])
-@pytest.mark.parametrize(("kind", "thresholds"), [("patience", 1), ("ensemble", [0.32, 0.24])])
+@pytest.mark.parametrize(
+    ("kind", "thresholds", "places"),
+    [
+        ("patience", 1, ["device", "device", "server"]),
+        ("ensemble", [0.32, 0.24], ["device", "edge", "cloud"]),
+        pytest.param("patience", 1, ["device", "edge", "cloud"], marks=pytest.mark.slow),
+        pytest.param("ensemble", [0.32, 0.24], ["device", "device", "server"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_policys_state_crosses_placements_and_is_counted(
     ran: Ran, places: list[str], kind: str, thresholds: Any, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """What a command is given: paths with `~`, values of another type, keys that nothing reads, modules of one's own."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -117,6 +118,12 @@ def test_what_may_be_given_passes(overrides, tmp_path):
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The config of a run without overrides, which no test changes."""
+    return compose_config("train", [], tmp_path_factory.mktemp("plain"))
+
+
 def test_the_keys_that_overrides_add():
     given = ["+a.b=1", "++c=2", "+d={e: 1, f: {g: 2}}", "+experiment=x", "+method@steps.a.method=y", "h=3", "~i"]
     assert list(keys.added(given)) == ["a.b", "c", "d.e", "d.f.g", "experiment"]
@@ -136,8 +143,8 @@ def test_the_keys_that_overrides_add():
         ("optimizer", "training.optimizer"),
     ],
 )
-def test_a_key_that_was_meant(key, meant, tmp_path):
-    known = keys.known_keys(compose_config("train", [], tmp_path))
+def test_a_key_that_was_meant(key, meant, plain):
+    known = keys.known_keys(plain)
     assert meant in keys.meant(key, known)
 
 
@@ -164,8 +171,10 @@ def test_a_key_that_was_meant(key, meant, tmp_path):
         ("beta", True),
     ],
 )
-def test_which_added_keys_are_read(added, read, tmp_path):
-    cfg = compose_config("train", ["+method.leans=${beta}", f"++{added}=1"], tmp_path)
+def test_which_added_keys_are_read(added, read, plain):
+    cfg = copy.deepcopy(plain)
+    for key, value in (("method.leans", "${beta}"), (added, 1)):
+        OmegaConf.update(cfg, key, value, force_add=True)
     files = {"": "train", added.partition(".")[0]: "default"}
     assert (keys._is_read(cfg, added) or keys._stands_in(added, files, Path(CONF))) == read
 

@@ -114,7 +114,7 @@ def test_what_cannot_be_measured_is_refused(override, message, teacher_file, tmp
     assert not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize("experiment", ["digits_hnd", "digits_exits"])
+@pytest.mark.parametrize("experiment", ["digits_hnd", pytest.param("digits_exits", marks=pytest.mark.slow)])
 def test_a_split_network_is_refused_with_exits_or_without(experiment, teacher_file, tmp_path):
     overrides = [f"experiment={experiment}", f"base.ckpt_path={teacher_file}", "test=false", "trainer.max_epochs=1"]
     overrides += ["+trainer.limit_train_batches=1", "callbacks.progress=null", *QUIET]

@@ -56,7 +56,8 @@ def test_a_run_trains_links_and_its_checkpoint_needs_no_other_file(tmp_path, tea
     local.write_bytes(teacher_file.read_bytes())
     host.write_bytes(host_file.read_bytes())
     given = [*PATH, f"base.ckpt_path={local}", f"host.ckpt_path={host}", "method.feature={_target_: torch.nn.MSELoss}"]
-    metrics = run(tmp_path / "run", *given)
+    few = "+trainer.limit_test_batches=4"
+    metrics = run(tmp_path / "run", *given, few)
     checkpoint = tmp_path / "run/checkpoints/best.ckpt"
     local.unlink()
     host.unlink()
@@ -72,7 +73,7 @@ def test_a_run_trains_links_and_its_checkpoint_needs_no_other_file(tmp_path, tea
     assert all(torch.equal(loaded[name], value) for name, value in restored.network.state_dict().items())
     assert restored.network.input_shape == (1, 8, 8)
     assert restored.network.shapes["host/features.5/input"][1:] == (3, 3)  # cut on its own 12 pixels
-    again = evaluate(compose_config("evaluate", [f"ckpt_path={checkpoint}", *QUIET[:2]], tmp_path / "evaluate"))
+    again = evaluate(compose_config("evaluate", [f"ckpt_path={checkpoint}", *QUIET[:2], few], tmp_path / "evaluate"))
     for name in ("test/acc", "test/loss", "test/payload_bytes"):
         assert again[name] == pytest.approx(metrics[name], abs=1e-6)
     up, down = (again[f"test/payload_bytes/{cut}"] for cut in restored.network.bottlenecks)

@@ -72,7 +72,8 @@ class Ran(NamedTuple):
 
 
 # What other tests train as well, or other cases much alike.
-ALIKE = ("entropic_inserted", "generalized_head_distillation", "information_bottleneck", "reconstruction", "tiled_jpeg")
+ALIKE = ("cross_entropy", "entropic_inserted", "generalized_head_distillation", "head_distillation")
+ALIKE += ("information_bottleneck", "reconstruction", "tiled_jpeg")
 
 
 @pytest.fixture(

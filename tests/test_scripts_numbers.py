@@ -64,7 +64,9 @@ def test_without_a_best_checkpoint_the_last_weights_are_named(tmp_path, capsys):
     assert "Results of the last weights" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("policy", ["exits.policy.thresholds=0.3", "exits.policy=null"])
+@pytest.mark.parametrize(
+    "policy", ["exits.policy.thresholds=0.3", pytest.param("exits.policy=null", marks=pytest.mark.slow)]
+)
 def test_a_network_of_exits_alone_leaves_results_that_compare_reads(tmp_path, policy, capsys):
     exits = ["method=exits_joint", "exits.at=[layer1]", "trainer.max_epochs=1", policy]
     metrics = run(tmp_path / "run", *exits)

@@ -17,11 +17,12 @@ from cleave.scripts.train import train
 
 from .training_helpers import PLAIN
 
-EVALUATE = ["trainer=cpu", "logger=none", "+trainer.enable_progress_bar=false"]
+FEW = "+trainer.limit_test_batches=2"
+EVALUATE = ["trainer=cpu", "logger=none", "+trainer.enable_progress_bar=false", FEW]
 CONSTRAINED = ["privacy=constrained", "method=cross_entropy", "method.extra_terms.bound.loss.threshold=0.5"]
 TERM = "method.extra_terms.nopeek"
 CORRECTED = ["privacy=nopeek", f"{TERM}.loss.bias_corrected=true"]
-SHORT = [*PLAIN, "experiment=digits_hnd", "trainer.max_epochs=1", "+trainer.limit_train_batches=3", "export=true"]
+SHORT = [*PLAIN, "experiment=digits_hnd", "trainer.max_epochs=1", "+trainer.limit_train_batches=3", "export=true", FEW]
 
 
 def trained(folder: Path, base: Path, *overrides: str) -> dict[str, float]:
@@ -99,11 +100,19 @@ def test_learned_noise_grows_and_is_exported(preset, tmp_path, teacher_file):
     [
         (["noise=laplace", "noise.epsilon=0"], r"noise\.epsilon must be a positive finite number, got 0"),
         (["noise=gaussian", "noise.delta=2"], r"noise\.delta must lie between 0 and 1, got 2"),
-        (["noise=gaussian", "noise.bound=-1"], r"noise\.bound must be a positive finite number, .* got -1"),
+        pytest.param(
+            ["noise=gaussian", "noise.bound=-1"],
+            r"noise\.bound must be a positive finite number, .* got -1",
+            marks=pytest.mark.slow,
+        ),
         (["noise=laplace", "noise.bound=null"], r"noise\.epsilon=10 is promised of clipped representations alone"),
         (["noise=nullification", "noise.share=1"], r"noise\.share must be at least 0 and below 1, got 1"),
         (["privacy=nopeek", "method.train=[decoder]"], "'nopeek' reads .*layer2/z, of which nothing is trained"),
-        (["privacy=nopeek", "split.at=null", "method=cross_entropy"], r"reads student/None/z.*set split\.at=LAYER"),
+        pytest.param(
+            ["privacy=nopeek", "split.at=null", "method=cross_entropy"],
+            r"reads student/None/z.*set split\.at=LAYER",
+            marks=pytest.mark.slow,
+        ),
         (
             [
                 "privacy=nopeek",
@@ -115,15 +124,20 @@ def test_learned_noise_grows_and_is_exported(preset, tmp_path, teacher_file):
         ),
         (["privacy=nopeek", "split.form=none"], r"split\.form=none sends the feature of layer2 itself.*'nopeek'"),
         (["privacy=ressfl", "split.form=none", "method=cross_entropy"], r"split\.form=none .*'attacker' is a defence"),
-        ([*CONSTRAINED, "split.form=none"], r"split\.form=none sends .* set split\.form=insert or replace"),
+        pytest.param(
+            [*CONSTRAINED, "split.form=none"],
+            r"split\.form=none sends .* set split\.form=insert or replace",
+            marks=pytest.mark.slow,
+        ),
         (
             ["privacy=ressfl", "method.train=[decoder,tail]", "method=cross_entropy"],
             "'attacker' .* leaves all before it frozen",
         ),
         ([*CONSTRAINED, "method.train=[tail]"], r"train=\['tail'\] leaves all before it frozen.* strength=0"),
-        (
+        pytest.param(
             ["privacy=nopeek", "data.batch_size=1"],
             r"'nopeek' needs batches of at least 2 samples, got data",
+            marks=pytest.mark.slow,
         ),
         ([*CORRECTED, "data.batch_size=3"], r"'nopeek' needs batches of at least 4 samples, got data\.batch_size=3"),
         (

@@ -371,8 +371,16 @@ def test_what_a_frontier_cannot_do_is_refused(given, message, composed, tmp_path
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["frontier.bits=[4,99]"], r"layer2, 99 bits, 4 channels, strength 0: .*bits"),
-        (["frontier.layers=[layer2,layer9]"], "layer9, 4 bits, 4 channels, strength 0: .*no layer .layer9."),
+        pytest.param(
+            ["frontier.bits=[4,99]"],
+            r"layer2, 99 bits, 4 channels, strength 0: .*bits",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["frontier.layers=[layer2,layer9]"],
+            "layer9, 4 bits, 4 channels, strength 0: .*no layer .layer9.",
+            marks=pytest.mark.slow,
+        ),
         (["frontier.strength.values=[0,-1]"], "layer2, 4 bits, 4 channels, strength -1: .*weight of a term"),
     ],
 )

@@ -18,6 +18,7 @@ from cleave.scripts.evaluate import evaluate
 from cleave.scripts.export import export
 from cleave.scripts.train import train
 
+from .quick_cases import some_quick
 from .training_helpers import DIGITS, PLAIN, ROOT, differences, load, run_script
 
 EPOCHS, BATCHES, EVERY = 2, 4, 3
@@ -128,7 +129,11 @@ def parameters(file: Path) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in network.named_weights()}
 
 
-@pytest.mark.parametrize("callbacks", [[], ["callbacks=ema", "callbacks.ema.decay=0.5"]], ids=["best", "averaged"])
+@pytest.mark.parametrize(
+    "callbacks",
+    [[], pytest.param(["callbacks=ema", "callbacks.ema.decay=0.5"], marks=pytest.mark.slow)],
+    ids=["best", "averaged"],
+)
 def test_a_step_starts_from_the_best_weights_of_the_one_before(tmp_path, teacher_file, callbacks):
     worst = ["callbacks.checkpoint.monitor=epoch", "callbacks.checkpoint.mode=min"]  # the first is the best
     run(teacher_file, tmp_path, *callbacks, *worst, *STILL, "test=false")
@@ -191,9 +196,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert (point(one)["epochs"], point(one)["method"]) == (point(other)["epochs"], point(other)["method"])
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "inside the first step")) for case in KILLED]
-)
+@pytest.mark.parametrize("case", some_quick(KILLED, lambda case: case == "inside the second step"))
 def test_a_killed_run_ends_as_an_uninterrupted_one(case, whole, tmp_path, teacher_file):
     from training_helpers import KilledError
 
@@ -308,7 +311,17 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+# Another key of the same part.
+ALIKE = {
+    "+steps.head.method.train=[head]",
+    "+steps.finetune.training.optimizer.lr=-1",
+    "+steps.finetune.method.train=[]",
+    "steps.finetune.method.loss.temperature=0",
+    "steps.head=null",
+}
+
+
+@pytest.mark.parametrize("mistake", some_quick(MISTAKES, lambda mistake: mistake not in ALIKE))
 def test_a_mistake_in_any_step_is_told_before_the_first_is_trained(mistake, tmp_path, teacher_file):
     with pytest.raises(ValueError, match=MISTAKES[mistake]):
         run(teacher_file, tmp_path, "logger=csv", mistake)

@@ -17,6 +17,12 @@ FRAMEWORKS = {"torch", "pytorch_lightning", "torchvision", "timm", "wandb", "mat
 # One process imports Hydra and forks one for each command line, as Hydra takes longer to import than most of them take.
 PROBE = """
 import hydra, json, os, runpy, sys, traceback
+from hydra import compose, initialize_config_dir
+sys.path.append("tests")
+from parsed_configs import parse_once
+parse_once()
+with initialize_config_dir(os.path.abspath("conf"), version_base="1.3"):
+    compose("train")  # Hydra looks for its plugins once
 for name, arguments, more, file in json.load(sys.stdin):
     if (child := os.fork()) == 0:
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 1)

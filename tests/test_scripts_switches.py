@@ -180,7 +180,7 @@ def test_resuming_from_another_network(tmp_path, teacher_file):
 
 def test_a_sweep_runs_each_job_in_its_folder_and_returns_its_metric(tmp_path, teacher_file):
     grid = ["experiment=digits_hnd", "hparams_search=bottleneck_grid", f"base.ckpt_path={teacher_file}"]
-    trimmed = ["bottleneck.channels=2,4", "codec.bits=4", "debug=limit", *IN_PROCESS[1:]]
+    trimmed = ["bottleneck.channels=2,4", "codec.bits=4", "debug=limit", "trainer.max_epochs=1", *IN_PROCESS[1:]]
     returned = ["+hydra.callbacks.returned._target_=training_helpers.WriteReturned", "optimized_metric=test/loss"]
     told = run_script("train", *grid, *trimmed, *returned, folder=tmp_path / "sweep")
     assert told.count("\nResults of best.ckpt\n") == 2

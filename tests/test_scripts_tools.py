@@ -33,6 +33,7 @@ def student(tmp_path_factory, teacher_file) -> Path:
         f"base.ckpt_path={teacher_file}",
         "codec.range=sample",
         "test=false",
+        "+trainer.limit_train_batches=8",
         *QUIET,
     ]
     train(compose_config("train", [*overrides, "trainer.max_epochs=2", "callbacks.progress=null"], folder))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from cleave.architectures import GaussianNoise, Insert, PacketLoss, StagedNetwork, entropy_codec, staged_network
 
+Network = TypeVar("Network", bound=nn.Module)
 CLASSES = 4
 SAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 CODERS = {"channels": 3, "width": 8}
@@ -105,6 +107,24 @@ EXITS = [name for name, settings in FAMILIES.items() if "exits" in settings]
 SPLIT = [name for name, settings in FAMILIES.items() if "split" in settings]
 
 
+_MADE: list[tuple[Callable[[dict[str, Any]], nn.Module], dict[str, Any], nn.Module, Tensor]] = []
+
+
+def made_once(make: Callable[[dict[str, Any]], Network], settings: dict[str, Any]) -> Network:
+    """Return a deep copy of what was made of equal settings, as cutting takes longer than most tests.
+
+    What draws next draws what it would draw behind the making itself, which has to seed its own draws. Settings hold no
+    tensors, which cannot be compared as a whole.
+    """
+    for maker, known, network, state in _MADE:
+        if maker is make and known == settings:
+            torch.set_rng_state(state)
+            return copy.deepcopy(cast(Network, network))
+    network = make(settings)
+    _MADE.append((make, settings, copy.deepcopy(network), torch.get_rng_state()))
+    return network
+
+
 def build(backbone: Callable[[], nn.Module], sample: Tensor, **settings: Any) -> StagedNetwork:
     """Return a network of some settings; inserts are given by their classes, so that each has its own."""
     torch.manual_seed(0)
@@ -115,7 +135,11 @@ def build(backbone: Callable[[], nn.Module], sample: Tensor, **settings: Any) ->
 
 def family(name: str, **more: Any) -> StagedNetwork:
     """Return a network of a family, in eval mode, its weights random, its statistics and ranges those of a batch."""
-    network = build(Tiny, SAMPLE, **(dict(FAMILIES[name]) | more)).train()
+    return made_once(_family, dict(FAMILIES[name]) | more)
+
+
+def _family(settings: dict[str, Any]) -> StagedNetwork:
+    network = build(Tiny, SAMPLE, **settings).train()
     for bits in next(iter(network.widths.values()), (None,)):
         if bits is not None:
             network.set_bits(bits, at=next(iter(network.widths)))
