@@ -47,8 +47,9 @@ def chance_of_a_file() -> None:
 
 @pytest.fixture(autouse=True)
 def chance(chance_of_a_file: None) -> None:
-    """What a test draws does not depend on the tests before."""
+    """What a test draws does not depend on the tests before; nor do its threads, which a served bundle sets."""
     _seed()
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
