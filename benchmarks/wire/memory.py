@@ -26,8 +26,9 @@ from cleave.deployment.runtime.serving.tensors import add_input
 from .bundles import make_bundle, process, resident, say, serve_grpc
 
 MAY = {"OK", "DEADLINE_EXCEEDED", "NOT_FOUND", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "CANCELLED", "UNAVAILABLE"}
-# Seconds after which what grows once has grown: threads, arenas of memory, compiled code.
-WARM_UP = 60.0
+# Requests as fast as they go, and seconds behind them, after which what grows once has grown: compiled code, and the
+# memory that each thread of a server keeps for itself.
+RUSH, WARM_UP = 30_000, 30.0
 
 
 class Storm:
@@ -96,8 +97,13 @@ class Storm:
                 request = METHODS[method].request(model_name=self.model.partition(".")[0])
                 self._stub(method)(request, timeout=60)
 
-    def run(self, stop: threading.Event) -> None:
-        """Ask until told to stop."""
+    def run(self, rushed: threading.Event, stop: threading.Event) -> None:
+        """Ask as fast as it goes at first, and then at the rate until told to stop."""
+        for number in range(RUSH):
+            self.one()
+            self.rare(number)
+        self.counts.clear()
+        rushed.set()
         number, start = 0, time.monotonic()
         while not stop.wait(max(0.0, start + number / self.rate - time.monotonic())):
             self.one()
@@ -112,9 +118,13 @@ def flat(minutes: float, rate: float, reloads: int) -> None:
         folder = make_bundle(Path(name) / "packed", "packed")
         payload = Pipeline(load_bundle(folder)).run(torch.rand(1, 2048)).payloads["cut"][0]
         with process(serve_grpc, folder) as (server, port):
-            storm, stop = Storm(port, "packed.tail", payload, rate, reloads), threading.Event()
-            thread = threading.Thread(target=storm.run, args=(stop,))
+            storm = Storm(port, "packed.tail", payload, rate, reloads)
+            rushed, stop = threading.Event(), threading.Event()
+            thread, begun = threading.Thread(target=storm.run, args=(rushed, stop)), resident(server.pid or 0)
             thread.start()
+            while thread.is_alive() and not rushed.wait(1.0):
+                continue
+            grown = resident(server.pid or 0) - begun
             start, found = time.monotonic(), []
             while (now := time.monotonic() - start) < WARM_UP + 60 * minutes and thread.is_alive():
                 if now >= WARM_UP:
@@ -123,7 +133,8 @@ def flat(minutes: float, rate: float, reloads: int) -> None:
             stop.set()
             thread.join()
     anew = f"loaded anew every {reloads} requests" if reloads else "stays loaded"
-    say(f"\nMemory over {minutes:g} minutes of {rate:g} requests a second, after {WARM_UP:g} s, the bundle {anew}")
+    say(f"\nMemory over {minutes:g} minutes of {rate:g} requests a second, the bundle {anew}")
+    say(f"behind {RUSH:,} as fast as they went, in which the server's rose from {begun:.1f} MiB by {grown:.1f}")
     say(f"{'requests':8} {', '.join(f'{count:,} {code}' for code, count in sorted(storm.counts.items()))}")
     for who, column in (("server", 1), ("client", 2)):
         points = [(each[0], each[column]) for each in found]
