@@ -16,20 +16,13 @@ import torch
 
 from .parsed_configs import parse_once
 
-
-def _leave_probes() -> None:
-    """Have slipcover leave its probes where they are.
-
-    Before Python 3.12 it looks through all modules each time it takes some out, over and over in a run of thousands of
-    tests, which costs more than the probes do. Its option for that does not reach the workers of xdist.
-    """
-    plugin = sys.modules.get("slipcover.pytest_plugin")
-    if (measuring := getattr(plugin, "_slipcover_instance", None)) is not None:
-        measuring.d_miss_threshold = 2**30
-
-
+# What measures the coverage, if anything does.
+_measuring = getattr(sys.modules.get("slipcover.pytest_plugin"), "_slipcover_instance", None)
+if _measuring is not None:
+    # Probes stay. Before Python 3.12 slipcover looks through all modules each time it takes some out, over and over in
+    # a run of thousands of tests, which costs more than they do. Its option for that does not reach xdist's workers.
+    _measuring.d_miss_threshold = 2**30
 # Before anything of Cleave is imported.
-_leave_probes()
 parse_once()
 
 
@@ -50,6 +43,12 @@ def chance(chance_of_a_file: None) -> None:
     """What a test draws does not depend on the tests before; nor do its threads, which a served bundle sets."""
     _seed()
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def take_probes() -> Callable[[], None]:
+    """Call it between a plain run and one that is compiled: torch.compile cannot read code with slipcover's probes."""
+    return getattr(_measuring, "deinstrument_seen", lambda: None)
 
 
 @pytest.fixture

@@ -240,10 +240,11 @@ def test_stages_trace_to_torchscript_at_any_batch_size(family):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at what a stage passes to the next
-def test_compile_compiles_each_stage_and_is_left_out_of_pickles():
+def test_compile_compiles_each_stage_and_is_left_out_of_pickles(take_probes):
     network, at, sample = make("resnet18")
     stages = cut(network, at, sample).eval()
     expected = stages.features(sample, at=["layer2"])["layer2"]
+    take_probes()
     keys = list(stages.state_dict())
     calls: list[str] = []
     torch._dynamo.reset()  # what another test has compiled of these layers would be taken again

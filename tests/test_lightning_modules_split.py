@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -319,9 +319,12 @@ def test_a_copy_of_a_task_computes_the_same_with_the_same_teacher(method: type[T
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
 @pytest.mark.parametrize("method", [pytest.param(CrossEntropy, marks=pytest.mark.slow), GeneralizedHeadDistillation])
-def test_compiled_parts_give_the_same_losses(method: type[Task], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_parts_give_the_same_losses(
+    method: type[Task], monkeypatch: pytest.MonkeyPatch, take_probes: Callable[[], None]
+) -> None:
     plain, compiled = Logged(), Logged()
     fit(build(method), [plain], epochs=1)
+    take_probes()
     compile_module = nn.Module.compile
     parts: list[nn.Module] = []
     graphs: list[int] = []
