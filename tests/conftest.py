@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from .parsed_configs import parse_once
+from .quick_cases import leave_out
 
 # What measures the coverage, if anything does.
 _measuring = getattr(sys.modules.get("slipcover.pytest_plugin"), "_slipcover_instance", None)
@@ -24,6 +25,11 @@ if _measuring is not None:
     _measuring.d_miss_threshold = 2**30
 # Before anything of Cleave is imported.
 parse_once()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    leave_out(items)
 
 
 def _seed() -> None:
