@@ -28,6 +28,7 @@ WORDS = {
     "packed": "a packed payload of 1 KB, a partition that does next to nothing",
     "tail": "0.8 MB of floats, layers 2 to 4 of a ResNet-18",
 }
+BARE_WAY = "gRPC, and nothing behind it"
 Way = Callable[[], float]
 
 
@@ -85,7 +86,7 @@ def own_ways(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     return {
         "in process": timed(lambda: server.run(sent, request=0)),
         "raw TCP": timed(by_tcp),
-        "gRPC, and nothing behind it": timed(lambda: nothing(payload, timeout=60)),
+        BARE_WAY: timed(lambda: nothing(payload, timeout=60)),
         "our client, our server": timed(lambda: remote.run(sent, Sent())),
         "port": port,
     }
@@ -189,7 +190,7 @@ def report(kind: str, requests: int, spent: dict[str, list[float]]) -> None:
     over = {way: at - middle[theirs if "KServe's server" in way else "in process"] for way, at in middle.items()}
     over.pop(theirs, None)
     # Nothing is computed there, so nothing is taken off.
-    over["gRPC, and nothing behind it"] = bare = middle["gRPC, and nothing behind it"]
+    over[BARE_WAY] = bare = middle[BARE_WAY]
     for way, times in spent.items():
         values = "".join(f"{quantile(times, q):9.3f}" for q in (0.5, 0.9, 0.99))
         say(f"{way:33}{values}{f'{over[way]:.3f}' if way in over else '':>22}")

@@ -40,8 +40,8 @@ class Ending:
                 self._last = time.monotonic()
                 self._changed.wait_for(lambda: self._released, _LONGEST)
 
-    def quiet(self, window: float, longest: float) -> bool:
-        """Wait until nobody new has come for some seconds, and return whether that was so.
+    def quiet(self, window: float, longest: float) -> None:
+        """Wait until nobody new has come for some seconds.
 
         Args:
             window: These seconds.
@@ -53,5 +53,5 @@ class Ending:
                 still = self._last + window - time.monotonic()
             left = end - time.monotonic()
             if still <= 0 or left <= 0:
-                return still <= 0
+                return
             time.sleep(min(still, left))

@@ -40,10 +40,15 @@ class Streams:
         if self.handlers.draining:
             stream.drain()
         try:
-            yield from stream.answers()
+            # Of a client that has gone gRPC takes no further answer, and this is left where it stands.
+            if context.add_callback(lambda: self._closed(stream)):
+                yield from stream.answers()
         finally:
-            with self._lock:
-                self._open.discard(stream)
+            self._closed(stream)
+
+    def _closed(self, stream: _Stream) -> None:
+        with self._lock:
+            self._open.discard(stream)
 
     def drain(self) -> None:
         """Let each stream end once all that it has asked is answered."""
