@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -86,6 +86,15 @@ def serving(*folders: Any, repository: Repository | None = None, **settings: Any
             yield server, caller
         finally:
             caller.channel.close()
+
+
+def ask_on(ask: Callable[[], Iterable[Any]], answered: list[Any], refused: list[str], stop: threading.Event) -> None:
+    """Ask without a pause, until told to stop; note the answers, and the statuses of those that were refused."""
+    while not stop.is_set():
+        try:
+            answered.extend(ask())
+        except grpc.RpcError as error:
+            refused.append(error.code().name)
 
 
 def until(condition: Any) -> None:

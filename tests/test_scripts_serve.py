@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
-import grpc
 import numpy as np
 import pytest
 import torch
@@ -27,7 +26,7 @@ from cleave.scripts.infer import infer
 from cleave.scripts.serve import built, serve
 
 from .deployment_networks import exit_bundle, exit_images, images, make_bundle
-from .serving_client import Caller, outputs_of, request_of, serving, until
+from .serving_client import Caller, ask_on, outputs_of, request_of, serving, until
 from .training_helpers import ROOT, python_path
 
 
@@ -76,16 +75,9 @@ def test_sigterm_under_load_answers_what_was_accepted_and_ends_with_status_0(fol
         caller, answered, refused = Caller(port), [], []
         stop = threading.Event()
 
-        def ask() -> None:
-            while not stop.is_set():
-                try:
-                    answered.append(outputs_of(caller.infer(request))["logits"])
-                except grpc.RpcError as error:
-                    refused.append(error.code().name)
-
         with ThreadPoolExecutor(8) as pool:
             for _ in range(8):
-                pool.submit(ask)
+                pool.submit(ask_on, lambda: [outputs_of(caller.infer(request))["logits"]], answered, refused, stop)
             until(lambda: len(answered) > 50)
             process.send_signal(signal.SIGTERM)
             out, err = process.communicate(timeout=60)
