@@ -24,8 +24,9 @@ from cleave.deployment import (
     export_bundle,
     load_bundle,
 )
-from cleave.deployment.runtime.serving.protocol import FILE, message
+from cleave.deployment.runtime.serving.protocol import FILE, message, written
 from cleave.deployment.runtime.serving.repository import versions_of
+from cleave.deployment.runtime.serving.tensors import add_input, declare_input
 
 from .deployment_networks import (
     INPUT,
@@ -263,6 +264,16 @@ def test_the_protocol_stays_out_of_protobufs_own_pool():
         descriptor_pool.Default().FindFileByName(FILE)
     with pytest.raises(KeyError):
         descriptor_pool.Default().FindMessageTypeByName("inference.ModelInferRequest")
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [127], [128, 1], [16383, 16384], [2**21 - 1, 2**21]])
+def test_a_request_that_is_written_with_its_contents_is_the_message_that_holds_them(lengths):
+    whole, alone = (request_of("net.tail", {}, {"digest": "a" * 64}) for _ in range(2))
+    contents = {f"x{length}": [bytes([length % 251]) * length] * 2 for length in lengths}
+    for name, content in contents.items():
+        add_input(whole, name, content)
+    parts = [declare_input(alone, name, content) for name, content in contents.items()]
+    assert message("ModelInferRequest").FromString(written(alone, parts)) == whole
 
 
 def test_grpc_is_imported_by_those_alone_who_serve():

@@ -7,6 +7,7 @@ process; nothing here touches that pool, so all three run in one process.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -166,6 +167,34 @@ METHODS = {
     **{name: Method(name, message(f"{name}Request"), message(f"{name}Response")) for name in UNARY},
     STREAM: Method(STREAM, message("ModelInferRequest"), message("ModelStreamInferResponse"), streams=True),
 }
+
+
+_RAW_INPUT = message("ModelInferRequest").DESCRIPTOR.fields_by_name["raw_input_contents"].number << 3 | 2
+
+
+def written(request: Any, contents: Sequence[Sequence[bytes]]) -> bytes:
+    """Return a ``ModelInferRequest`` as it goes over the wire, with the raw contents of its inputs behind it.
+
+    Each byte of them is copied once. A message copies what is added to it, and copies it again when it is written.
+
+    Args:
+        request: The request, which has no raw contents itself.
+        contents: For each input its raw content, in any number of parts.
+    """
+    parts = [request.SerializeToString()]
+    for content in contents:
+        parts += [_varint(_RAW_INPUT), _varint(sum(map(len, content))), *content]
+    return b"".join(parts)
+
+
+def _varint(number: int) -> bytes:
+    """Return a whole number as protobuf writes it: seven bits a byte, the lowest first."""
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    found.append(number)
+    return bytes(found)
 
 
 def parameter(value: Any) -> Any:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -18,12 +18,12 @@ from ...codecs.packing import CodecError, PayloadError
 from ..side import Outcome, Side
 from ..trust import Trust, explained
 from ..walk import Message
-from .protocol import METHODS, message, set_parameters
+from .protocol import METHODS, message, set_parameters, written
 from .repository import MEBIBYTE
 from .retrying import Breaker, LinkEstimate, Retries
 from .signatures import ERROR, EXIT, Signature, only_visit
 from .status import RowError, ServingError
-from .tensors import add_input, split
+from .tensors import declare_input, split
 
 _LONGEST_PAUSE_MS = 1000
 _MOST_SAMPLES = 256
@@ -88,11 +88,12 @@ class Remote:
         secret = (trust or Trust()).secret()
         self._metadata = () if secret is None else (("authorization", f"Bearer {secret}"),)
         self._stubs = {
-            method: self._channel.unary_unary(
-                METHODS[method].path, METHODS[method].request.SerializeToString, METHODS[method].response.FromString
-            )
-            for method in ("ModelInfer", "ModelMetadata")
+            "ModelInfer": self._stub("ModelInfer", None),  # what is sent is written already
+            "ModelMetadata": self._stub("ModelMetadata", METHODS["ModelMetadata"].request.SerializeToString),
         }
+
+    def _stub(self, method: str, write: Callable[[Any], bytes] | None) -> Any:
+        return self._channel.unary_unary(METHODS[method].path, write, METHODS[method].response.FromString)
 
     def close(self) -> None:
         """Close the connection."""
@@ -167,17 +168,16 @@ class Remote:
             self.link.add(_bytes_of(arrived) + response.ByteSize(), link)
         return response
 
-    def _request(self, arrived: Message) -> Any:
+    def _request(self, arrived: Message) -> bytes:
         request = message("ModelInferRequest")(model_name=self.model)
         own: dict[str, str | int | float | bool] = {"digest": self.side.bundle.manifest.digest}
         set_parameters(request.parameters, own | ({} if self.bits is None else {"bits": self.bits}))
+        contents = []
         for slot in self.signature.by_payload:
             payloads = arrived.payloads[slot.tensor]
-            if slot.own is None:
-                add_input(request, slot.field.name, payloads)
-            else:
-                add_input(request, slot.field.name, self._opened(slot.tensor, payloads)[slot.own])
-        return request
+            content = payloads if slot.own is None else self._opened(slot.tensor, payloads)[slot.own]
+            contents.append(declare_input(request, slot.field.name, content))
+        return written(request, contents)
 
     def _opened(self, tensor: str, payloads: Sequence[bytes]) -> Mapping[str, Tensor]:
         """Return what was encoded for the way, of a tensor that goes as it is."""

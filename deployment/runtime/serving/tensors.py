@@ -128,13 +128,13 @@ def _split(name: str, raw: bytes, count: int) -> list[bytes]:
     return found
 
 
-def joined(texts: Sequence[bytes]) -> bytes:
-    """Return byte strings as raw content: each behind its length."""
-    return b"".join(part for text in texts for part in (_LENGTH.pack(len(text)), text))
+def joined(texts: Sequence[bytes]) -> list[bytes]:
+    """Return byte strings as parts of raw content: each behind its length."""
+    return [part for text in texts for part in (_LENGTH.pack(len(text)), text)]
 
 
 def split(raw: bytes, count: int) -> list[bytes]:
-    """Read what :func:`joined` wrote; ServingError where it is anything else."""
+    """Read byte strings, each behind its length; ServingError where it is anything else."""
     return _split("the answer", raw, count)
 
 
@@ -146,18 +146,23 @@ def raw_of(tensor: Tensor) -> tuple[str, bytes]:
 
 def add_output(response: Any, name: str, content: Tensor | Sequence[bytes]) -> None:
     """Add a tensor, or a byte string for each sample, to an answer."""
-    _add(response.outputs, response.raw_output_contents, name, content)
+    response.raw_output_contents.append(b"".join(_declared(response.outputs, name, content)))
 
 
 def add_input(request: Any, name: str, content: Tensor | Sequence[bytes]) -> None:
     """Add a tensor, or a byte string for each sample, to a request."""
-    _add(request.inputs, request.raw_input_contents, name, content)
+    request.raw_input_contents.append(b"".join(declare_input(request, name, content)))
 
 
-def _add(into: Any, raws: Any, name: str, content: Tensor | Sequence[bytes]) -> None:
+def declare_input(request: Any, name: str, content: Tensor | Sequence[bytes]) -> list[bytes]:
+    """Say in a request that it has an input, and return its raw content, in parts, for :func:`~.protocol.written`."""
+    return _declared(request.inputs, name, content)
+
+
+def _declared(into: Any, name: str, content: Tensor | Sequence[bytes]) -> list[bytes]:
     if isinstance(content, Tensor):
-        (datatype, raw), shape = raw_of(content), list(content.shape)
-    else:
-        datatype, raw, shape = BYTES, joined(content), [len(content)]
-    into.add(name=name, datatype=datatype, shape=shape)
-    raws.append(raw)
+        datatype, raw = raw_of(content)
+        into.add(name=name, datatype=datatype, shape=list(content.shape))
+        return [raw]
+    into.add(name=name, datatype=BYTES, shape=[len(content)])
+    return joined(content)
