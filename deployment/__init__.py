@@ -52,24 +52,24 @@ from .runtime.side import Outcome, Side
 from .runtime.walk import Message
 
 if TYPE_CHECKING:
+    from .runtime.asking.retrying import Breaker, Retries
     from .runtime.device import Answered, Device
     from .runtime.server import Server
     from .runtime.serving.onward import Onward
     from .runtime.serving.repository import Repository
-    from .runtime.serving.retrying import Breaker, Retries
-    from .runtime.serving.status import ServingError
     from .runtime.trust import Trust
+    from .runtime.wire.status import ServingError
 
 # What is imported once it is asked for: who serves nothing needs no gRPC.
 _ON_DEMAND = {
     "Answered": ".runtime.device",
-    "Breaker": ".runtime.serving.retrying",
+    "Breaker": ".runtime.asking.retrying",
     "Device": ".runtime.device",
-    "Retries": ".runtime.serving.retrying",
+    "Retries": ".runtime.asking.retrying",
     "Onward": ".runtime.serving.onward",
     "Repository": ".runtime.serving.repository",
     "Server": ".runtime.server",
-    "ServingError": ".runtime.serving.status",
+    "ServingError": ".runtime.wire.status",
     "Trust": ".runtime.trust",
 }
 

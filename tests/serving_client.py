@@ -12,9 +12,9 @@ import grpc
 import torch
 
 from cleave.deployment import Retries, Server
-from cleave.deployment.runtime.serving.protocol import METHODS, message, set_parameters
 from cleave.deployment.runtime.serving.repository import Repository
-from cleave.deployment.runtime.serving.tensors import add_input, split
+from cleave.deployment.runtime.wire.protocol import METHODS, message, set_parameters
+from cleave.deployment.runtime.wire.tensors import add_input, split
 
 # For answers that must come, however busy the machine is.
 PATIENT = Retries(timeout=120.0)

@@ -23,7 +23,7 @@ from cleave.deployment import (
     export_bundle,
     load_bundle,
 )
-from cleave.deployment.runtime.serving.retrying import LinkEstimate
+from cleave.deployment.runtime.asking.retrying import LinkEstimate
 
 from .deployment_networks import (
     INPUT,

@@ -24,9 +24,9 @@ from cleave.deployment import (
     export_bundle,
     load_bundle,
 )
-from cleave.deployment.runtime.serving.protocol import FILE, message, written
 from cleave.deployment.runtime.serving.repository import versions_of
-from cleave.deployment.runtime.serving.tensors import add_input, declare_input
+from cleave.deployment.runtime.wire.protocol import FILE, message, written
+from cleave.deployment.runtime.wire.tensors import add_input, declare_input
 
 from .deployment_networks import (
     INPUT,

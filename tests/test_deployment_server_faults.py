@@ -46,14 +46,17 @@ def right(answer, logits):
     torch.testing.assert_close(outputs_of(answer)["logits"], logits, atol=1e-5, rtol=1e-5)
 
 
-def storm(caller, requests, count, late=0.0, between=lambda number: None):
-    """Ask from several threads; return how often each status came."""
+def storm(caller, requests, count, late=0.0, events=()):
+    """Ask from several threads; return how often each status came. Events happen one after another, evenly spread."""
     chance, counts, lock = random.Random(0), collections.Counter(), threading.Lock()
+    happening, coming, every = threading.Lock(), iter(events), count // (len(events) + 1)
     plan = [(chance.randrange(len(requests)), chance.random() < late) for _ in range(count)]
 
     def ask(number):
         index, is_late = plan[number]
-        between(number)
+        if number and number % every == 0:
+            with happening:
+                next(coming, bool)()
         try:
             right(caller.infer(requests[index][0], timeout=0.0005 if is_late else 60), requests[index][1])
             code = "OK"
@@ -88,12 +91,11 @@ def test_a_bundle_that_goes_and_comes_back(bundle, tmp_path):
     repository = Repository(folder=bundle.directory.parent)
     with serving(bundle.directory, repository=repository) as (_, caller):
 
-        def between(number):
-            if number % 50 == 25:
-                repository.unload("net")
-                repository.load("net")
+        def reload():
+            repository.unload("net")
+            repository.load("net")
 
-        counts = storm(caller, known(bundle), 150, between=between)
+        counts = storm(caller, known(bundle), 150, events=[reload] * 3)
         assert counts.keys() <= {"OK", "NOT_FOUND"}
         assert counts["OK"] > 0
         assert caller.status(known(bundle, 1)[0][0]) == ("OK", "")
@@ -105,14 +107,14 @@ def test_a_server_that_is_killed_and_comes_back_answers_each_request_once(bundle
     servers = [Server(repository, port=0).start()]
     caller, port = Caller(servers[0].port), servers[0].port
 
-    def between(number):
-        if number == 50:
-            servers[-1].close()
-        if number == 100:
-            servers.append(Server(repository, port=port).start())
+    def close():
+        servers[-1].close()
+
+    def start():
+        servers.append(Server(repository, port=port).start())
 
     try:
-        counts = storm(caller, known(bundle), 250, between=between)
+        counts = storm(caller, known(bundle), 250, events=[close, start])
         assert counts.keys() <= {"OK", "UNAVAILABLE", "CANCELLED"}
         assert counts["OK"] >= 40
         until(lambda: caller.status(known(bundle, 1)[0][0])[0] == "OK")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cleave.deployment import Pipeline, Side, build_policy, load_bundle
-from cleave.deployment.runtime.serving.protocol import METHODS, message
+from cleave.deployment.runtime.wire.protocol import METHODS, message
 
 from .deployment_networks import SHAPE, exit_bundle, exit_images, images, make_bundle
 from .serving_client import outputs_of, request_of, serving

@@ -16,9 +16,9 @@ import grpc
 import torch
 
 from cleave.deployment import Device, Side, load_bundle
-from cleave.deployment.runtime.serving.protocol import METHODS, message
-from cleave.deployment.runtime.serving.remote import Sent
-from cleave.deployment.runtime.serving.tensors import add_input
+from cleave.deployment.runtime.asking.remote import Sent
+from cleave.deployment.runtime.wire.protocol import METHODS, message
+from cleave.deployment.runtime.wire.tensors import add_input
 
 from .bundles import BARE, FLOATS, make_bundle, process, quantile, received, say, serve_bare, serve_grpc, serve_tcp
 

@@ -20,8 +20,8 @@ import grpc
 import torch
 
 from cleave.deployment import Pipeline, load_bundle
-from cleave.deployment.runtime.serving.protocol import METHODS, message
-from cleave.deployment.runtime.serving.tensors import add_input
+from cleave.deployment.runtime.wire.protocol import METHODS, message
+from cleave.deployment.runtime.wire.tensors import add_input
 
 from .bundles import make_bundle, process, resident, say, serve_grpc
 

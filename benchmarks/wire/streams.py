@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from cleave.deployment import Device, FloatCodec, Retries, Side, UniformCodec, load_bundle
+from cleave.deployment.runtime.asking.remote import Sent
 from cleave.deployment.runtime.emulated_link import EmulatedLink, LinkSettings, megabits
-from cleave.deployment.runtime.serving.remote import Sent
 
 from .bundles import Few, exported, process, quantile, real_tail, say, serve_grpc, slowed
 

@@ -23,15 +23,15 @@ from ..exits.policies import ConfidencePolicy
 from ..exits.policy import ExitPolicy
 from ..exits.specs import LOGITS
 from ..naming import listed
+from .asking.remote import Remote, Sent
+from .asking.retrying import AWAY, Breaker, Retries
 from .gathering import Gathered, Result, named
 from .inputs import read_input
 from .pipeline import Pipeline
-from .serving.remote import Remote, Sent
-from .serving.retrying import AWAY, Breaker, Retries
-from .serving.status import ServingError
 from .side import Outcome, Side
 from .trust import Trust
 from .walk import Message, follow
+from .wire.status import ServingError
 
 FALLBACKS = ("error", "exit", "local")
 

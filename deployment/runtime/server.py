@@ -17,10 +17,10 @@ from .serving.batching import Batcher, Job
 from .serving.handlers import Handlers
 from .serving.metrics import Metrics, MetricsServer
 from .serving.onward import Onward
-from .serving.protocol import SERVICE, described
-from .serving.repository import MEBIBYTE, Repository
+from .serving.repository import Repository
 from .serving.streams import Streams
 from .trust import Trust, allowed
+from .wire.protocol import SERVICE, described
 
 _LOG = logging.getLogger(__name__)
 # Threads for all that is no inference, so that a full queue still tells that it is alive.
@@ -203,7 +203,7 @@ def _message_limit(asked: int | None, repository: Repository) -> int:
         raise ValueError(f"message_bytes must be a positive whole number, or null, got {asked!r}")
     if limit > _MOST_MESSAGE_BYTES:
         raise ValueError(
-            f"messages of {limit / MEBIBYTE:.0f} MiB are more than gRPC carries; let a request have fewer samples than "
+            f"messages of {limit / 2**20:.0f} MiB are more than gRPC carries; let a request have fewer samples than "
             f"samples={repository.samples}"
         )
     if (needed := max([0, *(model.most_bytes() for model in repository.served)])) > limit:

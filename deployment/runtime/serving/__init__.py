@@ -1,1 +1,1 @@
-"""What the server of bundles and its client are made of: the protocol, models, batches, trust, and the way there."""
+"""What the server of bundles is made of: models, batches, handlers, streams, and what goes on to others."""

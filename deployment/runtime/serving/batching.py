@@ -11,9 +11,9 @@ from typing import Any
 
 from ...checks import is_finite, is_whole
 from ...codecs.packing import CodecError
+from ..wire.signatures import Given
+from ..wire.status import ServingError, invalid
 from .models import Answer, Served
-from .signatures import Given
-from .status import ServingError, invalid
 
 _LOG = logging.getLogger(__name__)
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import grpc
 
+from ..wire.protocol import METHODS, SERVICE, STREAM, message, set_parameters
+from ..wire.status import ServingError, invalid
+from ..wire.tensors import Field, add_output
 from .batching import Batcher, Job
 from .ending import Ending
 from .metrics import Metrics
 from .models import Answer, Served
 from .onward import Onward
-from .protocol import METHODS, SERVICE, STREAM, message, set_parameters
 from .repository import Repository
-from .status import ServingError, invalid
-from .tensors import Field, add_output
 
 _LOG = logging.getLogger(__name__)
 NAME, EXTENSIONS = "cleave", ("model_repository",)

@@ -20,9 +20,9 @@ from ...bundle.specs import PartitionSpec
 from ...codecs.packing import CodecError, PayloadError
 from ..side import Outcome, Side, _Running
 from ..walk import Message
-from .signatures import ERROR, EXIT, Given, Signature, only_visit, read_inputs, sent_name
-from .status import ServingError, invalid
-from .tensors import Field
+from ..wire.signatures import ERROR, EXIT, Given, Signature, only_visit, read_inputs, sent_name
+from ..wire.status import ServingError, invalid
+from ..wire.tensors import Field
 
 # PyTorch profiles the first run of a shape and compiles in the second.
 _WARM_UPS = 2

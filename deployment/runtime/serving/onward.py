@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ...bundle.files import BundleError
 from ...codecs.packing import CodecError, PayloadError
+from ..asking.remote import Remote, Sent
+from ..asking.retrying import Breaker, Retries
 from ..side import Outcome
 from ..trust import Trust
 from ..walk import Message
+from ..wire.signatures import ERROR, EXIT, Given, sent_name
+from ..wire.status import ServingError
 from .models import Answer, Door, Served, going_on
-from .remote import Remote, Sent
-from .retrying import Breaker, Retries
-from .signatures import ERROR, EXIT, Given, sent_name
-from .status import ServingError
 
 
 class Onward:

@@ -16,14 +16,14 @@ from ...bundle.loading import load_bundle
 from ...bundle.manifest import Manifest, read_manifest
 from ...checks import is_whole
 from ...naming import did_you_mean, listed
+from ..wire.protocol import USUAL_MESSAGE_BYTES
+from ..wire.signatures import Signature
+from ..wire.status import ServingError, invalid
 from .models import Served, models_of
-from .signatures import Signature
-from .status import ServingError, invalid
 
 _LOG = logging.getLogger(__name__)
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _MANIFEST = "manifest.json"
-MEBIBYTE = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,7 @@ class Repository:
                 except (ValueError, OSError):
                     continue  # it is refused when it is loaded
                 found.append(signature.most_bytes(self.samples))
-        return max([4 * MEBIBYTE, *found])
+        return max([USUAL_MESSAGE_BYTES, *found])
 
 
 def _by_name(bundles: dict[str, list[Served]]) -> dict[str, dict[int, Served]]:

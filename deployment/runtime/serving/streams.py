@@ -8,10 +8,10 @@ from typing import Any
 
 import grpc
 
+from ..wire.protocol import message, set_parameters
+from ..wire.status import ServingError
 from .batching import Job
 from .handlers import DRAINING, Handlers
-from .protocol import message, set_parameters
-from .status import ServingError
 
 
 class Streams:

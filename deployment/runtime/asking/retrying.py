@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ...checks import is_finite, is_whole
-from .status import WORTH_RETRYING, ServingError
+from ..wire.status import WORTH_RETRYING, ServingError
 
 # What says that the server is away or cannot keep up, and nothing of the request.
 AWAY = frozenset({*WORTH_RETRYING, "DEADLINE_EXCEEDED", "CANCELLED"})

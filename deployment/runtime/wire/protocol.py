@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 PACKAGE, FILE = "inference", "cleave/open_inference.proto"
+# What gRPC lets through by itself; no limit is set below it.
+USUAL_MESSAGE_BYTES = 4 * 2**20
 SERVICE = f"{PACKAGE}.GRPCInferenceService"
 
 # A line is a message, and what is in it: `name:type=number`, `*` before a type for a list, `{type}` for a map of text

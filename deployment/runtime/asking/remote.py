@@ -18,12 +18,11 @@ from ...codecs.packing import CodecError, PayloadError
 from ..side import Outcome, Side
 from ..trust import Trust, explained
 from ..walk import Message
-from .protocol import METHODS, message, set_parameters, written
-from .repository import MEBIBYTE
+from ..wire.protocol import METHODS, USUAL_MESSAGE_BYTES, message, set_parameters, written
+from ..wire.signatures import ERROR, EXIT, Signature, only_visit
+from ..wire.status import RowError, ServingError
+from ..wire.tensors import declare_input, split
 from .retrying import Breaker, LinkEstimate, Retries
-from .signatures import ERROR, EXIT, Signature, only_visit
-from .status import RowError, ServingError
-from .tensors import declare_input, split
 
 _LONGEST_PAUSE_MS = 1000
 _MOST_SAMPLES = 256
@@ -269,7 +268,7 @@ def _joined(parts: Sequence[Outcome]) -> Outcome:
 
 
 def _channel(address: str, trust: Trust, signature: Signature) -> grpc.Channel:
-    limit = max(4 * MEBIBYTE, signature.most_bytes(_MOST_SAMPLES))
+    limit = max(USUAL_MESSAGE_BYTES, signature.most_bytes(_MOST_SAMPLES))
     options = [
         ("grpc.max_receive_message_length", min(limit, 2**31 - 1)),
         ("grpc.max_send_message_length", -1),

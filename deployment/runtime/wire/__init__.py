@@ -1,0 +1,1 @@
+"""What both ends of a connection speak: the protocol, tensors, signatures and statuses."""
