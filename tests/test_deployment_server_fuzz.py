@@ -8,9 +8,10 @@ import resource
 import grpc
 import pytest
 import torch
+from google.protobuf.message import DecodeError
 
 from cleave.deployment import Pipeline, Side, build_policy, load_bundle
-from cleave.deployment.runtime.wire.protocol import METHODS, message
+from cleave.deployment.runtime.wire.protocol import METHODS, Request, message, read
 
 from .deployment_networks import SHAPE, exit_bundle, exit_images, images, make_bundle
 from .serving_client import outputs_of, request_of, serving
@@ -152,6 +153,56 @@ def fuzz(fuzzed, tries, seed):
     assert server._batcher.waiting == 0
     assert server._handlers.idle(1)
     return seen
+
+
+# Raw contents: none, empty, many, of a length in needless bytes, too long; then other fields, groups, and a name again.
+TAILS = [b"", b"\x3a", b"\x3a\0" * 300, b"\x3a\x80\0", b"\x3a\x80\x80\x80\x80\0", b"\x3a\xff\xff\xff\xff\xff\1",
+         b"\x40\1", b"\xba\0\1x", b"\x3b\x3c", b"\x0a\3net"]  # fmt: skip
+
+
+def as_whole(content):
+    """What protobuf itself makes of a request; ``None``: it refuses it."""
+    try:
+        return message("ModelInferRequest").FromString(content).SerializeToString(deterministic=True)
+    except DecodeError:
+        return None
+
+
+def in_views(content):
+    """What our reader makes of it, and whether it made views."""
+    try:
+        found = read(content)
+    except DecodeError:
+        return None, False
+    if not isinstance(found, Request):
+        return found.SerializeToString(deterministic=True), False
+    found.message.raw_input_contents.extend(map(bytes, found.raw_input_contents))
+    return found.message.SerializeToString(deterministic=True), True
+
+
+def test_a_request_is_read_as_protobuf_reads_it_whatever_it_is(fuzzed):
+    chance, seeds, viewed, refused = random.Random(11), seeds_of(fuzzed[0]), 0, 0
+    for _ in range(4000):
+        request = type(seeds[0])()
+        request.CopyFrom(chance.choice(seeds))
+        for _ in range(chance.choice([0, 1, 2])):
+            changed(request, chance)
+        content = request.SerializeToString()
+        way = chance.randrange(5)
+        if way == 0:
+            content = flipped(content, chance)
+        elif way == 1:
+            content = content[: chance.randrange(len(content) + 1)]
+        elif way == 2:
+            content += b"".join(chance.choices(TAILS, k=2))
+        elif way == 3:
+            content = chance.randbytes(chance.randrange(30))
+        wanted = as_whole(content)
+        found, is_view = in_views(content)
+        assert found == wanted, content
+        viewed, refused = viewed + is_view, refused + (wanted is None)
+    assert viewed > 1000
+    assert refused > 500
 
 
 def test_wrong_requests_get_a_status_and_right_ones_an_answer(fuzzed):

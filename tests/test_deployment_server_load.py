@@ -176,7 +176,6 @@ def known_jobs():
     return sum(type(each) is Job for each in gc.get_objects())
 
 
-@pytest.mark.slow
 def test_a_request_is_forgotten_when_it_has_ended_however_it_did(bundle):
     with serving(bundle.directory, queue=2) as (server, caller):
         wrong = asking(bundle)
@@ -271,7 +270,6 @@ def test_draining_answers_what_was_accepted_and_refuses_the_rest(bundle):
                 server.drain(wrong)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("streams", [False, True])
 def test_those_who_ask_without_a_pause_are_refused_with_one_status(bundle, streams):
     with serving(bundle.directory) as (server, caller):

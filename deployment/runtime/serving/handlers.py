@@ -71,7 +71,7 @@ class Handlers:
         found = {}
         for name, method in METHODS.items():
             ends = {
-                "request_deserializer": method.request.FromString,
+                "request_deserializer": method.reads,
                 "response_serializer": method.response.SerializeToString,
             }
             if name == STREAM:

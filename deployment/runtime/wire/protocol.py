@@ -7,7 +7,7 @@ process; nothing here touches that pool, so all three run in one process.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -70,6 +70,9 @@ UNARY = (
 )
 STREAM = "ModelStreamInfer"
 
+# Fields of a request that are looked at one by one; more are for protobuf.
+_MOST_FIELDS = 256
+
 _Field = descriptor_pb2.FieldDescriptorProto
 _FIELD = re.compile(r"(\|?)(\w+):(\*?)(\{?)(\w+)\}?=(\d+)")
 _SCALARS = {
@@ -104,6 +107,11 @@ class Method(NamedTuple):
     def path(self) -> str:
         """Where a client finds it."""
         return f"/{SERVICE}/{self.name}"
+
+    @property
+    def reads(self) -> Callable[[bytes], Any]:
+        """What a server reads its requests by."""
+        return read if self.request is message("ModelInferRequest") else self.request.FromString
 
 
 def described() -> descriptor_pb2.FileDescriptorProto:
@@ -187,6 +195,64 @@ def written(request: Any, contents: Sequence[Sequence[bytes]]) -> bytes:
     for content in contents:
         parts += [_varint(_RAW_INPUT), _varint(sum(map(len, content))), *content]
     return b"".join(parts)
+
+
+class Request:
+    """A ``ModelInferRequest`` as it came, whose raw contents are views of that.
+
+    Args:
+        message: All of it but its raw contents.
+        raw_input_contents: The raw contents of its inputs.
+    """
+
+    __slots__ = ("message", "raw_input_contents")
+
+    def __init__(self, message: Any, raw_input_contents: Sequence[memoryview]) -> None:
+        self.message, self.raw_input_contents = message, raw_input_contents
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.message, name)
+
+
+def read(content: bytes) -> Any:
+    """Return a ``ModelInferRequest`` that came over the wire, as a :class:`Request` where that spares copies.
+
+    A message copies its raw contents when it is read, and each time that they are looked at. What is not plainly such
+    a request is left to protobuf, to read or to refuse.
+
+    Raises:
+        google.protobuf.message.DecodeError: It is none.
+    """
+    whole = message("ModelInferRequest").FromString
+    view, rest, raws = memoryview(content), [], []
+    start = at = 0
+    for _ in range(_MOST_FIELDS):
+        if at == len(content):
+            break
+        begin, end = _field(content, at)
+        if not end:
+            return whole(content)
+        if content[at] == _RAW_INPUT:
+            rest.append(view[start:at])
+            raws.append(view[begin:end])
+            start = end
+        at = end
+    if at < len(content) or not raws:
+        return whole(content)
+    return Request(whole(b"".join([*rest, view[start:]])), raws)
+
+
+def _field(content: bytes, at: int) -> tuple[int, int]:
+    """Return where the content of the field at a place begins and ends; (0, 0) where it is none with a length."""
+    if content[at] & 0x87 != 2:
+        return 0, 0
+    length = 0
+    for place, byte in enumerate(content[at + 1 : at + 6]):
+        length |= (byte & 127) << 7 * place
+        if byte < 128:
+            begin = at + place + 2
+            return (begin, begin + length) if length <= len(content) - begin else (0, 0)
+    return 0, 0
 
 
 def _varint(number: int) -> bytes:

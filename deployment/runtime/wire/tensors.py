@@ -73,7 +73,7 @@ class Field:
             raise invalid(f"{self.name} has {shape[0]} samples; a request may have {most}: send several requests")
         return math.prod(shape)
 
-    def tensor(self, raw: bytes | None, contents: Any, shape: Sequence[int], count: int) -> Tensor:
+    def tensor(self, raw: bytes | memoryview | None, contents: Any, shape: Sequence[int], count: int) -> Tensor:
         """Return numbers of a checked shape from raw bytes or a typed list; ServingError where there are others."""
         stored, listed, _ = _NUMBERS[self.datatype]
         if raw is not None:
@@ -89,7 +89,7 @@ class Field:
         # A copy: what a message holds cannot be written to, and torch wants what can.
         return torch.from_numpy(values.astype(values.dtype.newbyteorder("="))).view(*shape)
 
-    def texts(self, raw: bytes | None, contents: Any, count: int) -> list[bytes]:
+    def texts(self, raw: bytes | memoryview | None, contents: Any, count: int) -> list[bytes]:
         """Return byte strings; ServingError where there are not as many, or one is too long."""
         if raw is None:
             found = list(_listed(self.name, contents, "bytes_contents", count))
@@ -111,7 +111,7 @@ def _listed(name: str, contents: Any, wanted: str, count: int) -> Any:
     return found
 
 
-def _split(name: str, raw: bytes, count: int) -> list[bytes]:
+def _split(name: str, raw: bytes | memoryview, count: int) -> list[bytes]:
     """Return byte strings, each of which has its length in front."""
     found, at = [], 0
     for index in range(count):
@@ -121,7 +121,7 @@ def _split(name: str, raw: bytes, count: int) -> list[bytes]:
         at += _LENGTH.size
         if length > len(raw) - at:
             raise invalid(f"{name} {index} claims {length} bytes, but {len(raw) - at} follow")
-        found.append(raw[at : at + length])
+        found.append(bytes(raw[at : at + length]))
         at += length
     if at != len(raw):
         raise invalid(f"{name} has {len(raw) - at} bytes more than its {count} byte strings")
