@@ -19,6 +19,7 @@ from ...naming import did_you_mean, listed
 from ..wire.protocol import USUAL_MESSAGE_BYTES
 from ..wire.signatures import Signature
 from ..wire.status import ServingError, invalid
+from ..wire.tensors import MOST_SAMPLES
 from .models import Served, models_of
 
 _LOG = logging.getLogger(__name__)
@@ -90,8 +91,8 @@ class Repository:
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"repository={folder} is no folder; name the one whose bundles may be loaded")
-        if not is_whole(samples) or samples < 1:
-            raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
+        if not is_whole(samples) or not 1 <= samples <= MOST_SAMPLES:
+            raise ValueError(f"samples must be a whole number from 1 to {MOST_SAMPLES}, got {samples!r}")
         self.placement, self.device, self.samples = placement, device, samples
         self.message_bytes: int | None = None
         # Replaced, never changed: who looks something up needs no lock.
