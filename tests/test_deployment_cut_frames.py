@@ -75,11 +75,11 @@ class Scissors:
     def _pump(self, name, source, sink, cut):
         with contextlib.suppress(OSError):
             while content := source.recv(65536):
-                content = content[: self.left] if cut else content
-                sink.sendall(content)
-                self.bytes[name] += len(content)
-                if cut and self.left is not None:
-                    self.left -= len(content)
+                left = self.left if cut else None
+                sink.sendall(content[:left])
+                self.bytes[name] += len(content[:left])
+                if left is not None:
+                    self.left = max(left - len(content), 0)
                     if not self.left:
                         break
         self._end(source, sink)
