@@ -1,0 +1,68 @@
+"""Settings that are texts, settings that a command would ignore, and errors that name a setting in full."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cleave.scripts.assembly.starting.nulls import CONF
+
+
+def check_texts(cfg: DictConfig, known: Mapping[str, str], null: bool = True) -> None:
+    """Refuse values that are no text where a name, a file or an address belongs: `token=true`, `device=1`.
+
+    Args:
+        cfg: The config.
+        known: What each setting is, by its key.
+        null: Whether they may be null as well.
+
+    Raises:
+        ValueError: There is one; the message names its key, what belongs there, and what is there.
+    """
+    for key, what in known.items():
+        value = OmegaConf.select(cfg, key)
+        if (null and value is None) or (isinstance(value, str) and (value or null)):
+            continue
+        more = " or null" if null else ""
+        quote = "; quote a name that looks like another value, '\"…\"'" if isinstance(value, bool | int | float) else ""
+        raise ValueError(f"{key} must be {what}{more}, got {spelled(value)}{quote}")
+
+
+def spelled(value: Any) -> str:
+    """Return a value as one would type it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value) if value != "" else "nothing"
+
+
+def changed_settings(cfg: DictConfig, group: str, but: str = "") -> list[str]:
+    """Return the settings of a group, as `KEY=VALUE`, that are other than the script's config has them.
+
+    Args:
+        cfg: The config.
+        group: The group.
+        but: One that doesn't count.
+    """
+    own = OmegaConf.select(OmegaConf.load(CONF / f"{cfg.task_name}.yaml"), group)
+    given = cfg[group]
+    return [f"{group}.{key}={spelled(given[key])}" for key in given if key != but and given[key] != own.get(key)]
+
+
+@contextmanager
+def naming(cfg: DictConfig, group: str) -> Iterator[None]:
+    """Put a group before the setting that an error begins with: `remote.timeout must be …`.
+
+    What is built from a group knows its arguments, and not where a config has them. What an error within says of
+    anything else stays as it is.
+    """
+    try:
+        yield
+    except ValueError as error:
+        first = re.match(r"\w+", str(error))
+        if first is None or first[0] not in cfg[group]:
+            raise
+        raise ValueError(f"{group}.{error}") from error
