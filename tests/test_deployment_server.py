@@ -24,7 +24,7 @@ from cleave.deployment import (
     export_bundle,
     load_bundle,
 )
-from cleave.deployment.runtime.serving.repository import versions_of
+from cleave.deployment.bundle.versions import versions_of
 from cleave.deployment.runtime.wire.protocol import FILE, message, written
 from cleave.deployment.runtime.wire.tensors import add_input, declare_input
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..checks import is_whole
 
+MANIFEST = "manifest.json"
 MAX_FILE_BYTES = 4 * 2**30
 _MOST_WORDS = 4000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")

@@ -17,13 +17,13 @@ from ..runtime.inputs import Input, input_from_dict, input_to_dict
 from .canonical_json import digest, dump, parse, typed
 from .draws import Draw
 from .edges import Edge, repeated
-from .files import BundleError, FileEntry, check_name, read_file
+from .files import MANIFEST, BundleError, FileEntry, check_name, read_file
 from .limits import MAX_EXITS, MAX_OUTPUTS, MAX_PARTITIONS, at_most, check_depth, check_label
 from .route import Route
 from .specs import OutputSpec, PartitionSpec, TensorSpec
+from .versions import versions_in
 
 SCHEMA = 5
-MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 
@@ -276,6 +276,9 @@ def read_manifest(directory: str | Path) -> Manifest:
     directory = Path(directory)
     if not directory.is_dir():
         raise BundleError(f"{directory} is not a folder: a bundle is a folder with a {MANIFEST}")
+    if not (directory / MANIFEST).exists() and (versions := versions_in(directory)):
+        newest = list(versions.values())[-1]
+        raise BundleError(f"{directory} holds versions {', '.join(map(str, versions))}; name one of them: {newest}")
     content = read_file(directory, MANIFEST, MAX_MANIFEST_BYTES)
     try:
         values = parse(content)

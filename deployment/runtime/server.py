@@ -12,12 +12,13 @@ from typing import Any
 
 import grpc
 
-from ..checks import is_finite, is_whole
+from ..checks import is_finite
 from .serving.batching import Batcher, Job
 from .serving.handlers import Handlers
 from .serving.metrics import Metrics, MetricsServer
 from .serving.onward import Onward
 from .serving.repository import Repository
+from .serving.settings import MOST_MESSAGE_BYTES, check_server
 from .serving.streams import Streams
 from .trust import Trust, allowed
 from .wire.protocol import SERVICE, described
@@ -27,9 +28,10 @@ _LOG = logging.getLogger(__name__)
 _SPARE = 8
 # Threads that a server begins with.
 _AT_ONCE = 256
+# Seconds for what is refused in the end to reach who asked.
+_LAST = 0.25
 # Seconds without a new call, before gRPC is stopped.
 _QUIET = 0.1
-_MOST_MESSAGE_BYTES = 2**31 - 1
 
 
 class Server:
@@ -47,6 +49,7 @@ class Server:
         streams: Most streams at once.
         message_bytes: Most bytes of a message; ``None``: what the largest bundle needs, served or in the repository.
         metrics_port: The port of Prometheus metrics, 0 for any; ``None``: none.
+        metrics_host: Where that listens: metrics are plain HTTP, without TLS and token, for whoever can reach it.
         version: Its version, for its metadata.
         onward: The servers of placements behind this one: samples that go on are sent there, and answered from there.
 
@@ -75,14 +78,15 @@ class Server:
         streams: int = 8,
         message_bytes: int | None = None,
         metrics_port: int | None = None,
+        metrics_host: str = "127.0.0.1",
         version: str = "",
         onward: Onward | None = None,
     ) -> None:
         trust = Trust() if trust is None else trust
-        trust.check_host(host)
-        for name, value, least in (("port", port, 0), ("streams", streams, 1), ("metrics_port", metrics_port or 0, 0)):
-            if not is_whole(value) or not least <= value <= 65535:
-                raise ValueError(f"{name} must be a whole number, {least} to 65535, got {value!r}")
+        samples = repository.samples
+        check_server(
+            host, port, trust, wait, queue, workers, streams, samples, message_bytes, metrics_port, metrics_host
+        )
         secret = trust.secret()
         limit = _message_limit(message_bytes, repository)
         self.repository, self.metrics = repository, Metrics()
@@ -96,7 +100,7 @@ class Server:
             self._threads = _started(threads)
             self._server = grpc.server(
                 self._threads,
-                interceptors=[] if secret is None else [_Guard(secret)],
+                interceptors=[] if secret is None else [_Guard(secret, self.metrics)],
                 maximum_concurrent_rpcs=threads,
                 # Without the last, two servers would share a port, and answer by turns.
                 options=[*_sizes(limit), ("grpc.so_reuseport", 0)],
@@ -106,7 +110,7 @@ class Server:
             _add_reflection(self._server)
             self.port = self._bound(host, port, trust)
             if metrics_port is not None:
-                self._metrics_server = MetricsServer(self.metrics, host, metrics_port)
+                self._metrics_server = MetricsServer(self.metrics, metrics_host, metrics_port)
         except BaseException:
             self._batcher.close()
             raise
@@ -165,12 +169,16 @@ class Server:
         if self._health is not None:
             self._health.enter_graceful_shutdown()
         answered = self._batcher.drain(seconds)
+        if not answered:
+            # Nobody has to wait for what no answer comes to any more.
+            self._batcher.abandon()
+            self._handlers.idle(_LAST)
         self._handlers.ending.hold()
         self._streams.drain()
         answered = self._handlers.idle(max(end - time.monotonic(), 0.0)) and answered
         self._handlers.ending.quiet(_QUIET, max(min(end - time.monotonic(), 3.0), 0.0))
         # What has been answered may still be on its way to a socket.
-        self.close(max(min(end - time.monotonic(), 1.0), 0.05))
+        self.close(max(min(end - time.monotonic(), 1.0), _LAST))
         return answered
 
     def close(self, seconds: float | None = None) -> None:
@@ -180,7 +188,7 @@ class Server:
         self._handlers.draining = True
         stopped = self._server.stop(seconds)
         self._handlers.ending.release()
-        self._batcher.close()
+        self._batcher.close(seconds)
         stopped.wait()
         self._threads.shutdown(wait=False)
         if self._metrics_server is not None:
@@ -199,9 +207,7 @@ class Server:
 
 def _message_limit(asked: int | None, repository: Repository) -> int:
     limit = repository.needed_bytes() if asked is None else asked
-    if not is_whole(limit) or limit < 1:
-        raise ValueError(f"message_bytes must be a positive whole number, or null, got {asked!r}")
-    if limit > _MOST_MESSAGE_BYTES:
+    if limit > MOST_MESSAGE_BYTES:
         raise ValueError(
             f"messages of {limit / 2**20:.0f} MiB are more than gRPC carries; let a request have fewer samples than "
             f"samples={repository.samples}"
@@ -231,8 +237,8 @@ def _sizes(limit: int) -> list[tuple[str, int]]:
 class _Guard(grpc.ServerInterceptor):
     """Lets nobody in without the token."""
 
-    def __init__(self, secret: str) -> None:
-        self.secret = secret
+    def __init__(self, secret: str, metrics: Metrics) -> None:
+        self.secret, self.metrics = secret, metrics
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
         """Return what handles a call."""
@@ -241,8 +247,11 @@ class _Guard(grpc.ServerInterceptor):
             return handler
 
         def refuse(request: Any, context: Any) -> Any:
+            # What a stranger asks for is any client's word: it is not counted by itself.
+            self.metrics.request("", "UNAUTHENTICATED", {})
             context.abort(
-                grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong: send `authorization: Bearer TOKEN`"
+                grpc.StatusCode.UNAUTHENTICATED,
+                "the token is missing or wrong: send `authorization: Bearer TOKEN`, by Cleave's client with token=FILE",
             )
 
         kinds = {

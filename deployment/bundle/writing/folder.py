@@ -9,8 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import BundleError
-from ..manifest import MANIFEST
+from ..files import MANIFEST, BundleError
 
 _SUFFIXES = (".pt", ".safetensors")
 

@@ -21,11 +21,10 @@ from ..walk import Message
 from ..wire.protocol import METHODS, USUAL_MESSAGE_BYTES, message, set_parameters, written
 from ..wire.signatures import ERROR, EXIT, Signature, only_visit
 from ..wire.status import RowError, ServingError
-from ..wire.tensors import declare_input, split
+from ..wire.tensors import MOST_SAMPLES, declare_input, split
 from .retrying import Breaker, LinkEstimate, Retries
 
 _LONGEST_PAUSE_MS = 1000
-_MOST_SAMPLES = 256
 
 
 @dataclasses.dataclass
@@ -120,7 +119,7 @@ class Remote:
         if (place := properties.get("placement")) != self.placement:
             raise BundleError(f"{self.address} serves the placement {place} of this bundle, not {self.placement}")
         most = properties.get("max_batch_size", "1")
-        return max(1, min(int(most), _MOST_SAMPLES)) if most.isdecimal() else 1
+        return max(1, min(int(most), MOST_SAMPLES)) if most.isdecimal() else 1
 
     def run(self, arrived: Message, sent: Sent, seconds: float = math.inf) -> Outcome:
         """Send what goes to the placement, and return what it has made of it.
@@ -246,7 +245,7 @@ def _read(response: Any, signature: Signature) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         field = signature.answers[output.name]
-        count = field.check(output, _MOST_SAMPLES)
+        count = field.check(output, MOST_SAMPLES)
         found[output.name] = (
             split(raw, count) if field.datatype == "BYTES" else field.tensor(raw, None, output.shape, count)
         )
@@ -268,7 +267,7 @@ def _joined(parts: Sequence[Outcome]) -> Outcome:
 
 
 def _channel(address: str, trust: Trust, signature: Signature) -> grpc.Channel:
-    limit = max(USUAL_MESSAGE_BYTES, signature.most_bytes(_MOST_SAMPLES))
+    limit = max(USUAL_MESSAGE_BYTES, signature.most_bytes(MOST_SAMPLES))
     options = [
         ("grpc.max_receive_message_length", min(limit, 2**31 - 1)),
         ("grpc.max_send_message_length", -1),

@@ -13,6 +13,7 @@ from ...checks import is_finite, is_whole
 from ...codecs.packing import CodecError
 from ..wire.signatures import Given
 from ..wire.status import ServingError, invalid
+from ..wire.tensors import MOST_SAMPLES
 from .models import Answer, Served
 
 _LOG = logging.getLogger(__name__)
@@ -102,16 +103,12 @@ class Batcher:
         workers: int = 1,
         on_batch: Callable[[Sequence[Job], float], None] | None = None,
     ) -> None:
-        for name, value in (("samples", samples), ("queue", queue), ("workers", workers)):
-            if not is_whole(value) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not is_finite(wait) or not 0 <= wait <= 60:
-            raise ValueError(f"wait must be 0 to 60 seconds, got {wait!r}")
+        check_batching(samples, wait, queue, workers)
         self.samples, self.longest, self.most = samples, wait, queue
         self._on_batch = on_batch
         self._changed = threading.Condition()
         self._jobs: collections.deque[Job] = collections.deque()
-        self._running = 0
+        self._running: dict[int, list[Job]] = {}
         self._closed = self._ended = False
         self._threads = [threading.Thread(target=self._work, name=f"compute {i}", daemon=True) for i in range(workers)]
         for thread in self._threads:
@@ -145,16 +142,25 @@ class Batcher:
             self._closed = True
             return self._changed.wait_for(lambda: not self._jobs and not self._running, seconds)
 
-    def close(self) -> None:
-        """Refuse what still waits, and end the threads."""
+    def abandon(self) -> None:
+        """Refuse what has no answer yet, that which is being computed too."""
         with self._changed:
-            self._closed = self._ended = True
-            left, self._jobs = list(self._jobs), collections.deque()
+            self._closed = True
+            left = [*self._jobs, *(job for batch in self._running.values() for job in batch)]
+            self._jobs = collections.deque()
             self._changed.notify_all()
         for job in left:
             job.settle(ServingError("UNAVAILABLE", "the server stopped before the request was answered"))
+
+    def close(self, seconds: float | None = None) -> None:
+        """Refuse what has no answer yet, and wait at most ``seconds`` for the threads, which nothing cuts short."""
+        self.abandon()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        end = None if seconds is None else time.monotonic() + seconds
         for thread in self._threads:
-            thread.join()
+            thread.join(None if end is None else max(end - time.monotonic(), 0.0))
 
     def _work(self) -> None:
         while self._worked():
@@ -169,7 +175,7 @@ class Batcher:
             self._compute(batch)
         finally:
             with self._changed:
-                self._running -= 1
+                del self._running[id(batch)]
                 self._changed.notify_all()
         return True
 
@@ -190,8 +196,9 @@ class Batcher:
                 if left > 0 and self._ready(first) < self.samples and not self._closed:
                     self._changed.wait(left)
                     continue
-                self._running += 1
-                return self._taken(first)
+                batch = self._taken(first)
+                self._running[id(batch)] = batch
+                return batch
 
     def _ready(self, first: Job) -> int:
         return sum(job.given.rows for job in self._jobs if job.key == first.key)
@@ -250,6 +257,16 @@ def _error_of(error: Exception) -> ServingError:
         return invalid(str(error))
     _LOG.error("a request could not be computed", exc_info=error)
     return ServingError("INTERNAL", f"the request could not be computed: {type(error).__name__}: {error}")
+
+
+def check_batching(samples: Any, wait: Any, queue: Any, workers: Any) -> None:
+    """Raise :class:`ValueError` where a setting of :class:`Batcher` is out of range."""
+    for name, value, most in (("samples", samples, MOST_SAMPLES), ("queue", queue, None), ("workers", workers, None)):
+        if not is_whole(value) or value < 1 or (most is not None and value > most):
+            limits = "of at least 1" if most is None else f"from 1 to {most}"
+            raise ValueError(f"{name} must be a whole number {limits}, got {value!r}")
+    if not is_finite(wait) or not 0 <= wait <= 60:
+        raise ValueError(f"wait must be 0 to 60 seconds, got {wait!r}")
 
 
 def checked_threads(workers: Any, threads: Any, cores: int) -> None:

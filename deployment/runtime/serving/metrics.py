@@ -5,8 +5,11 @@ from __future__ import annotations
 import bisect
 import collections
 import http.server
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+
+from .settings import check_free
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -95,6 +98,14 @@ def _spelled(labels: _Labels) -> str:
     return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}"
 
 
+class _OverIPv6(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
+def _family(host: str) -> type[http.server.ThreadingHTTPServer]:
+    return _OverIPv6 if ":" in host else http.server.ThreadingHTTPServer
+
+
 class MetricsServer:
     """Answers ``GET /metrics`` on a port of its own.
 
@@ -125,10 +136,8 @@ class MetricsServer:
             def log_message(self, *arguments: object) -> None:
                 return
 
-        try:
-            self._server = http.server.ThreadingHTTPServer((host, port), Handler)
-        except OSError as error:
-            raise OSError(f"metrics_port={port} cannot be used on {host}: {error.strerror}; take another") from error
+        check_free("metrics_port", host, port)
+        self._server = _family(host)((host.strip("[]"), port), Handler)
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="metrics", daemon=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,16 +13,16 @@ import torch
 from ...bundle.files import BundleError, check_name
 from ...bundle.loading import load_bundle
 from ...bundle.manifest import Manifest, read_manifest
+from ...bundle.versions import is_version, versions_of
 from ...checks import is_whole
 from ...naming import did_you_mean, listed
 from ..wire.protocol import USUAL_MESSAGE_BYTES
 from ..wire.signatures import Signature
 from ..wire.status import ServingError, invalid
+from ..wire.tensors import MOST_SAMPLES
 from .models import Served, models_of
 
 _LOG = logging.getLogger(__name__)
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
-_MANIFEST = "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,30 +40,6 @@ class Listed:
     version: int
     ready: bool
     reason: str = ""
-
-
-def versions_of(folder: Path) -> tuple[str, dict[int, Path]]:
-    """Return the name of the bundle in a folder, and the folders of its versions.
-
-    ``NAME/manifest.json`` is version 1 of ``NAME``; ``NAME/3/manifest.json`` is its version 3, and where ``NAME/3`` is
-    named, the only one.
-
-    Raises:
-        BundleError: There is no manifest, or the name cannot be served.
-    """
-    folder = Path(folder)
-    absolute = folder.absolute()
-    if (folder / _MANIFEST).is_file():
-        if _VERSION.fullmatch(absolute.name):
-            return check_name(absolute.parent.name, "the bundle's folder"), {int(absolute.name): folder}
-        return check_name(absolute.name, "the bundle's folder"), {1: folder}
-    found = {}
-    if folder.is_dir():
-        inside = [each for each in folder.iterdir() if _VERSION.fullmatch(each.name) and not each.is_symlink()]
-        found = {int(each.name): each for each in inside if (each / _MANIFEST).is_file()}
-    if not found:
-        raise BundleError(f"{folder} is no bundle: neither it nor a folder 1, 2, … in it holds a {_MANIFEST}")
-    return check_name(absolute.name, "the bundle's folder"), dict(sorted(found.items()))
 
 
 class Repository:
@@ -90,8 +65,8 @@ class Repository:
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"repository={folder} is no folder; name the one whose bundles may be loaded")
-        if not is_whole(samples) or samples < 1:
-            raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
+        if not is_whole(samples) or not 1 <= samples <= MOST_SAMPLES:
+            raise ValueError(f"samples must be a whole number from 1 to {MOST_SAMPLES}, got {samples!r}")
         self.placement, self.device, self.samples = placement, device, samples
         self.message_bytes: int | None = None
         # Replaced, never changed: who looks something up needs no lock.
@@ -100,27 +75,41 @@ class Repository:
         self._loading = threading.Lock()
 
     def add(self, folder: str | Path) -> list[Served]:
-        """Load the bundle in a folder that the server's owner names, all versions of it; replaces one of its name.
+        """Load the bundle in a folder that the server's owner names, all versions of it.
 
         Raises:
-            BundleError: It is none, is damaged, lacks the placement, or fails its own test; nothing has changed then.
+            BundleError: It is none, is damaged, lacks the placement, or fails its own test, or one of its name and
+                version is served already; nothing has changed then.
         """
         with self._loading:
             name, versions = versions_of(Path(folder))
-            found = [model for version, each in versions.items() for model in self._loaded(name, version, each)]
-            if (
-                self.message_bytes is not None
-                and (most := max(each.most_bytes() for each in found)) > self.message_bytes
-            ):
-                raise BundleError(
-                    f"{name} needs messages of {most} bytes, but this server was started for {self.message_bytes}; "
-                    f"start it with message_bytes={most}"
-                )
-            self._bundles = {**self._bundles, name: found}
-            self._models = _by_name(self._bundles)
-        for each in found:
-            _LOG.info("serving %s, version %d, of %s", each.name, each.version, each.digest[:12])
+            known = self._bundles.get(name, [])
+            for version, each in versions.items():
+                if other := next((model for model in known if model.version == version), None):
+                    raise BundleError(
+                        f"{each} and {other.bundle.directory} are both version {version} of {name}; give one of them "
+                        "another folder's name, or put both into one folder, as versions: its folders 1 and 2"
+                    )
+            found = self._all_loaded(name, versions)
+            self._serve(name, [*known, *found])
         return found
+
+    def _all_loaded(self, name: str, versions: Mapping[int, Path]) -> list[Served]:
+        found = [model for version, each in versions.items() for model in self._loaded(name, version, each)]
+        most = max(each.most_bytes() for each in found)
+        if self.message_bytes is not None and most > self.message_bytes:
+            raise BundleError(
+                f"{name} needs messages of {most} bytes, but this server was started for {self.message_bytes}; "
+                f"start it with message_bytes={most}"
+            )
+        return found
+
+    def _serve(self, name: str, models: list[Served]) -> None:
+        """Serve models as the bundle of a name, in place of those that there are."""
+        self._bundles = {**self._bundles, name: models}
+        self._models = _by_name(self._bundles)
+        for each in models:
+            _LOG.info("serving %s, version %d, of %s", each.name, each.version, each.digest[:12])
 
     def _loaded(self, name: str, version: int, folder: Path) -> list[Served]:
         manifest = read_manifest(folder)
@@ -141,7 +130,9 @@ class Repository:
         """
         folder = self._found(name)
         try:
-            self.add(folder)
+            with self._loading:
+                name, versions = versions_of(folder)
+                self._serve(name, self._all_loaded(name, versions))
         except (ValueError, OSError) as error:
             raise ServingError("FAILED_PRECONDITION", f"{name} cannot be served: {error}") from error
 
@@ -207,7 +198,7 @@ class Repository:
             raise self._unknown(name)
         if not version:
             return versions[max(versions)]
-        if not _VERSION.fullmatch(version) or int(version) not in versions:
+        if not is_version(version) or int(version) not in versions:
             known = ", ".join(map(str, sorted(versions)))
             raise ServingError("NOT_FOUND", f"{name} has no version {version!r:.40}; it has {known}")
         return versions[int(version)]
@@ -230,8 +221,9 @@ class Repository:
         """Return all models that are served, and, unless ``ready``, the bundles of the repository that are not."""
         found = [Listed(model.name, model.version, True) for model in self.served]
         if not ready:
-            absent = [name for name in self._on_disk() if name not in self._bundles]
-            found += [Listed(name, 1, False, "not loaded") for name in absent]
+            absent = {name: folder for name, folder in self._on_disk().items() if name not in self._bundles}
+            every = [(name, version) for name, folder in absent.items() for version in versions_of(folder)[1]]
+            found += [Listed(name, version, False, "not loaded") for name, version in every]
         return found
 
     def needed_bytes(self) -> int:

@@ -16,6 +16,8 @@ from ...bundle.specs import TensorSpec
 from .status import invalid
 
 BYTES = "BYTES"
+# Of a request and of a batch: a server is warmed up at each size.
+MOST_SAMPLES = 256
 _LENGTH = struct.Struct("<I")
 # By datatype: how a number is stored, and which typed list holds it, with the most bytes that protobuf takes for one.
 _NUMBERS = {

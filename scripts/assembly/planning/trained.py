@@ -15,7 +15,7 @@ from cleave.architectures import StagedNetwork
 from cleave.architectures.modes import evaluating
 from cleave.deployment import ENVELOPE_BYTES, Manifest, read_manifest
 from cleave.deployment.bundle.canonical_json import parse
-from cleave.deployment.bundle.manifest import MANIFEST
+from cleave.deployment.bundle.files import MANIFEST
 from cleave.lightning_modules.testing import Bytes
 from cleave.planning.candidates import Candidate
 from cleave.reports.rates.collect import find, read
