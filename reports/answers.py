@@ -117,8 +117,8 @@ def print_larger_than_files(tally: Tally) -> None:
     if tally.smaller_files:
         payload, file = tally.sent_for_files / tally.files, tally.file_bytes / tally.files
         say(
-            f"The payload is larger than the image's own file for {tally.smaller_files:,} of {tally.files:,} images (on "
-            f"average {payload:,.1f} bytes against {file:,.1f}): sending the file would take less. {SMALLER}"
+            f"The payload is larger than the image's own file for {tally.smaller_files:,} of {tally.files:,} images "
+            f"(on average {payload:,.1f} bytes against {file:,.1f}): sending the file would take less. {SMALLER}"
         )
 
 

@@ -53,16 +53,24 @@ def changed_settings(cfg: DictConfig, group: str, but: str = "") -> list[str]:
 
 
 @contextmanager
-def naming(cfg: DictConfig, group: str) -> Iterator[None]:
-    """Put a group before the setting that an error begins with: `remote.timeout must be …`.
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Put a setting's key in place of the argument that an error begins with: `remote.timeout must be …`.
 
-    What is built from a group knows its arguments, and not where a config has them. What an error within says of
+    What is built from settings knows its arguments, and not what a config calls them. What an error within says of
     anything else stays as it is.
+
+    Args:
+        names: Keys by argument.
     """
     try:
         yield
     except ValueError as error:
         first = re.match(r"\w+", str(error))
-        if first is None or first[0] not in cfg[group]:
+        if first is None or first[0] not in names:
             raise
-        raise ValueError(f"{group}.{error}") from error
+        raise ValueError(f"{names[first[0]]}{str(error)[first.end() :]}") from error
+
+
+def in_group(cfg: DictConfig, group: str) -> dict[str, str]:
+    """Return the keys of a group by their last names, see :func:`naming`."""
+    return {str(key): f"{group}.{key}" for key in cfg[group]}

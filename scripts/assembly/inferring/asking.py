@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from cleave.deployment import load_bundle, read_manifest
 from cleave.reports.terminal import say
-from cleave.scripts.assembly.given.texts import changed_settings, naming
+from cleave.scripts.assembly.given.texts import changed_settings, in_group, naming
 from cleave.scripts.assembly.inferring.trusting import retries_of, trust_of
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def device_of(cfg: DictConfig) -> Device:
     from cleave.deployment import Device  # who asks nobody needs no gRPC
 
     remote = cfg.remote
-    with naming(cfg, "remote"):
-        trust, retries = trust_of(cfg, "remote"), retries_of(cfg, "remote")
+    trust, retries = trust_of(cfg, "remote"), retries_of(cfg, "remote")
+    with naming(in_group(cfg, "remote")):
         entry = read_manifest(Path(cfg.bundle)).route.entry
         return Device(
             load_bundle(cfg.bundle, device=cfg.device, placement=entry),

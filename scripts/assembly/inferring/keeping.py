@@ -74,7 +74,7 @@ def kept(output: Path | None) -> Iterator[AnswersFile]:
 
 @contextlib.contextmanager
 def shown(tally: Tally, title: str) -> Iterator[None]:
-    """Print the answers so far where an error or a signal stops what runs within, as the only way to end a camera is."""
+    """Print the answers so far where an error or a signal stops what runs within: a camera has no other end."""
     try:
         yield
     except BaseException:

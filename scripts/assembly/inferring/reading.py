@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 class Reading:
-    """Hands the images of batches on, one batch after the other, and keeps what belongs to them until they are answered.
+    """Hands on the images of batches, one batch after the other, and keeps what belongs to them until it is answered.
 
     What stops the reading is kept back as well, so that all batches before it can be answered first.
 
@@ -107,7 +107,7 @@ def batches(cfg: DictConfig, pipeline: Pipeline | Device) -> Iterator[Batch]:
         some: list[Item] = []
         try:
             for item in itertools.islice(found, cfg.batch_size):
-                some.append(item)  # noqa: PERF402 - what came before an error is kept
+                some.append(item)
         except Exception as error:
             stopped = error
         if some:

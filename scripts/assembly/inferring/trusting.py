@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from cleave.scripts.assembly.given.texts import check_texts, naming
+from cleave.scripts.assembly.given.texts import check_texts, in_group, naming
 
 if TYPE_CHECKING:
     from cleave.deployment import Retries, Trust
@@ -29,8 +28,8 @@ def trust_of(cfg: DictConfig, group: str = "") -> Trust:
 
     check_texts(cfg, {f"{group}.{key}" if group else key: "a file" for key in FILES})
     given = cfg[group] if group else cfg
-    with naming(cfg, group) if group else nullcontext():
-        trust = Trust(*(given[key] for key in FILES), insecure=given.insecure)
+    with naming(in_group(cfg, group) if group else {}):
+        trust = Trust(**{key: given[key] for key in FILES}, insecure=given.insecure)
         trust.secret()
     return trust
 
@@ -39,5 +38,5 @@ def retries_of(cfg: DictConfig, group: str) -> Retries:
     """Return how often and how long a client asks; ValueError where a number is out of range."""
     from cleave.deployment import Retries
 
-    with naming(cfg, group):
+    with naming(in_group(cfg, group)):
         return Retries(timeout=cfg[group].timeout, attempts=cfg[group].attempts)
