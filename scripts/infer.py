@@ -8,6 +8,7 @@ if __name__ == "__main__":  # the config comes first: --help and a misspelt key 
     run("infer")
 
 import collections
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ def infer_here(cfg: DictConfig, seen: Callable[[Answer], None] | None) -> None:
     seconds: collections.Counter[str] = collections.Counter()
     with kept(output) as file:
         keeper = Keeper(pipeline.bundle, file, seen)
-        with shown(keeper.tally, cfg.bundle):
-            for batch in batches(cfg, pipeline):
+        # What reads is closed at once, as others may wait for the camera.
+        with shown(keeper.tally, cfg.bundle), contextlib.closing(batches(cfg, pipeline)) as source:
+            for batch in source:
                 try:
                     # TorchScript profiles its first two runs and compiles; that is not what a device would measure.
                     for _ in range(0 if keeper.tally.count else 3):
@@ -95,8 +97,9 @@ def infer_remotely(cfg: DictConfig, seen: Callable[[Answer], None] | None) -> No
     with device_of(cfg) as device, kept(output) as file:
         check_classes(cfg, device.bundle)
         keeper = Keeper(device.bundle, file, seen)
-        reading = Reading(batches(cfg, device))
-        with shown(keeper.tally, f"{cfg.bundle} and {cfg.server}"):
+        title = f"{cfg.bundle} and {cfg.server}"
+        with shown(keeper.tally, title), contextlib.closing(batches(cfg, device)) as source:
+            reading = Reading(source)
             try:
                 for answered in device.stream(reading):
                     batch, lines = reading.waiting.popleft(), answered.lines(device.bundle)
@@ -106,7 +109,7 @@ def infer_remotely(cfg: DictConfig, seen: Callable[[Answer], None] | None) -> No
                 keeper.add(batch, error.outcome.result, error.errors, lines)
                 raise
             reading.check()
-        print_answers(f"{keeper.tally.count} images through {cfg.bundle} and {cfg.server}", keeper.tally)
+        print_answers(f"{keeper.tally.count} images through {title}", keeper.tally)
         say_how_it_went(device, asked)
     if output is not None:
         say(f"Written: {output}")

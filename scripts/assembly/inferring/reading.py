@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -94,7 +94,7 @@ def check_input(given: Any) -> None:
         image_files(Path(given))
 
 
-def batches(cfg: DictConfig, pipeline: Pipeline | Device) -> Iterator[Batch]:
+def batches(cfg: DictConfig, pipeline: Pipeline | Device) -> Generator[Batch, None, None]:
     """Read the images batch by batch; those before one that cannot be read come first, in a batch of their own.
 
     Raises:
