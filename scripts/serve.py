@@ -163,6 +163,5 @@ def use_threads(cfg: DictConfig) -> None:
 
 def main(cfg: DictConfig) -> None:
     """Serve until a signal comes."""
-    outlets.go_on()
     if not serve(cfg):
         raise SystemExit(1)

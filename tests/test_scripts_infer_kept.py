@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cleave.deployment import ImageError, Repository, ServingError
+from cleave.deployment import CodecError, Device, ImageError, PayloadError, Pipeline, Repository, ServingError
 from cleave.lightning_modules import signals
 from cleave.reports.answers import Answer, Tally
 from cleave.reports.answers_file import AnswersFile, check_file
@@ -49,6 +49,24 @@ def test_a_bad_picture_leaves_the_answers_before_it(folder, server, tmp_path, ca
     assert names_of(file) == [f"{number}.png" for number in range(5)]
     assert f"5 answers are kept in {file}" in notes(raised)
     assert "5 images through" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_sample_that_fails_leaves_the_others_of_its_batch(folder, server, tmp_path, monkeypatch, asks):
+    kind = Device if asks else Pipeline
+    run = kind.run
+
+    def failing(self, inputs):
+        raise PayloadError({1: CodecError("it is damaged")}, run(self, inputs))
+
+    monkeypatch.setattr(kind, "run", failing)
+    file = tmp_path / "answers.jsonl"
+    given = [f"bundle={folder}/net", f"input={folder}/pictures", f"output={file}", "batch_size=3"]
+    given += [f"server=127.0.0.1:{server.port}"] if asks else []
+    with pytest.raises(PayloadError, match="it is damaged") as raised:
+        infer(compose_config("infer", given, tmp_path))
+    assert names_of(file) == ["0.png", "2.png"]
+    assert f"2 answers are kept in {file}" in notes(raised)
 
 
 def test_a_server_that_goes_away_leaves_the_answers_before(folder, tmp_path):

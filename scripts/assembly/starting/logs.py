@@ -10,8 +10,6 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from cleave.scripts.assembly.starting import outlets
-
 FRAMEWORKS = ("pytorch_lightning", "lightning_fabric")
 _ASKED_FOR = {"callbacks", "profilers"}
 """Folders of Lightning that log nothing unless asked to: a profiler's report, a summary, why a run stopped."""
@@ -22,7 +20,6 @@ def quiet() -> None:
 
     It goes to the log file of the run, and with ``hydra.verbose`` to the terminal as well.
     """
-    outlets.heed(logging.getLogger().handlers)
     for name in FRAMEWORKS:
         _hand_over(logging.getLogger(name))
     # Lightning 2.6 asks torch 2.15 about trees in a form torch is about to drop; no user can mend that.

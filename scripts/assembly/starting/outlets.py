@@ -8,9 +8,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 CLOSED = 141
 """Exit status of a command whose reader has gone, as a shell sees it of Unix tools: 128 and SIGPIPE."""
+
+# What a write may fail with; none of them names a file.
+_OF_WRITING = (errno.EPIPE, errno.ESHUTDOWN, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Outlets:
@@ -29,15 +33,25 @@ def unread() -> Iterator[None]:
     """Print within to whoever reads it, and go on where nobody does or no disk holds it."""
     try:
         yield
-    except OSError:
-        drop()
+    except OSError as error:
+        drop(error)
 
 
-def failed() -> OSError | None:
-    """Return what keeps standard output from being written, if anything does; what it still holds is written else."""
+def failed(after: OSError | None = None) -> OSError | None:
+    """Return what keeps standard output from being written, if anything does; what it still holds is written else.
+
+    Args:
+        after: An error that may come from there. Where a stream holds nothing back, nothing else tells.
+    """
+    return _failure(sys.stdout, after)
+
+
+def _failure(stream: TextIO | None, after: OSError | None) -> OSError | None:
     try:
-        if sys.stdout is not None:  # as it is where a shell has closed it
-            sys.stdout.flush()
+        if stream is not None:  # as it is where a shell has closed it
+            stream.flush()
+            if after is not None and after.filename is None and after.errno in _OF_WRITING:
+                os.write(stream.fileno(), b"\n")
     except OSError as error:
         return error
     except ValueError:  # closed by this process itself
@@ -45,35 +59,39 @@ def failed() -> OSError | None:
     return None
 
 
-def drop() -> None:
-    """Send nowhere what standard output and error still hold, and all that they are given from now on, if they fail."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except OSError:
-            # Neither the stream, which others hold, nor what it holds can be replaced; what lies below it can.
-            with suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
-                stream.flush()
-        except ValueError:
-            continue
+def drop(after: OSError | None = None) -> None:
+    """Send nowhere what standard output still holds, and all that it is given from now on, if it fails.
+
+    Args:
+        after: An error that may come from there.
+    """
+    if _failure(sys.stdout, after) is not None:
+        _sink(sys.stdout)
 
 
-def leave_if_failed(status: int = 0) -> None:
+def _sink(stream: TextIO) -> None:
+    # Neither the stream, which others hold, nor what it holds can be replaced; what lies below it can.
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        stream.flush()
+
+
+def leave_if_failed(status: int = 0, after: OSError | None = None) -> None:
     """End where standard output cannot be written: quietly where its reader has gone, else with the reason.
 
     Args:
         status: The exit status that there would be otherwise.
+        after: An error that may come from there.
 
     Raises:
         SystemExit: It cannot.
     """
-    error = failed()
+    error = failed(after)
     if error is None:
         return
-    drop()
+    drop(error)
     if error.errno in (errno.EPIPE, errno.ESHUTDOWN):
         raise SystemExit(status or CLOSED) from None
     complain(f"{type(error).__name__}: what this command prints cannot be written: {error.strerror or error}")
@@ -85,7 +103,7 @@ def complain(words: str) -> None:
     try:
         print(words, file=sys.stderr, flush=True)
     except OSError:
-        drop()
+        _sink(sys.stderr)
 
 
 def heed(handlers: Iterable[logging.Handler]) -> None:
@@ -101,7 +119,7 @@ def _of_a_terminal(record: logging.LogRecord) -> None:
     if not isinstance(error, OSError):
         _trace(record)
     elif _Outlets.goes_on:
-        drop()
+        drop(error)
     else:
         raise error
 

@@ -81,7 +81,7 @@ def run_job(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
         from cleave.scripts.assembly.starting.terminal import unwrapped
 
         if isinstance(error, OSError):  # who reads none of what this job prints reads none of the next one's
-            outlets.leave_if_failed()
+            outlets.leave_if_failed(after=error)
         mistake = unwrapped(error)
         failure = FailedJob(f"{type(mistake).__name__}: {mistake}")
         file = Path(HydraConfig.get().runtime.output_dir, TRACE)

@@ -7,6 +7,7 @@ misspelt key do without them.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import signal
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 CONF = str(CONFIGS)
 FULL_ERRORS = os.environ.get("HYDRA_FULL_ERROR") == "1"
 UNFINISHED = "It did not finish; what it reads is as it was, and the same command starts it again."
+GOING_ON = ("serve",)
+"""Commands that go on where nobody reads what they print."""
 OF_AN_EXTRA = re.compile(r"\bthe extra `[a-z]+`")
 USER_ERRORS = (ValueError, TypeError, OSError, HydraException, OmegaConfBaseException)
 
@@ -51,6 +54,9 @@ def run(name: str) -> NoReturn:
 
     def main(cfg: DictConfig) -> Any:
         return importlib.import_module(f"cleave.scripts.{name}").main(cfg)
+
+    if name in GOING_ON:
+        outlets.go_on()
 
     def composed() -> None:
         refuse_null_choices(name, sys.argv[1:])
@@ -68,6 +74,7 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """
 
     def checked(cfg: DictConfig) -> Any:
+        outlets.heed(logging.getLogger().handlers)  # some libraries log while they are imported
         apply_extras(cfg)
         paths.settle(cfg)
         keys.check_added(cfg, CONF)
@@ -95,7 +102,7 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             if FULL_ERRORS or not is_users_mistake(error) or stopped_by(error):
                 raise
             if isinstance(error, OSError):
-                outlets.leave_if_failed()
+                outlets.leave_if_failed(after=error)
             fail(error)
 
     return run
@@ -154,7 +161,7 @@ def _started(main: Callable[[], None]) -> None:
         main()
     except BaseException as error:
         if isinstance(error, OSError):
-            outlets.leave_if_failed()
+            outlets.leave_if_failed(after=error)
         told()
         if (stopped := stopped_by(error)) is not None:
             end(stopped)
