@@ -17,6 +17,7 @@ from cleave.deployment import (
     Pipeline,
     Repository,
     Retries,
+    Server,
     ServingError,
     build_policy,
     code_codec,
@@ -285,8 +286,6 @@ def test_a_server_that_comes_back_is_found(folder):
         device = Device(bundle, f"127.0.0.1:{server.port}", retries=Retries(timeout=30.0, attempts=200))
         assert torch.equal(device.run(images(2)).result.logits, expected)
         port = server.port
-    from cleave.deployment import Server
-
     found = []
     thread = threading.Thread(target=lambda: found.append(device.run(images(2))))
     thread.start()
@@ -307,6 +306,106 @@ def test_a_request_that_takes_too_long_is_given_up(folder, server):
     finally:
         gate.open.set()
         del server.repository.get("fixed.tail").run
+
+
+# --- servers that change ----------------------------------------------------------------------------------------------
+
+
+def test_who_has_an_older_version_goes_on_with_it_when_a_newer_one_comes(folder, tmp_path):
+    for version, kind in ((1, "fixed"), (2, "float"), (3, "sparse")):
+        shutil.copytree(folder / kind, tmp_path / "all/net" / str(version))
+    for version in (1, 2):
+        shutil.copytree(tmp_path / "all/net" / str(version), tmp_path / "net" / str(version))
+    expected = [Pipeline(load_bundle(tmp_path / "net" / str(each))).run(images(3)) for each in (1, 2)]
+    with serving(tmp_path / "net", repository=Repository(folder=tmp_path)) as (server, caller):
+        # Called for the folder around their version, as the server calls it.
+        devices = [device_of(tmp_path / "net", str(each), server) for each in (1, 2)]
+        for device, wanted in zip(devices, expected, strict=True):
+            same(device.run(images(3)), wanted)
+        shutil.copytree(tmp_path / "all/net/3", tmp_path / "net/3")
+        caller("RepositoryModelLoad", model_name="net")
+        for device, wanted in zip(devices, expected, strict=True):
+            same(device.run(images(3)), wanted)
+        shutil.rmtree(tmp_path / "net/2")
+        caller("RepositoryModelLoad", model_name="net")
+        same(devices[0].run(images(3)), expected[0])
+        with pytest.raises(BundleError, match="this side has .*, as none of its versions 3, 1 has"):
+            devices[1].run(images(3))
+        for device in devices:
+            device.close()
+
+
+def test_a_server_that_is_back_with_smaller_batches_is_asked_in_parts(folder):
+    repositories = [Repository(samples=each) for each in (8, 2)]
+    for repository in repositories:
+        repository.add(folder / "fixed")
+    expected = Pipeline(load_bundle(folder / "fixed")).run(images(5))
+    with Server(repositories[0], port=0) as first, device_of(folder, "fixed", first) as device:
+        same(device.run(images(5)), expected)
+        first.close()
+        with Server(repositories[1], port=first.port):
+            answered = device.run(images(5))
+            assert answered.result.payloads == expected.payloads
+            # A batch of another size differs in the last bits.
+            torch.testing.assert_close(answered.result.logits, expected.logits)
+            assert device.remotes["server"].connect() == 2
+
+
+def test_a_device_that_is_closed_says_so(folder, server):
+    local = load_bundle(folder / "whole")
+    device = device_of(folder, "fixed", server, fallback="local", local=local)
+    device.connect()
+    device.close()
+    device.close()
+    stream = device.stream([images(1)])
+    for ask in (lambda: device.run(images(1)), device.connect, lambda: next(stream)):
+        with pytest.raises(ValueError, match=f"the connection to .*{server.port} is closed; make a new device"):
+            ask()
+
+
+def test_who_leaves_a_stream_waits_for_nobody_and_closing_ends_what_is_on_its_way(folder, server):
+    gate = Gate(server.repository.get("float.tail"))
+    try:
+        device = device_of(folder, "float", server, in_flight=4, retries=Retries(timeout=3600.0))
+
+        def batches():
+            yield from (images(1, seed=n) for n in range(2))
+            raise OSError("the camera is gone")
+
+        with pytest.raises(OSError, match="the camera is gone"):
+            list(device.stream(batches()))
+        until(gate.reached.is_set)
+        device.close()
+        until(lambda: not [each for each in threading.enumerate() if each.name.startswith("device")])
+        assert not gate.open.is_set()  # nobody has answered
+    finally:
+        gate.open.set()
+        del server.repository.get("float.tail").run
+
+
+def test_what_was_never_sent_counts_no_bytes(folder, nowhere):
+    bundle = load_bundle(folder / "confidence")
+    batch = exit_images(8, seed=4)
+    assert any(Pipeline(bundle).run(batch).payload_bytes)
+    with Device(bundle, nowhere, retries=QUICK, fallback="exit") as device:
+        answered = device.run(batch)
+        assert [line["bytes"] for line in answered.lines(bundle)] == [0] * 8
+
+
+def test_arguments_of_another_kind_are_named(folder):
+    bundle = load_bundle(folder / "fixed")
+    for settings, words in (
+        ({"bundle": str(folder / "fixed")}, "bundle cannot be .*a str; load_bundle"),
+        ({"trust": "cert.pem"}, "trust cannot be 'cert.pem', a str; Trust"),
+        ({"retries": 3}, "retries cannot be 3, an? int; Retries"),
+        ({"local": "DIR", "fallback": "local"}, "local cannot be 'DIR', a str; load_bundle"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            Device(**{"bundle": bundle, "server": "127.0.0.1:1", **settings})
+    with pytest.raises(TypeError, match="repository cannot be 'DIR', a str; make a Repository"):
+        Server("DIR")
+    with pytest.raises(TypeError, match="onward cannot be 'x', a str; Onward"):
+        Server(Repository(), port=0, onward="x")
 
 
 # --- retries, the breaker and the link --------------------------------------------------------------------------------
@@ -365,8 +464,8 @@ def test_the_breaker_lets_one_through_after_its_pause():
         breaker.note(code)
     breaker.check()
     breaker.note("UNAVAILABLE")
-    with pytest.raises(ServingError, match="away 3 times in a row; it is asked again in 5.0 seconds"):
-        breaker.check()
+    with pytest.raises(ServingError, match="edge:1 was away 3 times in a row; it is asked again in 5.0 seconds"):
+        breaker.check("edge:1")
     clock.now = 5.5
     breaker.check()  # this one tries
     with pytest.raises(ServingError):

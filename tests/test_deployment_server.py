@@ -470,6 +470,31 @@ def test_versions_are_folders_and_the_newest_answers(folder, tmp_path):
     assert digests[1] == digests[2] == load_bundle(folder / "sample").manifest.digest
 
 
+def test_two_bundles_of_one_name_and_version_are_refused_and_others_are_versions(folder, tmp_path):
+    for place, kind in (("a/net", "fixed"), ("b/net", "sample"), ("c/net/2", "sample"), ("d/net/1", "sample")):
+        shutil.copytree(folder / kind, tmp_path / place)
+    repository = Repository()
+    repository.add(tmp_path / "a/net")
+    for other in ("b/net", "a/net", "d/net", "d/net/1"):
+        with pytest.raises(BundleError, match=r"and .*a/net are both version 1 of net; give one of them another"):
+            repository.add(tmp_path / other)
+    repository.add(tmp_path / "c/net")
+    assert repository.versions("net.tail") == [1, 2]
+    with pytest.raises(BundleError, match=r"c/net holds versions 2; name one of them: .*c/net/2"):
+        load_bundle(tmp_path / "c/net")
+
+
+def test_what_is_not_loaded_is_listed_in_all_its_versions(folder, tmp_path):
+    for version in (1, 3):
+        shutil.copytree(folder / "fixed", tmp_path / "net" / str(version))
+    with serving(repository=Repository(folder=tmp_path)) as (_, caller):
+        listed = [(each.name, each.version, each.state) for each in caller("RepositoryIndex").models]
+        assert listed == [("net", "1", "UNAVAILABLE"), ("net", "3", "UNAVAILABLE")]
+        caller("RepositoryModelLoad", model_name="net")
+        listed = [(each.name, each.version, each.state) for each in caller("RepositoryIndex").models]
+        assert listed == [("net.tail", "1", "READY"), ("net.tail", "3", "READY")]
+
+
 def test_what_cannot_be_served_is_named(folder, tmp_path):
     with pytest.raises(BundleError, match="no bundle: neither it nor a folder 1, 2"):
         Repository().add(tmp_path)

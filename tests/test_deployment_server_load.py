@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import socket
 import threading
 import time
 import urllib.error
@@ -330,6 +331,16 @@ def test_metrics_are_read_on_a_port_of_their_own(bundle):
             urllib.request.urlopen(f"{address}/other")
         with pytest.raises(OSError, match=f"{server.metrics_port}: the port is in use; choose another metrics_port"):
             Server(server.repository, port=0, metrics_port=server.metrics_port)
+
+
+def test_metrics_are_for_this_machine_unless_told_otherwise(bundle):
+    with serving(bundle.directory, metrics_port=0, host="0.0.0.0", trust=Trust(insecure=True)) as (server, _):
+        assert server._metrics_server._server.server_address[0] == "127.0.0.1"
+    if not socket.has_ipv6:
+        pytest.skip("there is no IPv6 here")
+    with serving(bundle.directory, metrics_port=0, metrics_host="::1") as (server, _):
+        answer = urllib.request.urlopen(f"http://[::1]:{server.metrics_port}/metrics")
+        assert b"cleave_queue_requests 0" in answer.read()
 
 
 def test_a_port_in_use_and_settings_out_of_range_are_named(bundle):

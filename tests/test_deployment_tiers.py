@@ -15,6 +15,7 @@ from cleave.deployment import (
     Pipeline,
     Repository,
     Retries,
+    Server,
     ServingError,
     build_policy,
     load_bundle,
@@ -133,6 +134,26 @@ def test_a_request_has_one_deadline_for_all_places(tmp_path):
         gate.open.set()
 
 
-def test_addresses_that_are_none_are_named():
-    with pytest.raises(ValueError, match="onward to cloud: here must be HOST:PORT"):
-        Onward({"cloud": "here"})
+NO_ADDRESSES = ["here", "", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:x", ":8001", "::1:8001"]
+NO_ADDRESSES += ["[::1]", "http://127.0.0.1:8001", " 127.0.0.1:1", "127.0.0.1 :1", "127.0.0.1:1/", "a:١", 8001]
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
+def test_addresses_that_are_none_are_named(address, tmp_path):
+    with pytest.raises(ValueError, match="servers.cloud=.* must be HOST:PORT"):
+        Onward({"cloud": address})
+    bundle = make_bundle(tmp_path / "net", "fixed")
+    with pytest.raises((ValueError, TypeError), match="server=.* must be HOST:PORT|server cannot be 8001, an int"):
+        Device(bundle, address)
+
+
+def test_a_placement_that_nothing_has_is_named_where_nothing_else_comes(tmp_path):
+    make_bundle(tmp_path / "net", "three")
+    onward = Onward({"serer": "127.0.0.1:1"})
+    words = r"servers.serer=127.0.0.1:1 is of no placement of what is served: .*Did you mean 'server'"
+    repository = Repository(placement="edge")
+    repository.add(tmp_path / "net")
+    with pytest.raises(ValueError, match=words):
+        Server(repository, port=0, onward=onward)
+    with serving(repository=Repository(placement="edge", folder=tmp_path), onward=onward):
+        pass  # what has it may come

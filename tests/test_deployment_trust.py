@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 
 import grpc
 import pytest
 
-from cleave.deployment import Device, Retries, Server, ServingError, Trust, load_bundle
+from cleave.deployment import Device, Onward, Retries, Server, ServingError, Trust, load_bundle
 from cleave.deployment.runtime.serving.repository import Repository
 from cleave.deployment.runtime.trust import allowed, is_loopback
 
@@ -150,6 +151,19 @@ def test_every_method_asks_for_the_token(keys, bundle):
         assert code_of(Caller(server.port, token=TOKEN[:-1])) == "UNAUTHENTICATED"
         assert code_of(Caller(server.port, token=TOKEN)) is True
         assert Caller(server.port, token=TOKEN).status(request_of("net.all", {"images": images(1)})) == ("OK", "")
+        assert server.metrics.counts() == {"UNAUTHENTICATED": 5, "OK": 1}
+
+
+def test_a_token_goes_to_other_machines_in_the_clear_only_where_that_is_wanted(keys, early):
+    bundle, secret = load_bundle(early), {"token": keys / "token"}
+    for host in ("192.0.2.1", "example.org", "[2001:db8::1]"):
+        with pytest.raises(ValueError, match=f"would go to {re.escape(host.strip('[]'))} in the clear"):
+            Device(bundle, f"{host}:8001", trust=Trust(**secret))
+        with pytest.raises(ValueError, match="in the clear.*give authorities=FILE"):
+            Onward({"server": f"{host}:8001"}, Trust(**secret))
+        for trusted in (Trust(**secret, insecure=True), Trust(**secret, authorities=keys / "ca.pem")):
+            Device(bundle, f"{host}:8001", trust=trusted).close()
+    Device(bundle, "127.0.0.1:8001", trust=Trust(**secret)).close()
 
 
 def test_only_one_right_header_is_let_in():
@@ -169,8 +183,10 @@ def test_only_one_right_header_is_let_in():
 def test_others_hear_nothing_without_tls_unless_that_is_wanted(keys, bundle):
     repository = Repository()
     repository.add(bundle)
-    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org", ""):
-        with pytest.raises(ValueError, match=f"{host or 'every'}.* can be reached from other machines.*insecure=true"):
+    with pytest.raises(ValueError, match="host must be a host's name or address"):
+        Server(repository, host="", port=0)
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        with pytest.raises(ValueError, match=f"{host}.* can be reached from other machines.*insecure=true"):
             Server(repository, host=host, port=0)
         Trust(insecure=True).check_host(host)
         trust(keys, "server").check_host(host)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..bundle.files import BundleError
 from ..bundle.loading import Bundle
-from ..checks import is_whole
+from ..bundle.versions import bundle_name
+from ..checks import expect, is_whole
 from ..codecs.packing import PayloadError
 from ..exits.policies import ConfidencePolicy
 from ..exits.policy import ExitPolicy
@@ -80,7 +81,7 @@ class Device:
     Args:
         bundle: A loaded bundle; ``load_bundle(directory, placement=…)`` loads this side alone.
         server: ``HOST:PORT`` of the server of the next placement; or addresses by placement.
-        name: The bundle's name on the servers; ``None``: that of its folder here.
+        name: The bundle's name on the servers; ``None``: that of its folder here, or of the folder around a version.
         bits: Width of all codes, 2 to 16; ``None`` keeps what the bundle says.
         trust: Certificates and token.
         retries: How long and how often a server is asked.
@@ -94,7 +95,9 @@ class Device:
         link: What is known of the way to the next placement.
 
     Raises:
-        ValueError: An argument is out of range, or the fallback has nothing to answer with.
+        TypeError: An argument is of another kind.
+        ValueError: An argument is out of range, the fallback has nothing to answer with, or a token would be sent in
+            the clear to another machine.
 
     Example:
         >>> device = Device(load_bundle("bundle", placement="device"), "server:8001")  # doctest: +SKIP
@@ -114,6 +117,11 @@ class Device:
         local: Bundle | None = None,
         in_flight: int = 4,
     ) -> None:
+        expect("bundle", bundle, Bundle, "load_bundle(directory) loads one")
+        expect("server", server, (str, Mapping), "give HOST:PORT, or an address for each placement")
+        expect("trust", trust, (Trust, type(None)), "Trust(authorities=FILE) makes one")
+        expect("retries", retries, (Retries, type(None)), "Retries(timeout=SECONDS) makes one")
+        expect("local", local, (Bundle, type(None)), "load_bundle(directory) loads one")
         if not is_whole(in_flight) or in_flight < 1:
             raise ValueError(f"in_flight must be a whole number of at least 1, got {in_flight!r}")
         self.bundle, self.in_flight = bundle, in_flight
@@ -122,7 +130,7 @@ class Device:
         self.crossings = named([*self.side.route.crossings, *self.side.states])
         self.fallback, self._instead = fallback, self._fallback(fallback, local, bits)
         addresses = self._addresses(server)
-        called = bundle.directory.absolute().name if name is None else name
+        called = bundle_name(bundle.directory) if name is None else name
         self.remotes: dict[str, Remote] = {}
         try:
             for place, address in addresses.items():
@@ -190,7 +198,7 @@ class Device:
         return lambda inputs: (pipeline.run(inputs).outputs, -1)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; what is on its way ends without an answer."""
         for remote in self.remotes.values():
             remote.close()
 
@@ -227,9 +235,12 @@ class Device:
 
         Raises:
             BundleError: ``inputs`` has another dtype or shape; or a server has another bundle.
+            ValueError: The device is closed.
             ServingError: A server gave no answer, and there is no fallback, or the request itself is refused.
             PayloadError: Some samples could not be sent or computed; the others' answers are its ``outcome``.
         """
+        for remote in self.remotes.values():
+            remote.check_open()
         message = self.side.message(inputs)
         if not isinstance(inputs, Tensor):
             raise BundleError(f"a device takes the network's input as a tensor, got {type(inputs).__name__}")
@@ -258,22 +269,22 @@ class Device:
         """Run batches such that one computes while others are sent and waited for; answers come in their order.
 
         No more than ``in_flight`` batches are held at once: the next is taken once the oldest has been answered.
+        Who leaves a stream does not wait for what is on its way; :meth:`close` ends that.
 
         Raises:
             Exception: As :meth:`run`, at the place of the batch that failed; what is behind it is dropped.
         """
         waiting: collections.deque[Future[Answered]] = collections.deque()
-        with ThreadPoolExecutor(self.in_flight, thread_name_prefix="device") as pool:
-            try:
-                for batch in batches:
-                    waiting.append(pool.submit(self.run, batch))
-                    if len(waiting) >= self.in_flight:
-                        yield waiting.popleft().result()
-                while waiting:
+        pool = ThreadPoolExecutor(self.in_flight, thread_name_prefix="device")
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(self.run, batch))
+                if len(waiting) >= self.in_flight:
                     yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Batch:
@@ -301,9 +312,9 @@ class _Batch:
         except ServingError as error:
             if error.code not in AWAY or self.device._instead is None:
                 raise
-            return self._instead(arrived)
+            return self._instead(place, arrived)
 
-    def _instead(self, arrived: Message) -> Outcome:
+    def _instead(self, place: str, arrived: Message) -> Outcome:
         start = time.monotonic()
         rows = torch.tensor(arrived.rows, dtype=torch.int64)
         answer = self.device._instead
@@ -313,6 +324,7 @@ class _Batch:
             outputs, exit = answer(self.inputs[rows])
         for row in arrived.rows:
             self.flags[row] = self.device.fallback
+        self.gathered.unsent(place, [row for row in arrived.rows if not self.sent.attempts[row]])
         self.instead += time.monotonic() - start
         exits = (exit,) * len(arrived.rows) if self.device.bundle.manifest.exits else ()
         return Outcome(rows=arrived.rows, outputs=outputs, exits=exits)

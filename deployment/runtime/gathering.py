@@ -112,6 +112,13 @@ class Gathered:
         if self.exits is not None and outcome.rows:
             self.exits[torch.tensor(outcome.rows)] = torch.tensor(outcome.exits)
 
+    def unsent(self, target: str, rows: Sequence[int]) -> None:
+        """Note that nothing of some samples has reached a placement."""
+        for (_, place), name in self.names.items():
+            if place == target and rows:
+                kept = set(rows)
+                self.payloads[name] = [b"" if row in kept else each for row, each in enumerate(self.payloads[name])]
+
     def result(self) -> Result:
         """Return everything, each sample in its place."""
         outputs = {}

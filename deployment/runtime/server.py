@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from ..checks import is_finite
+from ..checks import expect, is_finite
 from .serving.batching import Batcher, Job
 from .serving.handlers import Handlers
 from .serving.metrics import Metrics, MetricsServer
@@ -58,7 +58,8 @@ class Server:
         metrics: What it counts.
 
     Raises:
-        ValueError: An argument is out of range, or others could listen.
+        TypeError: An argument is of another kind.
+        ValueError: An argument is out of range, others could listen, or ``onward`` names a placement of no bundle.
         OSError: The port is in use.
 
     Example:
@@ -82,11 +83,16 @@ class Server:
         version: str = "",
         onward: Onward | None = None,
     ) -> None:
+        expect("repository", repository, Repository, "make a Repository, and add the bundles to it")
+        expect("trust", trust, (Trust, type(None)), "Trust(certificate=FILE, key=FILE) makes one")
+        expect("onward", onward, (Onward, type(None)), 'Onward({"cloud": "HOST:8001"}) makes one')
         trust = Trust() if trust is None else trust
         samples = repository.samples
         check_server(
             host, port, trust, wait, queue, workers, streams, samples, message_bytes, metrics_port, metrics_host
         )
+        if onward is not None and repository.folder is None:
+            onward.check(repository.served)
         secret = trust.secret()
         limit = _message_limit(message_bytes, repository)
         self.repository, self.metrics = repository, Metrics()

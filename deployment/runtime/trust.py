@@ -27,7 +27,7 @@ class Trust:
         authorities: Whose certificates the other end may have, a PEM file. A server with these asks every client for
             one (mutual TLS); a client with these, or with a certificate, speaks TLS.
         token: A file whose content clients send, and servers compare in constant time.
-        insecure: Whether to do without TLS where others can listen.
+        insecure: Whether to do without TLS where others can listen, or read a token.
 
     Raises:
         ValueError: A file is missing or unusable, or only one of certificate and key is given.
@@ -63,6 +63,14 @@ class Trust:
             raise ValueError(
                 f"{host or 'every address'} can be reached from other machines, but there is no certificate; give "
                 "certificate=FILE key=FILE, listen on 127.0.0.1, or set insecure=true where the network is trusted"
+            )
+
+    def check_target(self, host: str) -> None:
+        """Raise :class:`ValueError` where a client would send its token so that others can read it."""
+        if self.token is not None and not self.encrypts and not self.insecure and not is_loopback(host):
+            raise ValueError(
+                f"token={self.token} would go to {host} in the clear, where others can read it; give authorities=FILE, "
+                "so that the connection is encrypted, or set insecure=true where the network is trusted"
             )
 
     def server_credentials(self) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import torch
@@ -25,6 +26,10 @@ from ..wire.tensors import MOST_SAMPLES, declare_input, split
 from .retrying import Breaker, LinkEstimate, Retries
 
 _LONGEST_PAUSE_MS = 1000
+# Versions of a bundle among which this side's is looked for, the newest first.
+_MOST_VERSIONS = 32
+# What is said of requests that fitted what the server was when it was asked first.
+_OTHERWISE = frozenset({"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION"})
 
 
 @dataclasses.dataclass
@@ -38,6 +43,13 @@ class Sent:
 
     attempts: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: {"link": 0.0, "wait": 0.0, "server": 0.0})
+
+
+class _Known(NamedTuple):
+    """What a server says of a bundle: the version that is this side's, "" for the newest, and its largest batch."""
+
+    version: str
+    most: int
 
 
 class Remote:
@@ -72,18 +84,18 @@ class Remote:
         breaker: Breaker | None = None,
     ) -> None:
         manifest = side.bundle.manifest
-        host, colon, port = address.rpartition(":")
-        if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError(f"server={address} must be HOST:PORT, such as 127.0.0.1:8001")
+        trust = trust or Trust()
+        trust.check_target(checked_host("server", address))
         only_visit(manifest, placement)
         self.side, self.placement, self.address, self.bits = side, placement, address, bits
         self.model = f"{name}.{manifest.at(placement)[0].name}"
         self.signature = Signature(manifest, placement)
         self.retries, self.breaker = retries or Retries(), breaker or Breaker()
         self.link = LinkEstimate()
-        self._most: int | None = None
-        self._channel = _channel(address, trust or Trust(), self.signature)
-        secret = (trust or Trust()).secret()
+        self._known: _Known | None = None
+        self._closed = threading.Event()
+        self._channel = _channel(address, trust, self.signature)
+        secret = trust.secret()
         self._metadata = () if secret is None else (("authorization", f"Bearer {secret}"),)
         self._stubs = {
             "ModelInfer": self._stub("ModelInfer", None),  # what is sent is written already
@@ -94,8 +106,14 @@ class Remote:
         return self._channel.unary_unary(METHODS[method].path, write, METHODS[method].response.FromString)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; what is on its way ends without an answer."""
+        self._closed.set()
         self._channel.close()
+
+    def check_open(self) -> None:
+        """Raise :class:`ValueError` where the connection was closed."""
+        if self._closed.is_set():
+            raise ValueError(f"the connection to {self.address} is closed; make a new device, which opens its own")
 
     def connect(self) -> int:
         """Compare both sides' bundles, once; return the most samples that the server takes at once.
@@ -104,22 +122,39 @@ class Remote:
             ServingError: The server is not there, or does not serve it.
             BundleError: It serves another bundle, or another placement.
         """
-        if self._most is None:
-            found, _ = self._asked("ModelMetadata", message("ModelMetadataRequest")(name=self.model))
-            self._most = self._checked(found)
-        return self._most
+        return self._told().most
 
-    def _checked(self, found: Any) -> int:
-        own, properties = self.side.bundle.manifest.digest, dict(found.properties)
-        if (theirs := properties.get("digest")) != own:
-            raise BundleError(
-                f"{self.model} on {self.address} is of the bundle {theirs or 'of no digest'}, this side has {own}; "
-                "give both sides the same bundle"
-            )
-        if (place := properties.get("placement")) != self.placement:
+    def _told(self) -> _Known:
+        """Return what the server says of this bundle, which it is asked once."""
+        self.check_open()
+        if self._known is None:
+            self._known = self._checked()
+        return self._known
+
+    def _checked(self) -> _Known:
+        own, newest = self.side.bundle.manifest.digest, self._described("")
+        # Who has an older version goes on with it, while others have the new one.
+        older = [] if newest.properties["digest"] == own else list(newest.versions)[: -_MOST_VERSIONS - 1 : -1]
+        for version in ["", *older]:
+            found = self._described(version) if version else newest
+            if found.properties["digest"] == own:
+                return self._fitting(found, version)
+        others = f", as none of its versions {', '.join(older)} has" if len(older) > 1 else ""
+        raise BundleError(
+            f"{self.model} on {self.address} is of the bundle {newest.properties['digest'] or 'of no digest'}, this "
+            f"side has {own}{others}; give both sides the same bundle"
+        )
+
+    def _described(self, version: str) -> Any:
+        request = message("ModelMetadataRequest")(name=self.model, version=version)
+        return self._asked("ModelMetadata", request)[0]
+
+    def _fitting(self, found: Any, version: str) -> _Known:
+        """Return what is told of a version of this bundle; :class:`BundleError` where it is of another placement."""
+        if (place := found.properties["placement"]) != self.placement:
             raise BundleError(f"{self.address} serves the placement {place} of this bundle, not {self.placement}")
-        most = properties.get("max_batch_size", "1")
-        return max(1, min(int(most), MOST_SAMPLES)) if most.isdecimal() else 1
+        most = found.properties["max_batch_size"]
+        return _Known(version, max(1, min(int(most), MOST_SAMPLES)) if most.isdecimal() else 1)
 
     def run(self, arrived: Message, sent: Sent, seconds: float = math.inf) -> Outcome:
         """Send what goes to the placement, and return what it has made of it.
@@ -133,13 +168,27 @@ class Remote:
             ServingError: There is no answer.
             PayloadError: There is none of some samples.
         """
-        most, parts = self.connect(), []
+        known = self._known
+        try:
+            return self._in_parts(arrived, sent, seconds)
+        except ServingError as error:
+            if error.code not in _OTHERWISE or known is None:
+                raise
+            # It may have been started anew, with another version or for smaller batches, since it was asked for them.
+            self._known = None
+            if self._told() == known:
+                raise
+        return self._in_parts(arrived, sent, seconds)
+
+    def _in_parts(self, arrived: Message, sent: Sent, seconds: float) -> Outcome:
+        """Ask for as many samples at once as the server takes."""
+        known, parts = self._told(), []
         errors: dict[int, CodecError] = {}
-        for start in range(0, len(arrived.rows), most):
-            some = slice(start, start + most)
+        for start in range(0, len(arrived.rows), known.most):
+            some = slice(start, start + known.most)
             rows = arrived.rows[some]
             payloads = {tensor: payload[some] for tensor, payload in arrived.payloads.items()}
-            response = self._answered(Message(rows, payloads), sent, seconds)
+            response = self._answered(Message(rows, payloads), known.version, sent, seconds)
             outcome, failed = self._outcome(response, rows)
             parts.append(outcome)
             errors |= failed
@@ -148,8 +197,8 @@ class Remote:
             raise PayloadError(errors, outcome)
         return outcome
 
-    def _answered(self, arrived: Message, sent: Sent, seconds: float) -> Any:
-        request = self._request(arrived)
+    def _answered(self, arrived: Message, version: str, sent: Sent, seconds: float) -> Any:
+        request = self._request(arrived, version)
         start = time.monotonic()
         try:
             response, attempts = self._asked("ModelInfer", request, seconds)
@@ -166,8 +215,8 @@ class Remote:
             self.link.add(_bytes_of(arrived) + response.ByteSize(), link)
         return response
 
-    def _request(self, arrived: Message) -> bytes:
-        request = message("ModelInferRequest")(model_name=self.model)
+    def _request(self, arrived: Message, version: str = "") -> bytes:
+        request = message("ModelInferRequest")(model_name=self.model, model_version=version)
         own: dict[str, str | int | float | bool] = {"digest": self.side.bundle.manifest.digest}
         set_parameters(request.parameters, own | ({} if self.bits is None else {"bits": self.bits}))
         contents = []
@@ -185,19 +234,21 @@ class Remote:
 
     def _asked(self, method: str, request: Any, seconds: float = math.inf) -> tuple[Any, int]:
         def call(left: float) -> Any:
+            self.check_open()
             try:
                 response = self._stubs[method](request, timeout=left, metadata=self._metadata)
             except grpc.RpcError as error:
+                self.check_open()
                 code, words = explained(error.code().name, error.details() or "")
                 self.breaker.note(code)
                 raise ServingError(code, f"{self.address}: {words}") from error
             self.breaker.note("OK")
             return response
 
-        self.breaker.check()
+        self.breaker.check(self.address)
         if seconds <= 0:
             raise ServingError("DEADLINE_EXCEEDED", f"there was no time left to ask {self.address}")
-        return self.retries.run(call, within=seconds)
+        return self.retries.run(call, sleep=self._closed.wait, within=seconds)
 
     def _outcome(self, response: Any, rows: tuple[int, ...]) -> tuple[Outcome, dict[int, CodecError]]:
         """Return an answer as a side's outcome; :class:`ServingError` where it is none."""
@@ -264,6 +315,16 @@ def _joined(parts: Sequence[Outcome]) -> Outcome:
             payloads = {name: [*known.payloads.get(name, ()), *each] for name, each in onward.payloads.items()}
             whole.messages[target] = Message((*known.rows, *onward.rows), payloads)
     return whole
+
+
+def checked_host(name: str, address: Any) -> str:
+    """Return the host of an address; :class:`ValueError`, which names what it is given as, where it is none."""
+    host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    fits = bare and not any(each.isspace() or each in "/[]" for each in bare) and (bare != host or ":" not in host)
+    if not fits or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{name}={address} must be HOST:PORT, such as 127.0.0.1:8001 or [::1]:8001")
+    return bare
 
 
 def _channel(address: str, trust: Trust, signature: Signature) -> grpc.Channel:

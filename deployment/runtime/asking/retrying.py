@@ -51,7 +51,7 @@ class Retries:
         self,
         call: Callable[[float], Answered],
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] = time.sleep,
         within: float = math.inf,
     ) -> tuple[Answered, int]:
         """Call until it is answered, and return the answer and how many tries that took.
@@ -101,8 +101,8 @@ class Breaker:
         self._failed = 0
         self._until = -math.inf
 
-    def check(self) -> None:
-        """Raise :class:`ServingError` where no request is let through now."""
+    def check(self, address: str = "the server") -> None:
+        """Raise :class:`ServingError`, which names the address, where no request is let through now."""
         with self._lock:
             left = self._until - self._clock()
             if self._failed < self.failures:
@@ -110,7 +110,7 @@ class Breaker:
             if left > 0:
                 raise ServingError(
                     "UNAVAILABLE",
-                    f"the server was away {self._failed} times in a row; it is asked again in {left:.1f} seconds",
+                    f"{address} was away {self._failed} times in a row; it is asked again in {left:.1f} seconds",
                 )
             # The one that tries; the others wait for what it finds.
             self._until = self._clock() + self.pause

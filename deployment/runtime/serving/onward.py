@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...bundle.files import BundleError
 from ...codecs.packing import CodecError, PayloadError
-from ..asking.remote import Remote, Sent
+from ...naming import did_you_mean, listed
+from ..asking.remote import Remote, Sent, checked_host
 from ..asking.retrying import Breaker, Retries
 from ..side import Outcome
 from ..trust import Trust
@@ -31,19 +32,28 @@ class Onward:
         retries: How often and how long they are asked, at most as long as a request has left.
 
     Raises:
-        ValueError: An address is none.
+        ValueError: An address is none, or a token would go there in the clear.
     """
 
     def __init__(
         self, addresses: Mapping[str, str], trust: Trust | None = None, retries: Retries | None = None
     ) -> None:
         for place, address in addresses.items():
-            if not address.rpartition(":")[2].isdecimal():
-                raise ValueError(f"onward to {place}: {address} must be HOST:PORT, such as 127.0.0.1:8001")
+            host = checked_host(f"servers.{place}", address)
+            (trust or Trust()).check_target(host)
         self.addresses, self.trust, self.retries = dict(addresses), trust, retries or Retries()
         self._breakers = {place: Breaker() for place in addresses}
         self._remotes: dict[tuple[str, str, int | None], Remote] = {}
         self._lock = threading.Lock()
+
+    def check(self, served: Sequence[Served]) -> None:
+        """Raise :class:`ValueError` where a placement is on the route of none of the models."""
+        places = [place for model in served for place in model.bundle.manifest.route.placements]
+        for place, address in self.addresses.items():
+            if place not in places:
+                known = listed(sorted(set(places)))
+                near = did_you_mean(place, places)
+                raise ValueError(f"servers.{place}={address} is of no placement of what is served: {known}.{near}")
 
     def close(self) -> None:
         """Close the connections."""
