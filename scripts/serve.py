@@ -22,7 +22,7 @@ from cleave.deployment.runtime.serving.batching import checked_threads
 from cleave.deployment.runtime.serving.settings import check_server
 from cleave.lightning_modules import signals
 from cleave.reports.terminal import say
-from cleave.scripts.assembly.given.texts import changed_settings, check_texts, naming, spelled
+from cleave.scripts.assembly.given.texts import changed_settings, check_texts, in_group, naming, spelled
 from cleave.scripts.assembly.inferring.trusting import retries_of, trust_of
 from cleave.scripts.assembly.starting import outlets
 
@@ -31,7 +31,7 @@ METRICS_LISTEN = "127.0.0.1"
 
 
 # What the config calls the arguments of a server.
-NAMES = {"host": "listen", "metrics_host": "metrics_listen", "samples": "batch.samples"}
+NAMES = {"host": "listen", "metrics_host": "metrics_listen", "samples": "batch.samples", "servers": "onward.servers"}
 
 
 def serve(cfg: DictConfig, asked: Callable[[], bool] | None = None) -> bool:
@@ -143,7 +143,9 @@ def onward(cfg: DictConfig) -> Onward | None:
     for place, address in addresses.items():
         if not isinstance(address, str):
             raise ValueError(f"onward.servers.{place} must be HOST:PORT, got {spelled(address)}; '{EXAMPLE}'")
-    return Onward(addresses, trust_of(cfg, "onward"), retries_of(cfg, "onward"))
+    trust, retries = trust_of(cfg, "onward"), retries_of(cfg, "onward")
+    with naming(in_group(cfg, "onward")):
+        return Onward(addresses, trust, retries)
 
 
 def version() -> str:

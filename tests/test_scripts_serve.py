@@ -20,9 +20,11 @@ import torch
 
 from cleave.deployment import Pipeline, Repository, load_bundle
 from cleave.scripts.assembly.building import compose_config
+from cleave.scripts.assembly.given.texts import naming
 from cleave.scripts.assembly.given.value_types import check_values
+from cleave.scripts.assembly.inferring.asking import device_of
 from cleave.scripts.assembly.starting.terminal import CONF
-from cleave.scripts.serve import built, serve
+from cleave.scripts.serve import built, onward, serve
 
 from .deployment_networks import images, make_bundle
 from .serving_client import Caller, ask_on, outputs_of, request_of, serving, until
@@ -191,7 +193,7 @@ def test_what_cannot_be_served_is_one_sentence(folder, server, tmp_path):
         ([f"bundle={folder}/net", "threads=1000"], "workers=1 of threads=1000 each would share"),
         ([f"bundle={folder}/net", "repository=nowhere"], "repository=nowhere is no folder"),
         ([f"bundle={folder}/net", "onward.token=x"], r"onward\.token=x would be ignored: onward\.servers names none"),
-        ([f"bundle={folder}/net", "onward.servers={cloud: here}"], "onward to cloud: here must be HOST:PORT"),
+        ([f"bundle={folder}/net", "onward.servers={cloud: 'a:1'}"], r"onward\.servers\.cloud=a:1 is of no placement"),
     ):
         with pytest.raises((ValueError, OSError), match=words):
             built(compose_config("serve", ["port=0", *given], tmp_path))
@@ -236,7 +238,7 @@ def test_every_setting_is_checked_before_a_bundle_is_loaded(server, tmp_path, mo
         ("onward.servers=[a]", r"onward\.servers must name placements, .*, got \['a'\]"),
         ("onward.servers=5", r"onward\.servers must name placements, .*, got 5"),
         ("onward.servers={cloud: null}", r"onward\.servers\.cloud must be HOST:PORT, got null"),
-        ("onward.servers={cloud: here}", "onward to cloud: here must be HOST:PORT"),
+        ("onward.servers={cloud: here}", r"onward\.servers\.cloud=here must be HOST:PORT"),
         ("onward.servers={cloud: 'a:1'} onward.timeout=0", r"onward\.timeout must be"),
         ("onward.servers={cloud: 'a:1'} onward.attempts=0", r"onward\.attempts must be"),
         ("onward.servers={cloud: 'a:1'} onward.key=x", r"onward\.key=x is given without a certificate"),
@@ -279,3 +281,32 @@ def test_durations_may_be_fractions_and_null_is_no_number(tmp_path, name):
 
 def given_to(name: str) -> list[str]:
     return ["input=x"] if name == "infer" else []
+
+
+@pytest.mark.parametrize("name", ["serve", "infer"])
+def test_a_token_goes_to_others_in_the_clear_only_where_that_is_said(folder, tmp_path, name):
+    (tmp_path / "token").write_text("0123456789abcdef")
+    group = {"serve": "onward", "infer": "remote"}[name]
+    given = [f"bundle={folder}/net", f"{group}.token={tmp_path}/token", *given_to(name)]
+    given += ["onward.servers={server: 'example.org:1'}"] if name == "serve" else ["server=example.org:1"]
+    make = onward if name == "serve" else device_of
+    words = rf"^{group}\.token=\S+ would go to example\.org .* {group}\.authorities=FILE.* {group}\.insecure=true"
+    with pytest.raises(ValueError, match=words):
+        make(compose_config(name, given, tmp_path))
+    with contextlib.closing(make(compose_config(name, [*given, f"{group}.insecure=true"], tmp_path))):
+        pass
+
+
+def test_errors_name_the_settings_and_leave_all_else():
+    for said, words in (
+        ("timeout must be", "remote.timeout must be"),
+        ("key=x is given without a certificate", "remote.key=x is given without a certificate"),
+        ("token=/a/key=b is short; set key=FILE", "remote.token=/a/key=b is short; set remote.key=FILE"),
+        ("a/key=1 timeout is no folder", "a/key=1 timeout is no folder"),
+        ("keys are wrong", "keys are wrong"),
+    ):
+        names = {key: f"remote.{key}" for key in ("timeout", "key", "token")}
+        with pytest.raises(ValueError, match=f"^{words}$"), naming(names):
+            raise ValueError(said)
+    with pytest.raises(ValueError, match="^timeout$"), naming({}):
+        raise ValueError("timeout")

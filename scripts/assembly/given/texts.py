@@ -54,10 +54,10 @@ def changed_settings(cfg: DictConfig, group: str, but: str = "") -> list[str]:
 
 @contextmanager
 def naming(names: Mapping[str, str]) -> Iterator[None]:
-    """Put a setting's key in place of the argument that an error begins with: `remote.timeout must be …`.
+    """Put the keys of settings in place of the arguments that an error names: `remote.timeout must be …`.
 
-    What is built from settings knows its arguments, and not what a config calls them. What an error within says of
-    anything else stays as it is.
+    What is built from settings knows its arguments, and not what a config calls them. An error begins with the argument
+    that is wrong, and says `ARGUMENT=VALUE` of others. What it says of anything else stays as it is.
 
     Args:
         names: Keys by argument.
@@ -65,10 +65,12 @@ def naming(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        first = re.match(r"\w+", str(error))
-        if first is None or first[0] not in names:
+        known = "|".join(map(re.escape, names))
+        pattern = rf"^({known})\b|(?<!\S)({known})(?==)"
+        words = re.sub(pattern, lambda found: names[found[0]], str(error)) if names else str(error)
+        if words == str(error):
             raise
-        raise ValueError(f"{names[first[0]]}{str(error)[first.end() :]}") from error
+        raise ValueError(words) from error
 
 
 def in_group(cfg: DictConfig, group: str) -> dict[str, str]:
