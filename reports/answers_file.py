@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cleave.reports.csv_file import csv_writer
+from cleave.reports.written import naming_output, try_file
 
 ENDINGS = (".csv", ".jsonl")
 
@@ -29,8 +29,8 @@ def check_file(file: str | None) -> Path | None:
         raise ValueError(f"output={file} must be a file that ends in .csv or .jsonl (a JSON object a line)")
     if path.exists() and not path.is_file():
         return path  # a pipe, which only waits for its reader
-    with _named(path):
-        _try(path)
+    with naming_output(path):
+        try_file(path)
     return path
 
 
@@ -58,7 +58,7 @@ class AnswersFile:
         if self.file is None:
             return
         name = row["image"].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        with _named(self.file):
+        with naming_output(self.file):
             self._append(self._text({**row, "image": name}).encode("utf-8", "backslashreplace"))
         self.lines += 1
 
@@ -104,33 +104,3 @@ class AnswersFile:
                 with contextlib.suppress(OSError):
                     self._stream.truncate(whole)
             raise
-
-
-@contextlib.contextmanager
-def _named(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        # Of several folders that are made, the error names the one that could not be.
-        at = "" if error.filename in (None, str(file)) else f" ({error.filename})"
-        raise type(error)(
-            f"output={file} cannot be written: {error.strerror or error}{at}; name a file elsewhere"
-        ) from error
-
-
-def _try(path: Path) -> None:
-    """Open a file for writing without a change to what it holds, and leave nothing that was not there before."""
-    missing = [each for each in path.parents if not os.path.lexists(each)]
-    new = False
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not os.path.lexists(path)
-        with path.open("xb" if new else "ab"):
-            pass
-    finally:
-        if new:
-            with contextlib.suppress(OSError):
-                path.unlink()
-        for folder in missing:
-            with contextlib.suppress(OSError):
-                folder.rmdir()

@@ -26,7 +26,7 @@ class _Terminal(Console):
 
 
 # A pipe has no width of its own, and rich's guess of 80 columns would cut figures off.
-console = _Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+console = _Terminal(width=None if (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ else 120)
 
 
 def table(title: str, rows: Iterable[tuple[Any, ...]], header: tuple[str, ...] = ()) -> None:

@@ -90,6 +90,24 @@ def test_a_mistake_has_its_status_where_nobody_reads_of_it(tmp_path):
     assert process.returncode == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+def test_outlets_that_a_shell_has_closed_stand_in_no_command_s_way(tmp_path):
+    env = {**os.environ, "PYTHONPATH": python_path()}
+    body = "    from cleave.reports.terminal import say; say('word'); print('word'); print('word', file=sys.stderr)"
+    (tmp_path / "run.py").write_text(CODE.format(body=body))
+    line = f"{shlex.quote(sys.executable)} run.py >&- 2>&-"
+    assert subprocess.run(line, shell=True, cwd=tmp_path, env=env, timeout=100).returncode == 0
+
+
+@pytest.mark.parametrize("given", [None, "INFO"])
+def test_what_grpc_prints_is_left_out_unless_asked_for(given, tmp_path):
+    env = {key: value for key, value in os.environ.items() if key != "GRPC_VERBOSITY"}
+    env |= {"PYTHONPATH": python_path(), **({} if given is None else {"GRPC_VERBOSITY": given})}
+    command = [sys.executable, "-c", CODE.format(body="    print(os.environ['GRPC_VERBOSITY'])")]
+    process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    assert process.stdout == f"{given or 'NONE'}\n"
+
+
 # --- packages that are missing ----------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 CLOSED = 141
@@ -26,6 +27,14 @@ class _Outlets:
 def go_on() -> None:
     """Go on from here where nobody reads what is printed: a server has others than its terminal to answer."""
     _Outlets.goes_on = True
+
+
+def fill() -> None:
+    """Put something in the place of outlets that the shell has closed (`>&-`), which no file may take for its own."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - open until the end
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 
 @contextmanager

@@ -142,6 +142,7 @@ def start(main: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a trace
     # What gRPC's C++ prints of handshakes and ports stands before the sentence that says it.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    outlets.fill()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _end_at_once)
     extend_hydra()
