@@ -111,7 +111,8 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     if _Waiting.deferred is None:
         raise Stopped(signum, speaks=speaks())
     if first:
-        _Waiting.deferred(signum)
+        with suppress(OSError):  # where nobody reads what is said, all the same ends in order
+            _Waiting.deferred(signum)
 
 
 def _end(signum: int) -> None:

@@ -1,18 +1,15 @@
-"""What a bundle answered, image by image: a table, how much of it is right, and a file."""
+"""What a bundle answered, image by image: a table, and how much of it is right."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from cleave.reports.csv_file import write_csv
 from cleave.reports.terminal import console, say, table
 
-SHOWN = 32  # where nobody knows how much fits, as in a pipe
-ENDINGS = (".csv", ".jsonl")
+SHOWN = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,63 +39,86 @@ class Answer:
         """Whether the answer is right, where that is known."""
         return None if self.label is None else self.prediction == self.label
 
+    def row(self) -> dict[str, Any]:
+        """Return it as plain values, as a file of answers holds it."""
+        return {**dataclasses.asdict(self), "correct": self.correct}
 
-def check_file(file: str | None) -> Path | None:
-    """Return where answers are to be written.
 
-    Raises:
-        ValueError: The name has another ending than those of the formats known, or names a folder.
+class Tally:
+    """What answers come to, added up as they come, and the first of them: as many as a table shows, however many come.
+
+    Attributes:
+        count: How many there are.
+        first: The first ones.
+        labelled: How many images have a known class.
+        right: How many of these were answered rightly.
+        payload_bytes: What was sent in all; ``least`` and ``most`` are of one image.
+        exits: How many images left at each exit, by its name.
     """
-    if file is None:
-        return None
-    path = Path(str(file))
-    if path.suffix.lower() not in ENDINGS or path.is_dir():
-        raise ValueError(f"output={file} must be a file that ends in .csv or .jsonl (a JSON object a line)")
-    return path
+
+    def __init__(self) -> None:
+        # A terminal shows as much as fits; where nobody knows how much that is, as in a pipe, there is a fixed number.
+        self.shown = max(12, console.height - 16) if console.is_terminal else SHOWN
+        self.first: list[Answer] = []
+        self.count = self.labelled = self.right = 0
+        self.payload_bytes = self.least = self.most = 0
+        self.exits: collections.Counter[str] = collections.Counter()
+        # Of images that are files: how many, how many of them are smaller than what was sent, and the bytes of both.
+        self.files = self.smaller_files = self.file_bytes = self.sent_for_files = 0
+
+    def add(self, answer: Answer) -> None:
+        """Count an answer."""
+        sent = answer.payload_bytes
+        self.least = sent if not self.count else min(self.least, sent)
+        self.most = max(self.most, sent)
+        self.count += 1
+        self.payload_bytes += sent
+        if len(self.first) < self.shown:
+            self.first.append(answer)
+        if answer.correct is not None:
+            self.labelled += 1
+            self.right += answer.correct
+        if answer.exit is not None:
+            self.exits[answer.exit] += 1
+        if answer.file_bytes is not None:
+            self.files += 1
+            self.smaller_files += sent > answer.file_bytes
+            self.file_bytes += answer.file_bytes
+            self.sent_for_files += sent
+
+    @property
+    def mean_bytes(self) -> float:
+        """Mean of what was sent for an image."""
+        return self.payload_bytes / self.count
 
 
-def write_answers(file: Path, answers: Sequence[Answer]) -> None:
-    """Write every answer, as CSV or as JSON lines by the ending of the file's name."""
-    rows: list[dict[str, Any]] = [{**dataclasses.asdict(answer), "correct": answer.correct} for answer in answers]
-    for row in rows:  # a name that is not UTF-8 is written with its bytes escaped
-        row["image"] = row["image"].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix.lower() == ".csv":
-        write_csv(file, rows)
-    else:
-        file.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
-
-
-def print_answers(title: str, answers: Sequence[Answer]) -> None:
-    """Print the answers, as many and as wide as fit, and how many of them are right."""
-    labels, exits = (any(getattr(each, key) is not None for each in answers) for key in ("label", "exit"))
-    columns: list[tuple[str, list[str]]] = [("prediction", [each.prediction for each in answers])]
-    columns += [("label", [each.label or "" for each in answers])] if labels else []
-    columns += [("confidence", [f"{each.confidence:.3f}" for each in answers])]
-    columns += [("payload bytes", [f"{each.payload_bytes:,}" for each in answers])]
-    columns += [("exit", [each.exit or "" for each in answers])] if exits else []
-    shown = max(12, console.height - 16) if console.is_terminal else SHOWN
-    taken = sum(max(map(len, [name, *cells[:shown]])) + 3 for name, cells in columns) + 4
+def print_answers(title: str, tally: Tally) -> None:
+    """Print the first answers, as wide as fits, and how many of all are right."""
+    first = tally.first
+    columns: list[tuple[str, list[str]]] = [("prediction", [each.prediction for each in first])]
+    columns += [("label", [each.label or "" for each in first])] if tally.labelled else []
+    columns += [("confidence", [f"{each.confidence:.3f}" for each in first])]
+    columns += [("payload bytes", [f"{each.payload_bytes:,}" for each in first])]
+    columns += [("exit", [each.exit or "" for each in first])] if tally.exits else []
+    taken = sum(max(map(len, [name, *cells])) + 3 for name, cells in columns) + 4
     room = max(12, console.width - taken)
-    names = [each.image if len(each.image) <= room else f"…{each.image[1 - room :]}" for each in answers]
+    names = [each.image if len(each.image) <= room else f"…{each.image[1 - room :]}" for each in first]
     rows = list(zip(names, *(cells for _, cells in columns), strict=True))
-    table(title, rows[:shown], ("image", *(name for name, _ in columns)))
-    if len(rows) > shown:
-        say(f"… and {len(rows) - shown:,} more; output=FILE.csv or output=FILE.jsonl writes all of them")
-    known = [each.correct for each in answers if each.correct is not None]
-    if known:
-        say(f"Accuracy: {sum(known) / len(known):.2%}, {sum(known):,} of {len(known):,} images with a label")
+    table(title, rows, ("image", *(name for name, _ in columns)))
+    if tally.count > len(rows):
+        say(f"… and {tally.count - len(rows):,} more; output=FILE.csv or output=FILE.jsonl writes all of them")
+    if tally.labelled:
+        share = tally.right / tally.labelled
+        say(f"Accuracy: {share:.2%}, {tally.right:,} of {tally.labelled:,} images with a label")
 
 
-def print_larger_than_files(answers: Sequence[Answer]) -> None:
+def print_larger_than_files(tally: Tally) -> None:
     """Point out payloads that are larger than the image's own file, which could be sent instead."""
-    sizes = [(each.payload_bytes, each.file_bytes) for each in answers if each.file_bytes is not None]
-    larger = [pair for pair in sizes if pair[0] > pair[1]]
-    if larger:
-        payload, file = (sum(each) / len(sizes) for each in zip(*sizes, strict=True))
+    if tally.smaller_files:
+        payload, file = tally.sent_for_files / tally.files, tally.file_bytes / tally.files
         say(
-            f"The payload is larger than the image's own file for {len(larger):,} of {len(sizes):,} images (on average "
-            f"{payload:,.1f} bytes against {file:,.1f}): sending the file would take less. {SMALLER}"
+            f"The payload is larger than the image's own file for {tally.smaller_files:,} of {tally.files:,} images "
+            f"(on average {payload:,.1f} bytes against {file:,.1f}): sending the file would take less. {SMALLER}"
         )
 
 

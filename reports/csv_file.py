@@ -7,7 +7,7 @@ import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cleave.reports.rates.results import COUNTS, TEXTS, Point, content, place
 
@@ -17,9 +17,14 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(Point))
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows under the keys of the first; null is an empty cell, and numbers are written in full."""
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer = csv_writer(stream, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def csv_writer(stream: TextIO, first: Mapping[str, Any]) -> csv.DictWriter[str]:
+    """Return what writes rows under the keys of the first one."""
+    return csv.DictWriter(stream, list(first), lineterminator="\n")
 
 
 def read_csv(file: Path) -> list[tuple[str, dict[str, Any]]]:

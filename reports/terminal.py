@@ -16,8 +16,17 @@ from rich.text import Text
 
 from cleave.architectures import Cost
 
+
+class _Terminal(Console):
+    """A console that leaves to the command what becomes of it where nobody reads its output any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error, where rich would end the process."""
+        raise
+
+
 # A pipe has no width of its own, and rich's guess of 80 columns would cut figures off.
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+console = _Terminal(width=None if (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ else 120)
 
 
 def table(title: str, rows: Iterable[tuple[Any, ...]], header: tuple[str, ...] = ()) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +30,34 @@ def write_files(
         (output / name).write_bytes(content)
     write_csv(output / table, rows)
     return {name: output / name for name in [*contents, table]}
+
+
+@contextlib.contextmanager
+def naming_output(file: Path) -> Iterator[None]:
+    """Let an error of writing, such as a full disk, name the setting ``output``, which says where."""
+    try:
+        yield
+    except OSError as error:
+        # Of several folders that are made, the error names the one that could not be.
+        at = "" if error.filename in (None, str(file)) else f" ({error.filename})"
+        raise type(error)(
+            f"output={file} cannot be written: {error.strerror or error}{at}; name another place"
+        ) from error
+
+
+def try_file(path: Path) -> None:
+    """Open a file for writing without a change to what it holds, and leave nothing that was not there before."""
+    missing = [each for each in path.parents if not os.path.lexists(each)]
+    new = False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not os.path.lexists(path)
+        with path.open("xb" if new else "ab"):
+            pass
+    finally:
+        if new:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()

@@ -23,6 +23,7 @@ from cleave.reports.rates.plots import rate_plot, tradeoff_plot
 from cleave.reports.rates.results import Point
 from cleave.reports.rates.tables import print_tables
 from cleave.reports.terminal import say
+from cleave.reports.written import naming_output, try_file
 from cleave.scripts.assembly.building import instantiate_each, plain
 
 
@@ -47,10 +48,17 @@ def compare(cfg: DictConfig) -> dict[str, Path]:
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output folder that could not be made; :class:`NotADirectoryError` names the file in its way."""
+    """Refuse an output folder that could not be made or written, before anything is done for it.
+
+    Raises:
+        NotADirectoryError: A file is in its way.
+        OSError: Nothing can be written there.
+    """
     there = next(path for path in (output, *output.parents) if path.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"output={output} must be a folder, but {there} is a file; give another output=DIR")
+    with naming_output(output):
+        try_file(output / ".tried")
 
 
 def of_backbone(points: Sequence[Point], name: str | None) -> list[Point]:

@@ -8,103 +8,128 @@ if __name__ == "__main__":  # the config comes first: --help and a misspelt key 
     run("infer")
 
 import collections
-import itertools
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
-from cleave.datamodules import Digits
-from cleave.datamodules.sets.image_folder import EXTENSIONS
-from cleave.deployment import (
-    Bundle,
-    Codec,
-    ImageInput,
-    Pipeline,
-    Result,
-    exit_shares,
-    load_bundle,
-    read_policy,
-)
-from cleave.deployment.runtime.frames import VIDEO_ENDINGS, frames
-from cleave.reports.answers import Answer, check_file, print_answers, print_larger_than_files, write_answers
+from cleave.deployment import Bundle, Codec, PayloadError, Pipeline, Result, load_bundle, read_policy
+from cleave.reports.answers import Answer, Tally, print_answers, print_larger_than_files
+from cleave.reports.answers_file import check_file
 from cleave.reports.terminal import say, table
-from cleave.scripts.assembly.asking import check_unasked, device_of, say_how_it_went, write_lines
+from cleave.scripts.assembly.given.texts import check_texts
 from cleave.scripts.assembly.hints import command
-
-if TYPE_CHECKING:
-    from cleave.deployment import Device
+from cleave.scripts.assembly.inferring.asking import Asked, check_remote, check_unasked, device_of, say_how_it_went
+from cleave.scripts.assembly.inferring.keeping import Keeper, kept, shown
+from cleave.scripts.assembly.inferring.reading import Reading, batches, check_input, image_files, still
 
 
 def infer(cfg: DictConfig) -> list[str]:
     """Run what the config describes, print it, write the answers where asked to, and return the predicted classes."""
-    if cfg.server is not None:
-        return infer_remotely(cfg)
+    predicted: list[str] = []
+    run_bundle(cfg, lambda answer: predicted.append(answer.prediction))
+    return predicted
+
+
+def run_bundle(cfg: DictConfig, seen: Callable[[Answer], None] | None = None) -> None:
+    """Do the same, however many images there are: of their answers no more is held than is printed.
+
+    Args:
+        cfg: The config.
+        seen: Called with each answer.
+    """
+    check_settings(cfg)
+    if cfg.server is None:
+        infer_here(cfg, seen)
+    else:
+        infer_remotely(cfg, seen)
+
+
+def infer_here(cfg: DictConfig, seen: Callable[[Answer], None] | None) -> None:
+    """Run all sides of a bundle in this process."""
     check_unasked(cfg)
-    pipeline, output = checked(cfg)
-    answers: list[Answer] = []
-    left: list[int] = []
-    seconds: dict[str, float] = {}
-    for batch in batches(cfg, pipeline):
-        # TorchScript profiles its first two runs and compiles; that is not what a device would measure.
-        for _ in range(0 if answers else 3):
-            pipeline.run(batch.images)
-        result = pipeline.run(batch.images)
-        for part, spent in timings(pipeline, result):
-            seconds[part] = seconds.get(part, 0.0) + spent
-        left += [] if result.exits is None else result.exits.tolist()
-        answers += answered(pipeline.bundle, batch, result)
+    output = check_file(cfg.output)
+    pipeline = pipeline_of(cfg)
+    seconds: collections.Counter[str] = collections.Counter()
+    with kept(output) as file:
+        keeper = Keeper(pipeline.bundle, file, seen)
+        # What reads is closed at once, as others may wait for the camera.
+        with shown(keeper.tally, cfg.bundle), contextlib.closing(batches(cfg, pipeline)) as source:
+            for batch in source:
+                try:
+                    # TorchScript profiles its first two runs and compiles; that is not what a device would measure.
+                    for _ in range(0 if keeper.tally.count else 3):
+                        pipeline.run(batch.images)
+                    result = pipeline.run(batch.images)
+                except PayloadError as error:
+                    keeper.add(batch, error.outcome, error.errors)
+                    raise
+                seconds.update(dict(timings(pipeline, result)))
+                keeper.add(batch, result)
+    summary(cfg, pipeline, keeper.tally, seconds)
     if output is not None:
-        write_answers(output, answers)
-    print_answers(f"{len(answers)} images through {cfg.bundle}", answers)
-    still = cfg.input != "digits" and moving(cfg.input) is None
-    if still and (found := len(image_files(Path(cfg.input)))) > len(answers):
-        say(f"These are the first {len(answers):,} of {found:,} images, by their names; limit=null runs all")
-    lengths = [answer.payload_bytes for answer in answers]
+        say(f"Written: {output}")
+
+
+def summary(cfg: DictConfig, pipeline: Pipeline, tally: Tally, seconds: Mapping[str, float]) -> None:
+    """Print what the answers come to, what was sent for them, and how long that took."""
+    print_answers(f"{tally.count} images through {cfg.bundle}", tally)
+    if still(cfg.input) and (found := len(image_files(Path(cfg.input)))) > tally.count:
+        say(f"These are the first {tally.count:,} of {found:,} images, by their names; limit=null runs all")
     if pipeline.crossings:
-        say(f"Payload: {length_words(lengths)}. {width_words(pipeline)}")
-        print_larger_than_files(answers)
+        say(f"Payload: {length_words(tally)}. {width_words(pipeline)}")
+        print_larger_than_files(tally)
     if (unmeasured := unmeasured_words(pipeline, cfg.bits)) is not None:
         say(unmeasured)
-    exits_summary(pipeline, left, lengths)
-    per_image = [(part, f"{1000 * spent / len(answers):.3f}") for part, spent in seconds.items()]
-    table(f"Milliseconds per image, batches of {min(cfg.batch_size, len(answers))}", per_image)
-    if output is not None:
-        say(f"Written: {output}")
-    return [answer.prediction for answer in answers]
+    exits_summary(pipeline, tally)
+    per_image = [(part, f"{1000 * spent / tally.count:.3f}") for part, spent in seconds.items()]
+    table(f"Milliseconds per image, batches of {min(cfg.batch_size, tally.count)}", per_image)
 
 
-def infer_remotely(cfg: DictConfig) -> list[str]:
-    """Run the side that takes images here and the others on a server, and return the predicted classes."""
-    check_numbers(cfg)
+def infer_remotely(cfg: DictConfig, seen: Callable[[Answer], None] | None) -> None:
+    """Run the side that takes images here and the others on a server."""
+    check_remote(cfg)
     output = check_file(cfg.output)
-    answers: list[Answer] = []
-    lines: list[dict[str, Any]] = []
-    waiting: collections.deque[Batch] = collections.deque()
-
-    def read(device: Device) -> Iterator[Tensor]:
-        for batch in batches(cfg, device):
-            waiting.append(batch)
-            yield batch.images
-
-    with device_of(cfg) as device:
+    asked = Asked()
+    with device_of(cfg) as device, kept(output) as file:
         check_classes(cfg, device.bundle)
-        for answered_batch in device.stream(read(device)):
-            batch = waiting.popleft()
-            answers += answered(device.bundle, batch, answered_batch.result)
-            found = answered_batch.lines(device.bundle)
-            lines += [{"image": name, **line} for name, line in zip(batch.names, found, strict=True)]
-        if output is not None:
-            write_lines(output, lines)
-        print_answers(f"{len(answers)} images through {cfg.bundle} and {cfg.server}", answers)
-        say_how_it_went(device, lines)
+        keeper = Keeper(device.bundle, file, seen)
+        title = f"{cfg.bundle} and {cfg.server}"
+        with shown(keeper.tally, title), contextlib.closing(batches(cfg, device)) as source:
+            reading = Reading(source)
+            try:
+                for answered in device.stream(reading):
+                    batch, lines = reading.waiting.popleft(), answered.lines(device.bundle)
+                    asked.add(keeper.add(batch, answered.result, lines=lines))
+            except PayloadError as error:
+                batch, lines = reading.waiting.popleft(), error.outcome.lines(device.bundle)
+                keeper.add(batch, error.outcome.result, error.errors, lines)
+                raise
+            reading.check()
+        print_answers(f"{keeper.tally.count} images through {title}", keeper.tally)
+        say_how_it_went(device, asked)
     if output is not None:
         say(f"Written: {output}")
-    return [answer.prediction for answer in answers]
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Raise :class:`ValueError` or :class:`TypeError` where a setting means nothing, before anything is loaded."""
+    check_texts(cfg, {"bundle": "a bundle's folder", "device": "a device of torch, such as cpu"}, null=False)
+    check_texts(
+        cfg,
+        {
+            "server": "HOST:PORT",
+            "output": "a file",
+            "exits.policy_file": "a file",
+            "remote.name": "the bundle's name on the server",
+            "remote.local": "a bundle's folder",
+        },
+    )
+    check_numbers(cfg)
+    check_input(cfg.input)
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -124,65 +149,37 @@ def check_classes(cfg: DictConfig, bundle: Bundle) -> None:
         raise ValueError(f"bundle={cfg.bundle} answers with {found}; infer.py names classes, so run it by Pipeline")
 
 
-def checked(cfg: DictConfig) -> tuple[Pipeline, Path | None]:
-    """Return the pipeline that a config describes, and where its answers are to be written.
+def pipeline_of(cfg: DictConfig) -> Pipeline:
+    """Return the pipeline that a config describes.
 
     Raises:
         ValueError: A setting is out of range, or the bundle does not name classes.
     """
-    check_numbers(cfg)
-    output = check_file(cfg.output)
     bundle = load_bundle(cfg.bundle, device=cfg.device)
     check_classes(cfg, bundle)
     file = cfg.exits.policy_file
-    return Pipeline(bundle, bits=cfg.bits, policy=None if file is None else read_policy(file)), output
+    return Pipeline(bundle, bits=cfg.bits, policy=None if file is None else read_policy(file))
 
 
-class Batch(NamedTuple):
-    """Images as a bundle takes them, uint8 (B, C, H, W), with what is known of each."""
-
-    images: Tensor
-    names: list[str]
-    labels: list[str | None]
-    file_bytes: list[int | None]
-
-
-def answered(bundle: Bundle, batch: Batch, result: Result) -> Iterator[Answer]:
-    """Put what came out of a batch beside what is known of its images."""
-    (logits,) = result.outputs.values()
-    confidences, indices = (values.tolist() for values in logits.softmax(1).max(1))
-    exits = [] if result.exits is None else result.exits.tolist()
-    for i, name in enumerate(batch.names):
-        yield Answer(
-            image=name,
-            prediction=bundle.class_names[indices[i]],
-            label=batch.labels[i],
-            confidence=confidences[i],
-            payload_bytes=result.payload_bytes[i],
-            file_bytes=batch.file_bytes[i],
-            exit=None if not exits or exits[i] < 0 else bundle.manifest.exits[exits[i]].name,
-        )
-
-
-def exits_summary(pipeline: Pipeline, left: Sequence[int], lengths: Sequence[int]) -> None:
+def exits_summary(pipeline: Pipeline, tally: Tally) -> None:
     """Print where images left, and what that took on average; nothing where there are no exits."""
     known, policy = pipeline.bundle.manifest.exits, pipeline.policy
     if not known:
         return
-    shares = exit_shares(torch.tensor(left), len(known))
+    shares = [tally.exits[item.name] / tally.count for item in known]
     costs = pipeline.exit_macs
     rows = [(item.name, f"{share:.1%}", f"{cost:,}") for item, share, cost in zip(known, shares, costs, strict=True)]
     decides = "no policy" if policy is None else f"the policy {policy.kind}"
     table(f"Where images left, by {decides}", rows, ("exit", "share", "MACs until there"))
     mean = sum(share * cost for share, cost in zip(shares, costs, strict=True))
-    say(f"Per image: {mean:,.0f} MACs ({mean / costs[-1]:.1%} of all), {sum(lengths) / len(lengths):,.1f} bytes")
+    say(f"Per image: {mean:,.0f} MACs ({mean / costs[-1]:.1%} of all), {tally.mean_bytes:,.1f} bytes")
 
 
-def length_words(lengths: Sequence[int]) -> str:
+def length_words(tally: Tally) -> str:
     """Say how many bytes were sent per image."""
-    if min(lengths) == max(lengths):
-        return f"{lengths[0]:,} bytes an image"
-    return f"{sum(lengths) / len(lengths):,.1f} bytes an image on average, {min(lengths):,} to {max(lengths):,}"
+    if tally.least == tally.most:
+        return f"{tally.most:,} bytes an image"
+    return f"{tally.mean_bytes:,.1f} bytes an image on average, {tally.least:,} to {tally.most:,}"
 
 
 def width_words(pipeline: Pipeline) -> str:
@@ -240,85 +237,6 @@ def timings(pipeline: Pipeline, result: Result) -> Iterator[tuple[str, float]]:
             yield f"unpack after {name}", sum(result.decode_seconds[key] for key in sent)
 
 
-def batches(cfg: DictConfig, pipeline: Pipeline | Device) -> Iterator[Batch]:
-    """Read the images batch by batch; the class of a file is the folder nearest to it that has a class's name.
-
-    Raises:
-        FileNotFoundError: ``input`` is neither ``digits``, nor a file, nor a folder with images.
-        ImageError: A picture, or a video, cannot be read.
-    """
-    size = cfg.batch_size
-    if (source := moving(cfg.input)) is not None:
-        yield from frame_batches(source, image_input(pipeline), size, cfg.limit)
-        return
-    if cfg.input == "digits":
-        data = Digits()
-        data.configure_input(image_input(pipeline))
-        batch = data.sample_batch("test", cfg.limit or 10**6)
-        images, labels = batch["images"], batch["labels"]
-        for start in range(0, len(images), size):
-            some = range(start, min(start + size, len(images)))
-            known = [data.class_names[label] for label in labels[some.start : some.stop].tolist()]
-            yield Batch(images[some.start : some.stop], [f"digit {i}" for i in some], known, [None] * len(some))
-        return
-    folder = Path(cfg.input)
-    files = image_files(folder)[: cfg.limit]
-    for start in range(0, len(files), size):
-        some_files = files[start : start + size]
-        yield Batch(
-            torch.stack([pipeline.preprocess(file) for file in some_files]),
-            [str(file.relative_to(folder)) if folder.is_dir() else file.name for file in some_files],
-            [class_of(file, folder, pipeline.bundle.class_names) for file in some_files],
-            [file.stat().st_size for file in some_files],
-        )
-
-
-def moving(given: Any) -> str | int | None:
-    """Return a video file or the index of a camera where ``input`` is one."""
-    if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
-        return given
-    return str(given) if Path(str(given)).suffix.lower() in VIDEO_ENDINGS else None
-
-
-def frame_batches(source: str | int, spec: ImageInput, size: int, limit: int | None) -> Iterator[Batch]:
-    """Yield the frames of a video or a camera, batch by batch."""
-    numbered = enumerate(frames(source, limit))
-    while some := list(itertools.islice(numbered, size)):
-        images = torch.stack([spec(picture) for _, picture in some])
-        yield Batch(images, [f"frame {number}" for number, _ in some], [None] * len(some), [None] * len(some))
-
-
-def class_of(file: Path, root: Path, class_names: Sequence[str]) -> str | None:
-    """Return the class that the folders of an image name, the nearest first and the root's own last; ``None``: none."""
-    depth = len(file.relative_to(root).parts) if root.is_dir() else 1
-    folders = [folder.name for folder in file.absolute().parents[:depth]]
-    known = {unicodedata.normalize("NFC", name): name for name in class_names}
-    found = (known.get(unicodedata.normalize("NFC", name)) for name in folders)
-    return next((name for name in found if name is not None), None)
-
-
-def image_input(pipeline: Pipeline | Device) -> ImageInput:
-    """Return how images become the bundle's input; ValueError where it takes none."""
-    found = pipeline.bundle.input
-    if not isinstance(found, ImageInput):
-        raise ValueError(
-            f"this bundle takes {found.name}, {found.dtype} {list(found.shape)}, so infer.py cannot read it"
-        )
-    return found
-
-
-def image_files(path: Path) -> list[Path]:
-    """An image itself, or all images below a folder in the order of their names."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"input={path} is neither an image, nor a folder of images, nor `digits`")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
-    if not files:
-        raise FileNotFoundError(f"no image in {path}; files that count end in {', '.join(sorted(EXTENSIONS))}")
-    return files
-
-
 def main(cfg: DictConfig) -> None:
     """Run a bundle."""
-    infer(cfg)
+    run_bundle(cfg)

@@ -20,7 +20,7 @@ from cleave.reports.rates.fronts import interpolate, pareto_front, settings, tra
 from cleave.reports.rates.plots import rate_plot, tradeoff_plot
 from cleave.reports.rates.results import Point, write_results
 from cleave.scripts.assembly.building import compose_config
-from cleave.scripts.compare import compare, write_report
+from cleave.scripts.compare import check_output, compare, write_report
 
 from .deployment_networks import make_bundle
 from .offline_run import offline_runs
@@ -506,3 +506,14 @@ def test_w_and_b_disabled_writes_the_report_alone(sweep):
     files = compare(compose_config("compare", overrides, sweep / "out"))
     assert sorted(path.name for path in (sweep / "out").iterdir()) == sorted(files)
     assert wandb.run is None
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    places = [(f"{tmp_path}/file/new", "must be a folder, but .*file is a file")]
+    places += [("/proc/new", "cannot be written: ")] if Path("/proc").is_dir() else []
+    for place, words in places:
+        with pytest.raises(OSError, match=f"^output={place} {words}"):
+            compare(compose_config("compare", ["inputs=nowhere", f"output={place}"], tmp_path / "out"))
+    check_output(tmp_path / "a/new/folder")
+    assert not (tmp_path / "a").exists()

@@ -1,31 +1,32 @@
-"""serve.py and the device client of infer.py, as a person runs them."""
+"""serve.py, as a person runs it."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import types
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
 
-import numpy as np
+import grpc
 import pytest
 import torch
-from PIL import Image
 
-from cleave.deployment import ImageError, Pipeline, Repository, ServingError, load_bundle
-from cleave.deployment.runtime.frames import frames
+from cleave.deployment import Pipeline, Repository, load_bundle
 from cleave.scripts.assembly.building import compose_config
-from cleave.scripts.infer import infer
-from cleave.scripts.serve import built, serve
+from cleave.scripts.assembly.given.texts import naming
+from cleave.scripts.assembly.given.value_types import check_values
+from cleave.scripts.assembly.inferring.asking import device_of
+from cleave.scripts.assembly.starting.terminal import CONF
+from cleave.scripts.serve import built, onward, serve
 
-from .deployment_networks import exit_bundle, exit_images, images, make_bundle
+from .deployment_networks import images, make_bundle
 from .serving_client import Caller, ask_on, outputs_of, request_of, serving, until
 from .training_helpers import ROOT, python_path
 
@@ -34,10 +35,6 @@ from .training_helpers import ROOT, python_path
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bundles")
     make_bundle(folder / "net", "sample")
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    for number, image in enumerate(images(5)):
-        Image.fromarray(image.numpy().transpose(1, 2, 0)).save(pictures / f"{number}.png")
     return folder
 
 
@@ -50,8 +47,8 @@ def server(folder):
 # --- the server -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_sigterm_under_load_answers_what_was_accepted_and_ends_with_status_0(folder, tmp_path):
+@pytest.mark.parametrize("closed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_sigterm_under_load_answers_what_was_accepted_and_ends_with_status_0(folder, tmp_path, closed):
     command = [
         sys.executable,
         str(ROOT / "scripts/serve.py"),
@@ -79,6 +76,9 @@ def test_sigterm_under_load_answers_what_was_accepted_and_ends_with_status_0(fol
             for _ in range(8):
                 pool.submit(ask_on, lambda: [outputs_of(caller.infer(request))["logits"]], answered, refused, stop)
             until(lambda: len(answered) > 50)
+            if closed:  # as `| head` does once it has enough
+                process.stdout.close()
+                process.stdout = None
             process.send_signal(signal.SIGTERM)
             out, err = process.communicate(timeout=60)
             until(lambda: refused)
@@ -90,6 +90,9 @@ def test_sigterm_under_load_answers_what_was_accepted_and_ends_with_status_0(fol
     assert set(refused) == {"UNAVAILABLE"}
     for logits in answered:  # a batch that others shared differs in the last bits
         torch.testing.assert_close(logits, expected.logits, atol=1e-6, rtol=1e-5)
+    assert err == ""
+    if closed:
+        return
     counts = dict(reversed(pair.split()) for pair in re.search(r"Requests: (.*)", out)[1].split(", "))
     assert int(counts["OK"].replace(",", "")) == len(answered)
     assert set(counts) <= {"OK", "UNAVAILABLE"}
@@ -114,6 +117,68 @@ def test_a_server_of_a_config_serves_and_drains(folder, tmp_path, capsys):
     assert torch.get_num_threads() == threads == 1
 
 
+@pytest.mark.parametrize("unread", ["closed", pytest.param("full", marks=pytest.mark.slow)])
+def test_a_server_whose_output_nobody_reads_serves_and_drains(folder, tmp_path, unread):
+    with contextlib.closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    command = [sys.executable, str(ROOT / "scripts/serve.py"), f"bundle={folder}/net", f"port={port}", "threads=1"]
+    env = {**os.environ, "PYTHONPATH": python_path()}
+    if unread == "closed":
+        reader, out = os.pipe()
+        os.close(reader)
+    else:
+        out = os.open("/dev/full", os.O_WRONLY)
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=subprocess.PIPE, text=True)
+    os.close(out)
+    try:
+        caller = Caller(port)
+        until(lambda: process.poll() is not None or is_ready(caller))
+        assert process.poll() is None
+        payloads = Pipeline(load_bundle(folder / "net")).run(images(2)).payloads["cut"]
+        assert len(outputs_of(caller.infer(request_of("net.tail", {"payload": payloads})))["logits"]) == 2
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, err) == (0, "")
+
+
+def is_ready(caller: Caller) -> bool:
+    try:
+        return caller("ServerReady", timeout=1.0).ready
+    except grpc.RpcError:
+        return False
+
+
+@pytest.mark.parametrize("given", [[], ["metrics_listen=::1"]])
+def test_metrics_listen_on_this_machine_alone_whoever_may_ask(folder, tmp_path, capsys, given):
+    if given and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    more = [f"bundle={folder}/net", "port=0", "metrics_port=0", "listen=0.0.0.0", "insecure=true", "threads=1", *given]
+    read: list[str] = []
+
+    def asked() -> bool:
+        address = re.search(r"Metrics: (http://\S+)", capsys.readouterr().out)[1]
+        assert re.fullmatch(r"http://(127\.0\.0\.1|\[::1\]):\d+/metrics", address)
+        with urllib.request.urlopen(address) as answer:
+            read.append(answer.read().decode())
+        return True
+
+    assert serve(compose_config("serve", more, tmp_path), asked)
+    assert "cleave_queue_requests" in read[0]
+
+
+def has_ipv6() -> bool:
+    try:
+        with contextlib.closing(socket.socket(socket.AF_INET6)) as tried:
+            tried.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
 def test_what_cannot_be_served_is_one_sentence(folder, server, tmp_path):
     for given, words in (
         (["bundle=null"], "bundle=null without a repository"),
@@ -126,148 +191,122 @@ def test_what_cannot_be_served_is_one_sentence(folder, server, tmp_path):
         ([f"bundle={folder}/net", "grace=0"], "grace must be a positive number"),
         ([f"bundle={folder}/net", "workers=1000"], "workers=1000 of threads=1 each would share"),
         ([f"bundle={folder}/net", "threads=1000"], "workers=1 of threads=1000 each would share"),
-        ([f"bundle={folder}/net", "batch.wait_ms=-1"], "batch.wait_ms must be"),
-        ([f"bundle={folder}/net", "batch.samples=0"], "samples must be"),
         ([f"bundle={folder}/net", "repository=nowhere"], "repository=nowhere is no folder"),
         ([f"bundle={folder}/net", "onward.token=x"], r"onward\.token=x would be ignored: onward\.servers names none"),
-        ([f"bundle={folder}/net", "onward.servers={cloud: here}"], "onward to cloud: here must be HOST:PORT"),
+        ([f"bundle={folder}/net", "onward.servers={cloud: 'a:1'}"], r"onward\.servers\.cloud=a:1 is of no placement"),
     ):
         with pytest.raises((ValueError, OSError), match=words):
             built(compose_config("serve", ["port=0", *given], tmp_path))
 
 
-# --- the client -------------------------------------------------------------------------------------------------------
-
-
-def asking(folder, tmp_path, server, *more):
-    given = [f"bundle={folder}/net", f"server=127.0.0.1:{server.port}", "batch_size=2", *more]
-    return infer(compose_config("infer", given, tmp_path))
-
-
-def test_infer_asks_a_server_and_writes_lines(folder, server, tmp_path, capsys):
-    file = tmp_path / "answers.jsonl"
-    found = asking(folder, tmp_path, server, f"input={folder}/pictures", f"output={file}")
-    local = infer(compose_config("infer", [f"bundle={folder}/net", f"input={folder}/pictures"], tmp_path))
-    assert found == local
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["image"] for line in lines] == [f"{number}.png" for number in range(5)]
-    assert [line["class"] for line in lines] == local
-    assert all(line["attempts"] == 1 and line["flag"] == "" and line["bytes"] > 0 for line in lines)
-    told = capsys.readouterr().out
-    assert "5 of 5 images went to the server, 0 of them more than once" in told
-    assert "ms there and back" in told
-
-
-def test_infer_answers_by_its_exit_where_nobody_answers(tmp_path, capsys):
-    exit_bundle(tmp_path / "early", placements=("device", "server", "server"), split="layer1")
-    for number, image in enumerate(exit_images(3)):
-        Image.fromarray(image[0].numpy()).save(tmp_path / f"{number}.png")
-    given = [f"bundle={tmp_path}/early", f"input={tmp_path}", "remote.attempts=1", "server=127.0.0.1:1"]
-    assert len(infer(compose_config("infer", [*given, "remote.fallback=exit"], tmp_path))) == 3
-    assert "3 were answered here instead, by the fallback `exit`" in capsys.readouterr().out
-    with pytest.raises(ServingError, match=r"127\.0\.0\.1:1"):
-        infer(compose_config("infer", given, tmp_path))
-
-
-def test_settings_of_a_client_that_mean_nothing_are_refused(folder, server, tmp_path):
-    given = [f"bundle={folder}/net", f"input={folder}/pictures"]
-    with pytest.raises(ValueError, match=r"remote\.fallback=exit would be ignored: server=HOST:PORT names no server"):
-        infer(compose_config("infer", [*given, "remote.fallback=exit"], tmp_path))
-    for more, words in (
-        (["exits.policy_file=x.json"], "both sides need the same policy"),
-        ([f"output={tmp_path}/a.csv"], "must end in .jsonl with a server"),
-        (["remote.timeout=0"], "timeout must be"),
-        (["remote.local=x"], "is not a folder"),
-        (["remote.certificate=x"], "without a key"),
-        (["limit=0"], "limit must be"),
-        (["bits=1"], "bits must be"),
+def test_every_setting_is_checked_before_a_bundle_is_loaded(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Repository, "add", lambda *_: pytest.fail("a bundle was loaded"))
+    (tmp_path / "short").write_text("word")
+    taken = server.port
+    for given, words in (
+        ("queue=-1", "queue must be"),
+        ("workers=0", "workers must be"),
+        ("streams=0", "streams must be"),
+        ("batch.samples=0", r"batch\.samples must be"),
+        ("batch.wait_ms=-1", r"batch\.wait_ms must be"),
+        ("batch.wait_ms=60001", r"batch\.wait_ms must be"),
+        ("message_bytes=-5", "message_bytes must be"),
+        ("port=99999", "port must be"),
+        ("port=null", "port must be"),
+        (f"port={taken}", f"cannot listen on 127.0.0.1:{taken}: the port is in use"),
+        ("metrics_port=99999", "metrics_port must be"),
+        (f"metrics_port={taken}", f"cannot listen on 127.0.0.1:{taken}: the port is in use"),
+        ("port=8001 metrics_port=8001", "port=8001 and metrics_port=8001 are one port"),
+        ("metrics_port=0 metrics_listen=null", "metrics_listen must be a host's name or address, got null"),
+        ("metrics_port=0 metrics_listen=a:1", "metrics_listen must be"),
+        ("metrics_listen=0.0.0.0", r"metrics_listen=0\.0\.0\.0 would be ignored: metrics_port=null"),
+        ("listen=null", "listen must be a host's name or address, got null"),
+        ("listen=", "listen must be a host's name or address, got nothing"),
+        ("listen=127.0.0.1:80", "listen must be"),
+        ("token=true", "token must be a file or null, got true"),
+        (f"token={tmp_path}/short", "token=.*short must hold one word"),
+        ("authorities=nowhere", "authorities=nowhere is no file"),
+        ("placement=1", "placement must be a placement's name or null, got 1"),
+        ("repository=true", "repository must be"),
+        ("device=null", "device must be"),
+        ("threads=0", "threads must be"),
+        ("grace=-1", "grace must be"),
+        ("bundle=true", "bundle must be a bundle's folder, or a list of them, got true"),
+        ("bundle=[a,null]", r"bundle must be .*, got \['a', None\]"),
+        ("bundle=[]", r"bundle=\[\] without a repository"),
+        ("onward.servers=abc", r"onward\.servers must name placements, .*, got abc"),
+        ("onward.servers=[a]", r"onward\.servers must name placements, .*, got \['a'\]"),
+        ("onward.servers=5", r"onward\.servers must name placements, .*, got 5"),
+        ("onward.servers={cloud: null}", r"onward\.servers\.cloud must be HOST:PORT, got null"),
+        ("onward.servers={cloud: here}", r"onward\.servers\.cloud=here must be HOST:PORT"),
+        ("onward.servers={cloud: 'a:1'} onward.timeout=0", r"onward\.timeout must be"),
+        ("onward.servers={cloud: 'a:1'} onward.attempts=0", r"onward\.attempts must be"),
+        ("onward.servers={cloud: 'a:1'} onward.key=x", r"onward\.key=x is given without a certificate"),
+        ("onward.servers={cloud: 'a:1'} onward.token=false", r"onward\.token must be a file or null, got false"),
+        (f"onward.servers={{cloud: 'a:1'}} onward.token={tmp_path}/short", r"onward\.token=.* must hold one word"),
     ):
-        with pytest.raises(ValueError, match=words):
-            asking(folder, tmp_path, server, f"input={folder}/pictures", *more)
+        words_given = re.split(r" (?=[\w.]+=)", given)
+        cfg = compose_config("serve", ["bundle=nowhere", "port=0", *words_given], tmp_path)
+        with pytest.raises((ValueError, OSError), match=f"^{words}"):
+            built(cfg)
 
 
-def test_a_picture_that_is_none_is_named(folder, server, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(ImageError, match="broken.png"):
-        asking(folder, tmp_path, server, f"input={tmp_path}")
+def test_settings_of_servers_behind_this_one_mean_nothing_without_them(tmp_path):
+    whole = compose_config("serve", ["bundle=nowhere"], tmp_path)
+    keys = [key for key in whole.onward if key != "servers"]
+    assert len(keys) == 7
+    for key in keys:
+        other = {bool: "true", float: "7.0", int: "7"}.get(type(whole.onward[key]), "x")
+        for servers in ("null", "{}"):
+            given = ["bundle=nowhere", "port=0", f"onward.servers={servers}", f"onward.{key}={other}"]
+            with pytest.raises(
+                ValueError, match=rf"^onward\.{key}={other} would be ignored: onward\.servers names none"
+            ):
+                built(compose_config("serve", given, tmp_path))
 
 
-# --- videos -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["serve", "infer"])
+def test_durations_may_be_fractions_and_null_is_no_number(tmp_path, name):
+    durations = {"serve": ["batch.wait_ms", "grace", "onward.timeout"], "infer": ["remote.timeout"]}[name]
+    for key in durations:
+        check_values(compose_config(name, ["bundle=x", f"{key}=0.5", *given_to(name)], tmp_path), CONF)
+    others = {"serve": ["port", "streams", "batch.samples", "queue"], "infer": ["batch_size", "remote.attempts"]}[name]
+    for key in [*durations, *others]:
+        for value, got in (("null", "None"), ("many", "'many'")):
+            with pytest.raises(TypeError, match=rf"^{re.escape(key)} must be a (whole )?number, got {got}"):
+                check_values(compose_config(name, ["bundle=x", f"{key}={value}", *given_to(name)], tmp_path), CONF)
+    if name == "infer":
+        check_values(compose_config(name, ["bundle=x", "limit=null", *given_to(name)], tmp_path), CONF)
 
 
-FRAME_COUNT = 7  # as OpenCV calls it by number
+def given_to(name: str) -> list[str]:
+    return ["input=x"] if name == "infer" else []
 
 
-class Capture:
-    """A stand-in for OpenCV's reader: as many frames as the name says."""
-
-    opened: ClassVar[list[object]] = []
-
-    def __init__(self, source):
-        self.opened.append(source)
-        name = "3.mp4" if source == 0 else str(source)
-        # `3of5.mp4` says that it has five frames, and ends behind three.
-        found = re.fullmatch(r"(\d+)(?:of(\d+))?\.mp4", name)
-        self.left = int(found[1]) if found else -1
-        self.promised = float(found[2] or found[1]) if found else 0.0
-
-    def isOpened(self):  # noqa: N802
-        return self.left >= 0
-
-    def get(self, wanted):
-        assert wanted == FRAME_COUNT
-        return self.promised
-
-    def read(self):
-        if not self.left:
-            return False, None
-        self.left -= 1
-        return True, np.full((8, 8, 3), (10, 20, 30 + self.left), dtype=np.uint8)
-
-    def release(self):
-        self.opened.remove(self.opened[-1])
+@pytest.mark.parametrize("name", ["serve", "infer"])
+def test_a_token_goes_to_others_in_the_clear_only_where_that_is_said(folder, tmp_path, name):
+    (tmp_path / "token").write_text("0123456789abcdef")
+    group = {"serve": "onward", "infer": "remote"}[name]
+    given = [f"bundle={folder}/net", f"{group}.token={tmp_path}/token", *given_to(name)]
+    given += ["onward.servers={server: 'example.org:1'}"] if name == "serve" else ["server=example.org:1"]
+    make = onward if name == "serve" else device_of
+    words = rf"^{group}\.token=\S+ would go to example\.org .* {group}\.authorities=FILE.* {group}\.insecure=true"
+    with pytest.raises(ValueError, match=words):
+        make(compose_config(name, given, tmp_path))
+    with contextlib.closing(make(compose_config(name, [*given, f"{group}.insecure=true"], tmp_path))):
+        pass
 
 
-@pytest.fixture
-def opencv(monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "cv2", types.SimpleNamespace(VideoCapture=Capture, CAP_PROP_FRAME_COUNT=FRAME_COUNT)
-    )
-
-
-def test_frames_of_a_video_and_of_a_camera_are_pictures(folder, server, tmp_path, opencv):
-    assert next(frames("7.mp4")).getpixel((0, 0)) == (36, 20, 10)  # OpenCV has blue first
-    assert len(list(frames("7.mp4"))) == 7
-    assert len(list(frames(0, limit=2))) == 2
-    assert len(asking(folder, tmp_path, server, "input=5.mp4")) == 5
-    assert len(infer(compose_config("infer", [f"bundle={folder}/net", "input=0", "limit=2"], tmp_path))) == 2
-    assert Capture.opened == []
-
-
-def test_a_video_without_frames_and_one_that_is_none_are_named(folder, tmp_path, opencv):
-    with pytest.raises(ImageError, match=r"the video 0\.mp4 has no frame"):
-        list(frames("0.mp4"))
-    for source, words in (("x.mp4", "the video x.mp4 cannot be opened"), (5, "the camera 5 cannot be opened")):
-        with pytest.raises(ImageError, match=words):
-            infer(compose_config("infer", [f"bundle={folder}/net", f"input={source}"], tmp_path))
-
-
-def test_a_video_that_is_cut_off_is_named_behind_its_last_frame(folder, server, tmp_path, opencv):
-    seen: list[str] = []
-    words = r"the video 3of5\.mp4 ends after 3 of its 5 frames: it is cut off; limit=3 takes these"
-    with pytest.raises(ImageError, match=words):
-        seen.extend(map(str, frames("3of5.mp4")))
-    assert len(seen) == len(list(frames("3of5.mp4", limit=3))) == 3
-    assert len(list(frames("3of5.mp4", limit=2))) == 2
-    assert len(list(frames("98of100.mp4"))) == 98  # an estimate that is a little off
-    with pytest.raises(ImageError, match="97 of its 100"):
-        list(frames("97of100.mp4"))
-    with pytest.raises(ImageError, match=words):
-        asking(folder, tmp_path, server, "input=3of5.mp4", "limit=4")
-    assert Capture.opened == []
-
-
-def test_frames_need_their_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ImportError, match="the extra `video`: pip install opencv-python-headless"):
-        next(frames("1.mp4"))
+def test_errors_name_the_settings_and_leave_all_else():
+    for said, words in (
+        ("timeout must be", "remote.timeout must be"),
+        ("key=x is given without a certificate", "remote.key=x is given without a certificate"),
+        ("token=/a/key=b is short; set key=FILE", "remote.token=/a/key=b is short; set remote.key=FILE"),
+        ("a/key=1 timeout is no folder", "a/key=1 timeout is no folder"),
+        ("keys are wrong", "keys are wrong"),
+    ):
+        names = {key: f"remote.{key}" for key in ("timeout", "key", "token")}
+        with pytest.raises(ValueError, match=f"^{words}$"), naming(names):
+            raise ValueError(said)
+    with pytest.raises(ValueError, match="^timeout$"), naming({}):
+        raise ValueError("timeout")

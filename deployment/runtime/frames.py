@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from .preprocess import MAX_PIXELS, ImageError
 
 VIDEO_ENDINGS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+LAST_CAMERA = 2**31 - 1  # OpenCV takes no larger index
+
+
+def check_opencv() -> None:
+    """Raise :class:`ImportError` unless OpenCV is installed, which reads frames."""
+    _opencv()
 
 
 def frames(source: str | Path | int, limit: int | None = None) -> Iterator[Image.Image]:
@@ -24,11 +31,17 @@ def frames(source: str | Path | int, limit: int | None = None) -> Iterator[Image
         ImageError: It cannot be opened, or has no frame that can be read; or, behind the last one that can be, it is a
             file that says that it has more.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("frames need the extra `video`: pip install opencv-python-headless") from error
+    cv2 = _opencv()
     what = f"the camera {source}" if isinstance(source, int) else f"the video {source}"
+    if isinstance(source, int) and not 0 <= source <= LAST_CAMERA:
+        raise ImageError(f"{what} cannot be opened: its index must be 0 to {LAST_CAMERA}")
+    try:
+        yield from _read(cv2, source, what, limit)
+    except cv2.error as error:
+        raise ImageError(f"{what} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _read(cv2: Any, source: str | Path | int, what: str, limit: int | None) -> Iterator[Image.Image]:
     capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
     try:
         if not capture.isOpened():
@@ -52,3 +65,11 @@ def frames(source: str | Path | int, limit: int | None = None) -> Iterator[Image
             )
     finally:
         capture.release()
+
+
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError("frames need the extra `video`: pip install opencv-python-headless") from error
+    return cv2

@@ -22,6 +22,8 @@ _NO_TEXT = (torch.Tensor, datetime.timedelta)
 STANDS_FOR_STEPS = "total_steps"
 OWN_SETTINGS = ("extras", "host")
 """Groups without a ``_target_`` whose defaults say what their values are."""
+NOT_NULL = {"serve": (), "infer": ("limit",)}
+"""Scripts whose numbers must all be there, but for some: null is refused with the words for any other value."""
 SHARED = "attacking"
 """Settings of several scripts, which stand beside each one's own."""
 
@@ -112,6 +114,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _settings(values: Mapping[str, Any], conf: Path) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
     """Yield the script's own settings, whose defaults say what they are: those without a ``_target_``."""
+    may_be_null = NOT_NULL.get(str(values.get("task_name")))
 
     def search(default: Any, value: Any, at: str) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
         if isinstance(default, dict) and isinstance(value, dict):
@@ -120,7 +123,8 @@ def _settings(values: Mapping[str, Any], conf: Path) -> Iterator[tuple[str, Any,
         elif isinstance(default, bool):
             yield at, value, (bool,)
         elif isinstance(default, int | float):
-            yield at, value, (type(default), type(None))
+            null = () if may_be_null is not None and at not in may_be_null else (type(None),)
+            yield at, value, (type(default), *null)
 
     files = [("", file) for file in _of_script(conf / f"{values.get('task_name')}.yaml")]
     files += [(group, conf / group / "default.yaml") for group in OWN_SETTINGS if group in values]

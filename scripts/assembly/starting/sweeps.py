@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+
+from cleave.scripts.assembly.starting import outlets
 
 RECORD, TRACE = "job.json", "error.txt"
 _CHOOSES_NOTHING = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -79,13 +80,15 @@ def run_job(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     except Exception as error:
         from cleave.scripts.assembly.starting.terminal import unwrapped
 
+        if isinstance(error, OSError):  # who reads none of what this job prints reads none of the next one's
+            outlets.leave_if_failed(after=error)
         mistake = unwrapped(error)
         failure = FailedJob(f"{type(mistake).__name__}: {mistake}")
         file = Path(HydraConfig.get().runtime.output_dir, TRACE)
         file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     # Behind the except clause nothing holds the job's frames, and with them its memory, which the next one needs.
     gc.collect()
-    print(f"Job {HydraConfig.get().job.num} failed: {failure}\nIts trace: {file}", file=sys.stderr, flush=True)
+    outlets.complain(f"Job {HydraConfig.get().job.num} failed: {failure}\nIts trace: {file}")
     raise failure
 
 

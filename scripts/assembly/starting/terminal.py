@@ -7,7 +7,9 @@ misspelt key do without them.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -22,12 +24,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cleave.scripts.assembly.given import keys, paths
+from cleave.scripts.assembly.starting import outlets
 from cleave.scripts.assembly.starting.extras import apply_extras
 from cleave.scripts.assembly.starting.hydra_extensions import extend_hydra, missing_extra
 from cleave.scripts.assembly.starting.logs import quiet
 from cleave.scripts.assembly.starting.nulls import CONF as CONFIGS
 from cleave.scripts.assembly.starting.nulls import refuse_null_choices, refuse_null_groups
 from cleave.scripts.assembly.starting.project import import_projects
+from cleave.scripts.assembly.starting.quoting import unreadable
 from cleave.scripts.assembly.starting.sweeps import FailedJob, run_job, sweeping, told
 
 if TYPE_CHECKING:
@@ -36,6 +40,9 @@ if TYPE_CHECKING:
 CONF = str(CONFIGS)
 FULL_ERRORS = os.environ.get("HYDRA_FULL_ERROR") == "1"
 UNFINISHED = "It did not finish; what it reads is as it was, and the same command starts it again."
+GOING_ON = ("serve",)
+"""Commands that go on where nobody reads what they print."""
+OF_AN_EXTRA = re.compile(r"\bthe extra `[a-z]+`")
 USER_ERRORS = (ValueError, TypeError, OSError, HydraException, OmegaConfBaseException)
 
 
@@ -47,6 +54,9 @@ def run(name: str) -> NoReturn:
 
     def main(cfg: DictConfig) -> Any:
         return importlib.import_module(f"cleave.scripts.{name}").main(cfg)
+
+    if name in GOING_ON:
+        outlets.go_on()
 
     def composed() -> None:
         refuse_null_choices(name, sys.argv[1:])
@@ -64,6 +74,7 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """
 
     def checked(cfg: DictConfig) -> Any:
+        outlets.heed(logging.getLogger().handlers)  # some libraries log while they are imported
         apply_extras(cfg)
         paths.settle(cfg)
         keys.check_added(cfg, CONF)
@@ -90,6 +101,8 @@ def friendly(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         except Exception as error:
             if FULL_ERRORS or not is_users_mistake(error) or stopped_by(error):
                 raise
+            if isinstance(error, OSError):
+                outlets.leave_if_failed(after=error)
             fail(error)
 
     return run
@@ -108,6 +121,8 @@ def missing_values(cfg: DictConfig) -> list[str]:
 
 def is_users_mistake(error: BaseException) -> bool:
     """Return whether an error is a sentence to the user, not a fault of the program."""
+    if isinstance(error, ImportError):  # of a package that an extra brings, as Cleave says it, and of no other
+        return type(error) is ImportError and OF_AN_EXTRA.search(str(error)) is not None
     return isinstance(error, USER_ERRORS) or type(error).__name__ == "MisconfigurationException"  # Lightning's
 
 
@@ -125,14 +140,29 @@ def start(main: Callable[[], Any]) -> None:
     SIGTERM and Ctrl-C end it with status 143 and 130, and a word on what is kept.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a trace
+    # What gRPC's C++ prints of handshakes and ports stands before the sentence that says it.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    outlets.fill()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _end_at_once)
     extend_hydra()
     sys.path.append(str(Path.cwd()))  # behind all else: a module of the user's imports by its name
     sys.argv[1:] = [paths.expanded_override(each) for each in sys.argv[1:]]
     try:
+        _started(main)
+    except SystemExit as end:
+        # What was printed is written here, where it can still be said that it was not.
+        outlets.leave_if_failed(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+    outlets.leave_if_failed()
+
+
+def _started(main: Callable[[], None]) -> None:
+    try:
         main()
     except BaseException as error:
+        if isinstance(error, OSError):
+            outlets.leave_if_failed(after=error)
         told()
         if (stopped := stopped_by(error)) is not None:
             end(stopped)
@@ -157,7 +187,7 @@ def stopped_by(error: BaseException) -> Stopped | None:
 def _end_at_once(signum: int, frame: FrameType | None) -> None:
     """End while there is nothing yet to put in order."""
     name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-    print(f"Stopped by {name}.\n{UNFINISHED}", file=sys.stderr, flush=True)
+    outlets.complain(f"Stopped by {name}.\n{UNFINISHED}")
     raise SystemExit(128 + signum)
 
 
@@ -166,8 +196,8 @@ def end(stopped: Stopped) -> NoReturn:
     if stopped.speaks:
         if not getattr(stopped, "__notes__", []):
             stopped.add_note(UNFINISHED)
-        sys.stdout.flush()
-        print(stopped.in_words(), file=sys.stderr, flush=True)
+        outlets.failed()  # what was printed stands before it; what cannot be written is told in the end
+        outlets.complain(stopped.in_words())
     raise SystemExit(stopped.code)
 
 
@@ -186,7 +216,7 @@ def fail(error: BaseException) -> None:
     message = str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         name = Path(sys.argv[0]).stem.removeprefix("cleave-").replace("-", "_")
-        message = keys.explained(message, name, CONF, sys.argv[1:])
-    print(f"{type(error).__name__}: {message}{missing_extra(message)}", file=sys.stderr)
-    print("HYDRA_FULL_ERROR=1 in front of the command shows where it arose", file=sys.stderr)
+        message = unreadable(error, sys.argv[1:]) or keys.explained(message, name, CONF, sys.argv[1:])
+    lines = [f"{type(error).__name__}: {message}{missing_extra(message)}", *getattr(error, "__notes__", [])]
+    outlets.complain("\n".join([*lines, "HYDRA_FULL_ERROR=1 in front of the command shows where it arose"]))
     raise SystemExit(1)

@@ -1,0 +1,1 @@
+"""What a bundle is asked, by whom, and what becomes of the answers."""
