@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -202,6 +203,24 @@ def test_a_stream_answers_in_order_and_holds_a_few_batches_alone(folder, server)
             assert torch.equal(answered.result.exits, expected.exits)
             torch.testing.assert_close(answered.result.logits, expected.logits)
     assert len(taken) == 20
+
+
+def test_an_answer_that_is_there_is_not_held_up_by_the_next_batches(folder, server):
+    taken = []
+    with device_of(folder, "float", server, in_flight=4) as device:
+
+        def batches():
+            for number in range(5):
+                taken.append(number)
+                known = device.remotes["server"].link._known
+                before = len(known)
+                yield images(1, seed=number)
+                until(lambda: len(known) > before)  # the answer has come
+                time.sleep(0.05)
+
+        counts = [len(taken) for _ in device.stream(batches())]
+    assert counts[0] <= 3  # in_flight would be 4
+    assert len(counts) == 5
 
 
 def test_a_stream_sends_while_others_wait(folder, server):

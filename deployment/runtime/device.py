@@ -279,7 +279,8 @@ class Device:
         try:
             for batch in batches:
                 waiting.append(pool.submit(self.run, batch))
-                if len(waiting) >= self.in_flight:
+                # A slow source holds up no answer that is there.
+                while len(waiting) >= self.in_flight or (waiting and waiting[0].done()):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
