@@ -208,14 +208,14 @@ def test_a_stream_answers_in_order_and_holds_a_few_batches_alone(folder, server)
 def test_an_answer_that_is_there_is_not_held_up_by_the_next_batches(folder, server):
     taken = []
     with device_of(folder, "float", server, in_flight=4) as device:
+        known = device.remotes["server"].link._known
 
         def batches():
             for number in range(5):
                 taken.append(number)
-                known = device.remotes["server"].link._known
                 before = len(known)
                 yield images(1, seed=number)
-                until(lambda: len(known) > before)  # the answer has come
+                until(lambda before=before: len(known) > before)  # the answer has come
                 time.sleep(0.05)
 
         counts = [len(taken) for _ in device.stream(batches())]
