@@ -41,7 +41,7 @@ say-cpu:
 demo: say-cpu $(READY)  ## train a teacher and a split model on real digits, export and run them (about 5 minutes)
 	$(BIN)/python scripts/demo.py
 
-test: $(DEV)  ## run the tests with coverage (about seventeen minutes on two cores)
+test: $(DEV)  ## run the tests with coverage (7 to 17 minutes on two cores)
 	$(BIN)/python -m slipcover --json --out .coverage.json -m $(PYTEST) -m "not slow"
 	@$(BIN)/python -m slipcover --merge .coverage.json --out .coverage.json --fail-under 93
 
