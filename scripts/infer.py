@@ -96,6 +96,7 @@ def infer_remotely(cfg: DictConfig, seen: Callable[[Answer], None] | None) -> No
     asked = Asked()
     with device_of(cfg) as device, kept(output) as file:
         check_classes(cfg, device.bundle)
+        device.connect()  # another bundle over there is told though all images may leave here
         keeper = Keeper(device.bundle, file, seen)
         title = f"{cfg.bundle} and {cfg.server}"
         with shown(keeper.tally, title), contextlib.closing(batches(cfg, device)) as source:

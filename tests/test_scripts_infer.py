@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cleave.deployment import ImageError, Repository, ServingError
+from cleave.deployment import BundleError, ImageError, Repository, ServingError, build_policy
 from cleave.deployment.runtime.frames import frames
 from cleave.scripts.assembly.building import compose_config
 from cleave.scripts.infer import infer
@@ -66,6 +66,23 @@ def test_infer_answers_by_its_exit_where_nobody_answers(tmp_path, capsys):
     assert "3 were answered here instead, by the fallback `exit`" in capsys.readouterr().out
     with pytest.raises(ServingError, match=r"127\.0\.0\.1:1"):
         infer(compose_config("infer", given, tmp_path))
+
+
+def test_another_bundle_on_the_server_is_told_though_all_images_leave_here(tmp_path):
+    for name, threshold in (("early", 0.0), ("other", 0.9)):
+        policy = build_policy("confidence", threshold, exits=3)
+        exit_bundle(tmp_path / name, policy, placements=("device", "server", "server"), split="layer1")
+    for number, image in enumerate(exit_images(3)):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{number}.png")
+    given = [f"bundle={tmp_path}/early", f"input={tmp_path}", "remote.name=other"]
+    with serving(tmp_path / "other") as (server, _):
+        for more in ([], ["remote.fallback=exit"]):
+            overrides = [*given, *more, f"server=127.0.0.1:{server.port}"]
+            with pytest.raises(BundleError, match="is of the bundle .*, this side has .*; give both sides the same"):
+                infer(compose_config("infer", overrides, tmp_path))
+    with serving(tmp_path / "early") as (server, _):
+        infer(compose_config("infer", [*given[:2], f"server=127.0.0.1:{server.port}"], tmp_path))
+        assert not server.metrics.counts()  # nobody was sent
 
 
 def test_settings_of_a_client_that_mean_nothing_are_refused(folder, server, tmp_path):

@@ -212,11 +212,14 @@ class Device:
         """Compare this side's bundle with those of the servers, which the first batch does otherwise.
 
         Raises:
-            ServingError: A server is away, or does not serve the bundle.
+            ServingError: A server is away, and there is no fallback, or it does not serve the bundle.
             BundleError: It serves another one.
         """
         for remote in self.remotes.values():
-            remote.connect()
+            try:
+                remote.connect()
+            except ServingError as error:
+                self._check_instead(error)
 
     def preprocess(self, path: str | os.PathLike[str]) -> Tensor:
         """Read an image file as the network takes it: uint8 (C, H, W).
@@ -257,6 +260,11 @@ class Device:
         if batch.gathered.errors:
             raise PayloadError(batch.gathered.errors, answered)
         return answered
+
+    def _check_instead(self, error: ServingError) -> None:
+        """Raise an error again, unless the server is away and something answers in its place."""
+        if error.code not in AWAY or self._instead is None:
+            raise error
 
     def _places(self) -> list[str]:
         return [place for place in self.bundle.manifest.route.placements if place != self.placement]
@@ -311,8 +319,7 @@ class _Batch:
         try:
             return remote.run(arrived, self.sent)
         except ServingError as error:
-            if error.code not in AWAY or self.device._instead is None:
-                raise
+            self.device._check_instead(error)
             return self._instead(place, arrived)
 
     def _instead(self, place: str, arrived: Message) -> Outcome:
