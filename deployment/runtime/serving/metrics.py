@@ -9,8 +9,6 @@ import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from .settings import check_free
-
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -136,7 +134,6 @@ class MetricsServer:
             def log_message(self, *arguments: object) -> None:
                 return
 
-        check_free("metrics_port", host, port)
         self._server = _family(host)((host.strip("[]"), port), Handler)
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])

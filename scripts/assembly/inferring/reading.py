@@ -17,6 +17,7 @@ from cleave.datamodules import Digits
 from cleave.datamodules.sets.image_folder import EXTENSIONS
 from cleave.deployment import ImageInput, Pipeline
 from cleave.deployment.runtime.frames import LAST_CAMERA, VIDEO_ENDINGS, check_opencv, frames
+from cleave.scripts.assembly.given.texts import spelled
 
 if TYPE_CHECKING:
     from cleave.deployment import Device
@@ -81,10 +82,9 @@ def check_input(given: Any) -> None:
     """
     index = isinstance(given, int) and not isinstance(given, bool)
     if not (isinstance(given, str) and given) and not (index and 0 <= given <= LAST_CAMERA):
-        found = "null" if given is None else str(given).lower() if isinstance(given, bool) else given or "nothing"
         raise ValueError(
             f"input must be an image, a folder of images, a video, `digits`, or the index of a camera, 0 to "
-            f"{LAST_CAMERA}, got {found}"
+            f"{LAST_CAMERA}, got {spelled(given)}"
         )
     if (source := moving(given)) is not None:
         check_opencv()
